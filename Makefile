@@ -1,0 +1,33 @@
+# `make smoke` and `make test` need nothing but Python >= 3.11 with venv; everything else they install into .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: help install smoke test test-slow lint bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: .venv/installed ## create .venv and install EquiAV into it (about 5 GB, mostly torch)
+
+smoke: .venv/installed ## generate clips, pretrain the tiny model, retrieve, write runs/smoke/report.md (under 3 minutes on two cores)
+	@$(BIN)/equiav smoke
+
+test: .venv/installed ## the fast tests
+	@$(BIN)/python -m pytest
+
+test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
+	@$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed ## ruff and pyright
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: .venv/installed ## every speed claim, measured here
+	@$(BIN)/python -m benchmarks
+
+clean: ## remove .venv and what runs wrote
+	rm -rf .venv runs
+
+.venv/installed: pyproject.toml constraints.txt install.sh
+	@PYTHON='$(PYTHON)' bash install.sh

@@ -1,0 +1,389 @@
+"""Every setting: its unit, its default, why. A run is a function of these values and of nothing else.
+
+Values come from three places, later over earlier: the defaults below, a YAML file (`--config NAME_OR_PATH`), and the
+command line (`--section.field value`). `model.size` names a set of model defaults that sits below all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+import tyro
+import yaml
+
+IMAGE_VECTOR = 18  # elements of t_v, Appendix C
+AUDIO_VECTOR = 24  # elements of t_a, Appendix C
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message names it, what was found, what is expected."""
+
+
+def require(condition: bool, setting: str, found: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{setting} is {found}, expected {expected}")
+
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "model": {
+            "width": 64, "depth": 3, "heads": 4, "image_size": 64, "image_patch": 8,
+            "spectrogram_frames": 256, "spectrogram_mels": 64, "audio_patch": 16,
+            "aug_width": 64, "predictor_heads": 4, "head_hidden": 128, "head_width": 64,
+        },
+        "augment": {"max_mask_frames": 48, "max_mask_mels": 24},
+    },
+    "vit_s16": {"model": {"width": 384, "depth": 12, "heads": 6}},
+    "vit_b16": {"model": {"width": 768, "depth": 12, "heads": 12}},
+    "vit_l16": {"model": {"width": 1024, "depth": 24, "heads": 16}},
+}  # fmt: skip
+"""What each `model.size` puts in the place of the defaults below."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: Literal["tiny", "vit_s16", "vit_b16", "vit_l16"] = "vit_b16"
+    """Named size: the defaults of the fields below (vit_b16 is the paper's)."""
+    width: int = 768
+    """Channels of both encoders."""
+    depth: int = 12
+    """Transformer blocks of each encoder."""
+    heads: int = 12
+    """Attention heads of each encoder block."""
+    image_size: int = 224
+    """Side of the square image, pixels."""
+    image_patch: int = 16
+    """Side of an image patch, pixels."""
+    spectrogram_frames: int = 1024
+    """Length of the spectrogram, 10 ms frames; shorter clips are padded, longer ones cut."""
+    spectrogram_mels: int = 128
+    """Mel bins of the spectrogram."""
+    audio_patch: int = 16
+    """Side of a spectrogram patch, frames and mel bins."""
+    aug_width: int = 256
+    """Channels of the encoded augmentation vector, the predictor's query."""
+    predictor: Literal["attention", "linear", "hypernet"] = "attention"
+    """Transformation predictor: the paper's, EquiMod's linear layer, or SIE's hypernetwork (Table 7)."""
+    predictor_width: int = 0
+    """Inner width of the predictor (attention: heads x head size; linear: hidden; hypernet: rank).
+    0: 64 per head for attention; for the others the width whose parameter count is nearest to attention's."""
+    predictor_heads: int = 8
+    """Attention heads of the attention predictor."""
+    head_hidden: int = 2048
+    """Hidden channels of the four projection heads."""
+    head_width: int = 512
+    """Channels of an embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "image_size", "image_patch", "spectrogram_frames", "spectrogram_mels",
+                     "audio_patch", "aug_width", "predictor_heads", "head_hidden", "head_width"):  # fmt: skip
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+        require(self.predictor_width >= 0, "model.predictor_width", self.predictor_width, "0 (automatic) or more")
+        require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads={self.heads}")
+        require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4 (2-D sin-cos positions)")
+        require(self.image_size % self.image_patch == 0, "model.image_size", self.image_size,
+                f"a multiple of model.image_patch={self.image_patch}")  # fmt: skip
+        for name in ("spectrogram_frames", "spectrogram_mels"):
+            require(getattr(self, name) % self.audio_patch == 0, f"model.{name}", getattr(self, name),
+                    f"a multiple of model.audio_patch={self.audio_patch}")  # fmt: skip
+        if self.predictor == "attention" and self.predictor_width:
+            require(self.predictor_width % self.predictor_heads == 0, "model.predictor_width", self.predictor_width,
+                    f"a multiple of model.predictor_heads={self.predictor_heads}")  # fmt: skip
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of image patches."""
+        return (self.image_size // self.image_patch,) * 2
+
+    @property
+    def audio_grid(self) -> tuple[int, int]:
+        """Rows (frequency) and columns (time) of spectrogram patches."""
+        return self.spectrogram_mels // self.audio_patch, self.spectrogram_frames // self.audio_patch
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Distributions of the augmentations (Appendix C). Only random resized crop is always on."""
+
+    variant: Literal["paper", "released"] = "paper"
+    """`released` keeps what the authors' published program does where it parts from the paper (docs/method.md)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a crop, share of the picture."""
+    image_crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of an image crop."""
+    audio_crop_ratio: tuple[float, float] = (0.8, 1.5)
+    """Frequency share over time share of a spectrogram crop; 1 keeps the 8:1 shape of a 1024 x 128 spectrogram."""
+    jitter_p: float = 0.8
+    """Probability of jitter (brightness, contrast, and for images saturation and hue)."""
+    jitter_factor: float = 0.4
+    """Jitter factors are drawn from 1 +- this."""
+    jitter_hue: float = 0.1
+    """Hue shift is drawn from +- this, share of the colour circle."""
+    blur_p: float = 0.5
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur, pixels."""
+    flip_p: float = 0.5
+    """Probability of the horizontal (for spectrograms: time) flip."""
+    gray_p: float = 0.2
+    """Probability of grayscale, images only."""
+    mask_p: float = 0.8
+    """Probability of SpecAugment and time shift, drawn as one."""
+    max_mask_frames: int = 192
+    """Longest time mask, frames."""
+    max_mask_mels: int = 48
+    """Tallest frequency mask, mel bins."""
+
+    def __post_init__(self) -> None:
+        for name in ("jitter_p", "blur_p", "flip_p", "gray_p", "mask_p"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability")
+        for name in ("crop_scale", "image_crop_ratio", "audio_crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            require(0 < low <= high, f"augment.{name}", (low, high), "two positive numbers, the smaller first")
+        require(self.crop_scale[1] <= 1, "augment.crop_scale", self.crop_scale, "shares of at most 1")
+        require(0 <= self.jitter_factor < 1, "augment.jitter_factor", self.jitter_factor, "0 to below 1")
+        require(0 <= self.jitter_hue <= 0.5, "augment.jitter_hue", self.jitter_hue, "0 to 0.5")
+        for name in ("max_mask_frames", "max_mask_mels"):
+            require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Eq. 8-16 and the ablations of Tables 5, 6, 8, 9 and A."""
+
+    intra: Literal["equivariant", "invariant", "none"] = "equivariant"
+    """What the augmented embedding is matched with: the prediction, the original, or nothing (Table 5)."""
+    intra_positive_in_denominator: bool = True
+    """Eq. 9; false gives EquiMod's form, Eq. A (Table 9)."""
+    inter_on: Literal["original", "augmented", "equivariant", "centroid"] = "centroid"
+    """What represents a clip in inter-modal learning (Table 5)."""
+    centroid_size: int = 16
+    """S, the number of equivariant representations in a centroid (Table 6)."""
+    schedule: Literal["joint", "two_stage", "alternating"] = "joint"
+    """Both losses together, intra-modal first and inter-modal after, or one after the other by step (Table 8)."""
+    two_stage_split: float = 0.5
+    """Share of the steps that the first stage of `two_stage` takes."""
+    weight_inter: float = 1.0
+    weight_intra_audio: float = 1.0
+    weight_intra_image: float = 1.0
+    temperature: float = 0.07
+    """tau, of both losses."""
+    learnable_temperature: bool = False
+    """Learn log tau, starting at `temperature`; never below 0.01."""
+
+    def __post_init__(self) -> None:
+        require(self.centroid_size >= 1, "objective.centroid_size", self.centroid_size, "1 or more")
+        require(self.temperature > 0, "objective.temperature", self.temperature, "a positive number")
+        require(0 < self.two_stage_split < 1, "objective.two_stage_split", self.two_stage_split, "between 0 and 1")
+        for name in ("weight_inter", "weight_intra_audio", "weight_intra_image"):
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more")
+
+    @property
+    def queries(self) -> int:
+        """Augmentation vectors per clip and modality that the model sees: t of the view, then S for the centroid."""
+        return 1 + (self.centroid_size if self.inter_on == "centroid" else 0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sample_rate: int = 16000
+    """Hz. Clips at another rate are refused; packing resamples."""
+    audio_mean: float = -4.346
+    """Mean of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
+    audio_std: float = 4.332
+    """Standard deviation of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
+
+    def __post_init__(self) -> None:
+        require(self.sample_rate > 0, "data.sample_rate", self.sample_rate, "a positive number of Hz")
+        require(self.audio_std > 0, "data.audio_std", self.audio_std, "a positive number")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Table D, pre-training. Durations in steps: a run's length must not depend on how its data is counted."""
+
+    batch_size: int = 256
+    """Global batch: samples in one step, over all workers."""
+    steps: int = 147_900
+    """Updates in the run (20 epochs of AudioSet-2M at batch 256)."""
+    warmup_steps: int = 14_790
+    """Linear warm-up (2 epochs)."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lr_start: float = 1e-6
+    """Learning rate of the first step, and of the last (half-cycle cosine)."""
+    weight_decay: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """Largest norm of the gradient over all parameters."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (a contrast needs a negative)")
+        require(self.steps >= 1, "train.steps", self.steps, "1 or more")
+        require(0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,
+                f"0 to train.steps={self.steps}")  # fmt: skip
+        require(0 < self.lr_start <= self.lr, "train.lr_start", self.lr_start, f"above 0, at most train.lr={self.lr}")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers from 0 to below 1")
+        require(self.clip > 0, "train.clip", self.clip, "a positive number")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pretraining run."""
+
+    seed: int = 0
+    """Of every draw: initial weights, order, augmentations."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the run computes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        require(self.augment.max_mask_frames < self.model.spectrogram_frames, "augment.max_mask_frames",
+                self.augment.max_mask_frames, f"below model.spectrogram_frames={self.model.spectrogram_frames}")  # fmt: skip
+        require(self.augment.max_mask_mels < self.model.spectrogram_mels, "augment.max_mask_mels",
+                self.augment.max_mask_mels, f"below model.spectrogram_mels={self.model.spectrogram_mels}")  # fmt: skip
+        trained = self.objective.intra != "none" or self.objective.weight_inter > 0
+        require(trained, "objective", "intra=none with weight_inter=0", "at least one loss")
+
+
+T = typing.TypeVar("T")
+
+
+def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None) -> tuple[T, bool]:
+    """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--config", default=recipe)
+    common.add_argument("--print-config", action="store_true")
+    common.add_argument("--model.size", dest="size", default=None)
+    known, _ = common.parse_known_args(argv)
+    rest = _without(argv, "--config", values=1)
+    rest = _without(rest, "--print-config", values=0)
+    values, source = read_yaml(known.config) if known.config else ({}, "defaults")
+    default = from_dict(cls, values, source, size=known.size)
+    footer = "also: --config NAME_OR_PATH (a recipe or YAML file), --print-config (show the resolved settings and stop)"
+    config = tyro.cli(cls, prog=f"equiav {command}", description=f"{cls.__doc__}\n\n{footer}", default=default,
+                      args=rest, use_underscores=True)  # fmt: skip
+    return config, known.print_config
+
+
+def _without(argv: list[str], flag: str, values: int) -> list[str]:
+    """argv less `flag` and its values, in both spellings (`--flag value`, `--flag=value`)."""
+    kept, skip = [], 0
+    for word in argv:
+        if skip:
+            skip -= 1
+        elif word == flag:
+            skip = values
+        elif not word.startswith(flag + "="):
+            kept.append(word)
+    return kept
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("equiav.recipes").iterdir()
+                  if p.name.endswith(".yaml"))  # fmt: skip
+
+
+def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
+    """A recipe by name or a YAML file by path -> its values, and what to call it in an error."""
+    if name_or_path in recipe_names():
+        source, text = f"recipe {name_or_path}", (resources.files("equiav.recipes") / f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        source, text = name_or_path, Path(name_or_path).read_text()
+    else:
+        raise ConfigError(f"--config {name_or_path}: no such file, and the recipes are {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected settings (`section:` then `field: value`), found {type(values).__name__}")
+    return values, source
+
+
+def from_dict(cls: type[T], values: dict[str, Any], source: str, size: str | None = None) -> T:
+    """`values` as a config of class `cls`, strictly: unknown names and wrong types are errors that name the field."""
+    sections = typing.get_type_hints(cls)
+    model = values.get("model") or {}
+    if "model" in sections and isinstance(model, dict):
+        size = size or model.get("size", "vit_b16")
+        if size not in SIZES:
+            raise ConfigError(f"{source}: model.size is {size!r}, expected one of {', '.join(SIZES)}")
+        values = {**values, "model": {**model, "size": size}}
+        for section in SIZES[size].keys() & sections.keys():
+            if isinstance(values.setdefault(section, {}), dict):
+                values[section] = {**SIZES[size][section], **values[section]}
+    try:
+        return _converter().structure(values, cls)
+    except cattrs.BaseValidationError as error:
+        raise ConfigError("\n".join(_explain(error, source, path=""))) from None
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+
+    def strict(kind: type) -> None:
+        def hook(value: Any, _: Any) -> Any:
+            if kind is float and isinstance(value, str):
+                value = float(value)  # YAML 1.1 reads 1e-4 (no point) as text
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind or (kind is float and not math.isfinite(value)):
+                raise ValueError(f"found {value!r}")
+            return value
+
+        converter.register_structure_hook(kind, hook)
+
+    for kind in (bool, int, float, str):
+        strict(kind)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    return converter
+
+
+def _explain(error: BaseException, source: str, path: str, kind: Any = None) -> list[str]:
+    """One line for each thing wrong in a cattrs error tree."""
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        names = [f.name for f in dataclasses.fields(error.cl)]
+        lines = []
+        for name in sorted(error.extra_fields):
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {path}{near[0]}?" if near else f"the fields are {', '.join(names)}"
+            lines.append(f"{source}: unknown field {path}{name}; {hint}")
+        return lines
+    if isinstance(error, cattrs.ClassValidationError):
+        known, rest = error.group_exceptions()
+        lines = [line for e in rest for line in _explain(e, source, path)]
+        for e, note in known:
+            nested = isinstance(e, cattrs.ClassValidationError)
+            lines += _explain(e, source, f"{path}{note.name}" + ("." if nested else ""), note.type)
+        return lines
+    if isinstance(error, ConfigError):
+        return [f"{source}: {error}"]
+    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    found = str(error) if str(error).startswith("found") else f"cannot read it ({error})"
+    return [f"{source}: {path}: {found}, expected {expected}"]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return cattrs.Converter(unstruct_collection_overrides={tuple: list}).unstructure(config)
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,175 @@
+"""The whole model: from two views of an audio-visual pair to the embeddings that the objective compares."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, ModelConfig, ObjectiveConfig
+from equiav.model.encoder import Encoder
+from equiav.model.head import ProjectionHead
+from equiav.model.predictor import PREDICTORS, AttentionPredictor
+
+
+class Embeddings(NamedTuple):
+    """What a batch of B clips contributes to the loss. Not normalised; d is `model.head_width`."""
+
+    intra_a: Tensor | None  # (B, d) predicted (equivariant) or original (invariant) embedding of the audio
+    aug_a: Tensor | None  # (B, d) embedding of the augmented audio, z'_a
+    intra_v: Tensor | None
+    aug_v: Tensor | None
+    inter_a: Tensor  # (B, d) what represents the audio in inter-modal learning: by default the centroid's
+    inter_v: Tensor
+    plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
+    plain_v: Tensor | None
+
+
+class Branch(nn.Module):
+    """One modality: encoder f_m, predictor u_m, heads g_m."""
+
+    def __init__(self, encoder: Encoder, d_t: int, model: ModelConfig, objective: ObjectiveConfig):
+        super().__init__()
+        self.objective = objective
+        self.encoder = encoder
+        self.predictor = PREDICTORS[model.predictor](d_t, model)
+        self.intra_head = ProjectionHead(model.width, model.head_hidden, model.head_width)
+        self.inter_head = ProjectionHead(model.width, model.head_hidden, model.head_width)
+
+    def forward(
+        self, x: Tensor, x_aug: Tensor | None, t: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """x (B, C, H, W), x_aug alike, t (B, 1 + S, d_t) -> intra, aug, inter, plain, each (B, d).
+
+        t[:, 0] is the transformation that made x_aug; the other S are the centroid's.
+        """
+        intra, inter_on = self.objective.intra, self.objective.inter_on
+        h, h_aug = self.encoder(x, x_aug)
+        predicted = None
+        if intra == "equivariant" or inter_on in ("equivariant", "centroid"):
+            predicted = self.predictor(h, t)  # (B, 1 + S, D)
+
+        z = z_aug = plain = None
+        if intra != "none":
+            z = self.intra_head(predicted[:, 0] if intra == "equivariant" else h.mean(dim=1))
+            z_aug = self.intra_head(h_aug.mean(dim=1))
+        if intra == "equivariant":
+            with torch.no_grad():
+                plain = self.intra_head(h.mean(dim=1))
+        return z, z_aug, self.inter_head(self._representative(h, h_aug, predicted)), plain
+
+    def _representative(self, h: Tensor, h_aug: Tensor | None, predicted: Tensor | None) -> Tensor:
+        match self.objective.inter_on:
+            case "original":
+                return h.mean(dim=1)
+            case "augmented":
+                return h_aug.mean(dim=1)  # type: ignore[union-attr]
+            case "equivariant":
+                return predicted[:, 0]  # type: ignore[index]
+            case "centroid":
+                return predicted[:, 1:].mean(dim=1)  # type: ignore[index]  # Eq. 12
+
+
+class EquiAV(nn.Module):
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig):
+        super().__init__()
+        self.config = model
+        self.objective = objective
+        image = Encoder(3, model.image_grid, model.image_patch, model.width, model.depth, model.heads)
+        audio = Encoder(1, model.audio_grid, model.audio_patch, model.width, model.depth, model.heads)
+        self.audio = Branch(audio, AUDIO_VECTOR, model, objective)
+        self.image = Branch(image, IMAGE_VECTOR, model, objective)
+        self.log_temperature = nn.Parameter(torch.empty(())) if objective.learnable_temperature else None
+
+    def forward(
+        self, audio: Tensor, image: Tensor, audio_aug: Tensor | None, image_aug: Tensor | None, t_a: Tensor, t_v: Tensor
+    ) -> Embeddings:
+        """audio, audio_aug (B, T, F); image, image_aug (B, 3, H, W); t_a (B, 1 + S, 24); t_v (B, 1 + S, 18)."""
+        intra_a, aug_a, inter_a, plain_a = self.audio(
+            as_picture(audio), None if audio_aug is None else as_picture(audio_aug), t_a
+        )
+        intra_v, aug_v, inter_v, plain_v = self.image(image, image_aug, t_v)
+        return Embeddings(intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v)
+
+    @property
+    def temperature(self) -> Tensor | float:
+        if self.log_temperature is None:
+            return self.objective.temperature
+        return self.log_temperature.clamp(min=math.log(0.01)).exp()
+
+    def encode_audio(self, spectrogram: Tensor) -> Tensor:
+        """h_a: (B, T, F) -> (B, N, D)."""
+        return self.audio.encoder(as_picture(spectrogram))[0]
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """h_v: (B, 3, H, W) -> (B, N, D)."""
+        return self.image.encoder(image)[0]
+
+    def predict_audio(self, h: Tensor, t: Tensor) -> Tensor:
+        """u_a: h (B, N, D), t (B, Q, 24) -> (B, Q, D)."""
+        return self.audio.predictor(h, t)
+
+    def predict_image(self, h: Tensor, t: Tensor) -> Tensor:
+        """u_v: h (B, N, D), t (B, Q, 18) -> (B, Q, D)."""
+        return self.image.predictor(h, t)
+
+    def embed_audio(self, spectrogram: Tensor, t: Tensor | None = None) -> Tensor:
+        """Inter-modal embedding, L2-normalised: (B, T, F) -> (B, d). With t (B or 1, S, 24) the centroid's (Eq. 13)."""
+        return _embed(self.audio, self.encode_audio(spectrogram), t)
+
+    def embed_image(self, image: Tensor, t: Tensor | None = None) -> Tensor:
+        """Inter-modal embedding, L2-normalised: (B, 3, H, W) -> (B, d). With t (B or 1, S, 18) the centroid's."""
+        return _embed(self.image, self.encode_image(image), t)
+
+    def attention_audio(self, spectrogram: Tensor, t: Tensor) -> Tensor:
+        """The predictor's attention: (B, T, F), t (B, Q, 24) -> (B, heads, Q, N)."""
+        return _attention(self.audio, self.encode_audio(spectrogram), t)
+
+    def attention_image(self, image: Tensor, t: Tensor) -> Tensor:
+        """The predictor's attention: (B, 3, H, W), t (B, Q, 18) -> (B, heads, Q, N)."""
+        return _attention(self.image, self.encode_image(image), t)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fills every parameter from (seed, its name) alone: no other state, and no order of creation, plays a part."""
+        for name, parameter in self.named_parameters():
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            value = torch.empty(parameter.shape)
+            if name.endswith("modality"):
+                value.normal_(std=0.02, generator=generator)
+            elif name == "log_temperature":
+                value.fill_(math.log(self.objective.temperature))
+            elif parameter.dim() >= 2:  # the patch embedding counts as a linear layer
+                nn.init.xavier_uniform_(value.view(value.shape[0], -1), generator=generator)
+            else:
+                value.fill_(1.0 if "norm" in _owner(self, name) and name.endswith("weight") else 0.0)
+            parameter.copy_(value)
+        for branch in (self.audio, self.image):
+            branch.encoder.reset_positions()
+
+
+def as_picture(spectrogram: Tensor) -> Tensor:
+    """(B, T, F) -> (B, 1, F, T): rows are mel bins, columns are time."""
+    return spectrogram.transpose(1, 2).unsqueeze(1)
+
+
+def _owner(model: nn.Module, parameter: str) -> str:
+    return type(model.get_submodule(parameter.rpartition(".")[0])).__name__.lower()
+
+
+def _embed(branch: Branch, h: Tensor, t: Tensor | None) -> Tensor:
+    if t is None:
+        return F.normalize(branch.inter_head(h.mean(dim=1)), dim=-1)
+    centroid = branch.predictor(h, t.expand(len(h), -1, -1)).mean(dim=1)  # (B, D)
+    return F.normalize(branch.inter_head(centroid), dim=-1)
+
+
+def _attention(branch: Branch, h: Tensor, t: Tensor) -> Tensor:
+    if not isinstance(branch.predictor, AttentionPredictor):
+        raise ValueError(f"{type(branch.predictor).__name__} has no attention; model.predictor=attention has")
+    return branch.predictor.attention(h, t.expand(len(h), -1, -1))

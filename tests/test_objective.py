@@ -1,0 +1,148 @@
+"""Every loss against the equations written as plain loops in float64."""
+
+import math
+
+import pytest
+import torch
+
+from equiav.config import ObjectiveConfig
+from equiav.model import Embeddings
+from equiav.objective import equiav_loss, info_nce, nt_xent, weights_at
+
+N, d, TAU = 7, 5, 0.07
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def sim(x, y):
+    return (x @ y) / (x.norm() * y.norm())
+
+
+def plain_nt_xent(z_hat, z_aug, tau, with_positive):
+    def one_way(p, q):
+        total = 0.0
+        for i in range(N):
+            top = torch.exp(sim(p[i], q[i]) / tau)
+            bottom = 0.0
+            for j in range(N):
+                if j != i or with_positive:
+                    bottom = bottom + torch.exp(sim(p[i], q[j]) / tau)
+                if j != i:
+                    bottom = bottom + torch.exp(sim(p[i], p[j]) / tau)
+            total = total - torch.log(top / bottom)
+        return total / N
+
+    return (one_way(z_hat, z_aug) + one_way(z_aug, z_hat)) / 2
+
+
+def plain_info_nce(a, v, tau):
+    total = 0.0
+    for i in range(N):
+        for p, q in ((a, v), (v, a)):
+            bottom = sum(torch.exp(sim(p[i], q[j]) / tau) for j in range(N))
+            total = total - torch.log(torch.exp(sim(p[i], q[i]) / tau) / bottom) / 2
+    return total / N
+
+
+def same_value_and_gradients(ours, plain, *inputs):
+    assert abs(ours - plain) < 1e-10 * max(1, abs(plain))
+    for g, g_plain in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        assert (g - g_plain).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("with_positive", [True, False])
+def test_nt_xent(with_positive):
+    x, y = random(N, d), random(N, d, seed=1)
+    tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
+    same_value_and_gradients(
+        nt_xent(x, y, tau, with_positive)[0], plain_nt_xent(x, y, tau, with_positive), x, y, tau
+    )
+
+
+def test_info_nce():
+    x, y = random(N, d), random(N, d, seed=1)
+    tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
+    same_value_and_gradients(info_nce(x, y, tau)[0], plain_info_nce(x, y, tau), x, y, tau)
+
+
+def test_gradcheck():
+    x, y = random(4, 3), random(4, 3, seed=1)
+    assert torch.autograd.gradcheck(lambda x, y: nt_xent(x, y, 0.5)[0], (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: nt_xent(x, y, 0.5, False)[0], (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: info_nce(x, y, 0.5)[0], (x, y))
+
+
+def embeddings(**replaced):
+    values = {name: random(N, d, seed=k) for k, name in enumerate(Embeddings._fields)}
+    return Embeddings(**{**values, **replaced})
+
+
+def test_total_is_the_weighted_sum():
+    e, config = embeddings(), ObjectiveConfig(weight_inter=0.5, weight_intra_audio=2, weight_intra_image=3)
+    loss, terms = equiav_loss(e, weights_at(0, 1, config), TAU, config)
+    plain = (0.5 * plain_info_nce(e.inter_a, e.inter_v, TAU) + 2 * plain_nt_xent(e.intra_a, e.aug_a, TAU, True)
+             + 3 * plain_nt_xent(e.intra_v, e.aug_v, TAU, True))  # fmt: skip
+    same_value_and_gradients(loss, plain, e.inter_a, e.inter_v, e.intra_a, e.aug_a, e.intra_v, e.aug_v)
+    cosines = torch.stack([sim(p, q) for p, q in zip(e.intra_a, e.aug_a, strict=True)])
+    unpredicted = torch.stack([sim(p, q) for p, q in zip(e.plain_a, e.aug_a, strict=True)])
+    assert terms["similarity_audio"] == pytest.approx(cosines.mean().item())
+    assert terms["gain_audio"] == pytest.approx((cosines - unpredicted).mean().item())
+    assert all(value.dim() == 0 and not value.requires_grad for value in terms.values())
+
+
+def test_processes_add_up_to_one():
+    """Three processes with 3, 2 and 2 of the rows: their losses and gradients sum to the single process's."""
+    x, y = random(N, d), random(N, d, seed=1)
+    for loss in (lambda p, q, g: nt_xent(p, q, TAU, gather=g)[0], lambda p, q, g: info_nce(p, q, TAU, g)[0]):
+        whole = loss(x, y, lambda z: (z, 0))
+        parts = []
+        for start, stop in ((0, 3), (3, 5), (5, 7)):
+            calls = iter((x, y))  # the two gathers of one loss, in order
+            gather = lambda z, calls=calls, start=start: (torch.nn.functional.normalize(next(calls), dim=1), start)  # noqa: E731
+            parts.append(loss(x[start:stop], y[start:stop], gather))
+        same_value_and_gradients(sum(parts), whole, x, y)
+
+
+def test_accuracy_counts_anchors_that_find_their_positive():
+    z = torch.eye(4)
+    assert info_nce(z, z, TAU)[1] == 8
+    assert info_nce(z, z.roll(1, 0), TAU)[1] == 0
+    assert nt_xent(z, z + 0.01, TAU)[1] == 8
+    assert nt_xent(z, z.roll(1, 0), TAU)[1] == 0
+
+
+def test_accuracy_of_collapsed_embeddings_is_zero_for_the_intra_loss():
+    z = torch.ones(4, 3)
+    assert nt_xent(z, z, TAU)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_is_float32_under_autocast(dtype):
+    x, y = random(N, d).detach(), random(N, d, seed=1).detach()
+    low_x, low_y = x.to(dtype), y.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        intra, inter = nt_xent(low_x, low_y, TAU)[0], info_nce(low_x, low_y, TAU)[0]
+    assert intra.dtype == inter.dtype == torch.float32
+    assert intra == pytest.approx(plain_nt_xent(low_x.double(), low_y.double(), TAU, True).item(), rel=1e-5)
+    assert inter == pytest.approx(plain_info_nce(low_x.double(), low_y.double(), TAU).item(), rel=1e-5)
+
+
+def test_schedules():
+    def series(**settings):
+        return [weights_at(step, 4, ObjectiveConfig(**settings)) for step in range(4)]
+
+    assert series() == [(1, 1, 1)] * 4
+    assert series(schedule="two_stage") == [(0, 1, 1)] * 2 + [(1, 0, 0)] * 2
+    assert series(schedule="two_stage", two_stage_split=0.25) == [(0, 1, 1)] + [(1, 0, 0)] * 3
+    assert series(schedule="alternating") == [(0, 1, 1), (1, 0, 0)] * 2
+    assert series(intra="none") == [(1, 0, 0)] * 4
+
+
+def test_the_loss_of_chance_is_the_log_of_the_candidates():
+    """Equal similarities everywhere: -log 1/N between modalities, -log 1/(2N - 1) within one."""
+    z = torch.ones(N, d, dtype=torch.float64)
+    assert info_nce(z, z, TAU)[0] == pytest.approx(math.log(N))
+    assert nt_xent(z, z, TAU)[0] == pytest.approx(math.log(2 * N - 1))
+    assert nt_xent(z, z, TAU, positive_in_denominator=False)[0] == pytest.approx(math.log(2 * N - 2))
