@@ -183,6 +183,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         require(self.centroid_size >= 1, "objective.centroid_size", self.centroid_size, "1 or more")
         require(self.temperature > 0, "objective.temperature", self.temperature, "a positive number")
+        require(self.intra != "none" or self.schedule == "joint", "objective.schedule", self.schedule,
+                "joint, since objective.intra=none leaves one loss")  # fmt: skip
         require(0 < self.two_stage_split < 1, "objective.two_stage_split", self.two_stage_split, "between 0 and 1")
         for name in ("weight_inter", "weight_intra_audio", "weight_intra_image"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more")
@@ -201,8 +203,14 @@ class DataConfig:
     """Mean of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
     audio_std: float = 4.332
     """Standard deviation of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
+    min_seconds: float = 1.0
+    """Shorter audio is refused."""
+    silence: float = 1e-4
+    """Audio that stays within this of its middle is silent, and refused; full scale is 1."""
 
     def __post_init__(self) -> None:
+        require(self.min_seconds >= 0.025, "data.min_seconds", self.min_seconds, "at least one window, 0.025 s")
+        require(0 <= self.silence < 1, "data.silence", self.silence, "0 to below 1")
         require(self.sample_rate > 0, "data.sample_rate", self.sample_rate, "a positive number of Hz")
         require(self.audio_std > 0, "data.audio_std", self.audio_std, "a positive number")
 

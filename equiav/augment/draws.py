@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     CENTROID_IMAGE = 3
     CENTROID_AUDIO = 4
     FRAME = 5
+    ORDER = 6
 
 
 def uniforms(seed: int, epoch: int, samples: Tensor, purpose: Purpose, count: int) -> Tensor:

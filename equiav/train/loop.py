@@ -1,0 +1,62 @@
+"""Batch -> views -> embeddings -> loss -> step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from equiav.augment import make_views
+from equiav.config import Config
+from equiav.model import EquiAV
+from equiav.objective import equiav_loss, weights_at
+from equiav.train.schedule import learning_rate
+
+
+class Batch(NamedTuple):
+    """Decoded clips, on the host."""
+
+    epoch: int
+    samples: Tensor  # (B,) int64, the ids that the draws depend on
+    frames: Tensor  # (B, 3, H, W) uint8, one frame of each clip
+    waveform: Tensor  # (B, L) int16
+
+
+def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[str, float]], None]) -> EquiAV:
+    """The whole run: `config.train.steps` updates; `report(step, metrics)` after each."""
+    device = torch.device(config.device)
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(config.seed)
+    model.to(device).train()
+    settings = config.train
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr_start, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
+
+    for step, batch in zip(range(settings.steps), batches, strict=False):
+        samples, frames, waveform = (x.to(device, non_blocking=True) for x in batch[1:])
+        views = make_views(config, batch.epoch, samples, frames, waveform)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            embeddings = model(*views)
+        weights = weights_at(step, settings.steps, config.objective)
+        loss, terms = equiav_loss(embeddings, weights, model.temperature, config.objective)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        metrics = dict(zip(terms, torch.stack([value.float() for value in terms.values()]).tolist(), strict=True))
+        if not all(math.isfinite(value) for value in metrics.values()):
+            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+            raise FloatingPointError(
+                f"step {step}: {', '.join(bad)} not finite before the update; samples {batch.samples.tolist()}. "
+                "Lower train.lr or train.clip, or set train.precision=float32"
+            )
+        optimizer.step()
+        report(step, {**metrics, "lr": learning_rate(step, settings)})
+    return model.eval()

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torchaudio.compliance.kaldi import fbank
+
+from equiav.augment import log_mel, normalised_spectrogram
+
+RATE = 16000
+
+
+def reference(waveform, mels=128, rate=RATE):
+    return fbank(waveform[None], htk_compat=True, sample_frequency=rate, use_energy=False, window_type="hanning",
+                 num_mel_bins=mels, dither=0.0, frame_shift=10)  # fmt: skip
+
+
+def sounds(length):
+    """Noise, a tone, a chirp, a click, a quiet tone on an offset, silence, near silence: (7, length)."""
+    g = torch.Generator().manual_seed(0)
+    time = torch.arange(length) / RATE
+    click = torch.zeros(length)
+    click[length // 2] = 1
+    quiet = torch.zeros(length)
+    quiet[::2] = 1 / 32768
+    return torch.stack([
+        0.1 * torch.randn(length, generator=g), 0.5 * torch.sin(2 * torch.pi * 440 * time),
+        0.5 * torch.sin(2 * torch.pi * (50 + 3000 * time) * time), click,
+        1e-3 * torch.sin(2 * torch.pi * 5000 * time) + 0.2, torch.zeros(length), quiet,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [400, 559, 560, 16000, 41000, 160000])
+@pytest.mark.parametrize("mels", [64, 128])
+def test_equals_kaldi(length, mels):
+    batch = sounds(length)
+    ours = log_mel(batch, mels)
+    assert ours.isfinite().all()
+    for k, sound in enumerate(batch):
+        torch.testing.assert_close(ours[k], reference(sound, mels), atol=1e-4, rtol=0)
+
+
+def test_devices_agree(device):
+    noise = sounds(41000)[:1]
+    torch.testing.assert_close(log_mel(noise.to(device)).cpu(), log_mel(noise), atol=1e-3, rtol=0)
+
+
+def test_another_rate():
+    noise = sounds(22050)[:1]
+    torch.testing.assert_close(log_mel(noise, 64, 22050)[0], reference(noise[0], 64, 22050), atol=1e-4, rtol=0)
+
+
+def test_normalised_spectrogram_is_cut_padded_and_scaled(config):
+    model, data = config.model, config.data
+    noise = sounds(60000)[:1]
+    long = normalised_spectrogram(noise, model, data)
+    assert long.shape == (1, 256, 64)
+    expected = (reference(noise[0], 64)[:256] - data.audio_mean) / data.audio_std
+    torch.testing.assert_close(long[0], expected, atol=1e-4, rtol=0)
+    short = normalised_spectrogram(noise[:, :16000], model, data)
+    assert short.shape == (1, 256, 64)
+    torch.testing.assert_close(short[0, 98:], torch.full((158, 64), -data.audio_mean / data.audio_std))
+    as_int = (noise * 32768).clamp(-32768, 32767).to(torch.int16)
+    torch.testing.assert_close(normalised_spectrogram(as_int, model, data), long, atol=0.05, rtol=0)
+
+
+def test_too_short_and_wrong_type_are_named():
+    with pytest.raises(ValueError, match=r"waveform is \(2, 399\), expected \(B, L\) with L >= 400"):
+        log_mel(torch.zeros(2, 399))
+    with pytest.raises(ValueError, match="int16"):
+        log_mel(torch.zeros(2, 4000, dtype=torch.int16))
