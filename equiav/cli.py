@@ -1,0 +1,90 @@
+"""`equiav <command>`: parsing and calling, nothing else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "smoke": "generate clips, pretrain the tiny model, retrieve, write a report: everything works here",
+    "plan": "parameters, multiply-adds, memory and traffic of a configuration",
+    "import": "turn a published checkpoint (EquiAV, CAV-MAE, MAE) into a model folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:8s} {what}")
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command == "--version":
+        print(importlib.metadata.version("equiav"))
+        return 0
+    if command not in COMMANDS:
+        print(f"equiav: no command {command!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    problem = _environment_problem()
+    if problem:
+        print(f"equiav: {problem}", file=sys.stderr)
+        return 1
+
+    from equiav.config import ConfigError
+
+    try:
+        _run(command, rest)
+    except ConfigError as error:
+        print(f"equiav {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nequiav {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: str, argv: list[str]) -> None:
+    from equiav.config import ConfigError, load, to_yaml
+
+    match command:
+        case "smoke":
+            from equiav.smoke import SmokeConfig, run_smoke
+
+            config, show = load(SmokeConfig, command, argv, recipe="smoke")
+            print(to_yaml(config), end="") if show else run_smoke(config)
+        case "plan":
+            from equiav.plan import PlanConfig, run_plan
+
+            config, show = load(PlanConfig, command, argv)
+            print(to_yaml(config), end="") if show else run_plan(config)
+        case "import":
+            from equiav.model.importers import ImportProblem
+            from equiav.weights import ImportConfig, run_import
+
+            config, show = load(ImportConfig, command, argv)
+            try:
+                print(to_yaml(config), end="") if show else run_import(config)
+            except ImportProblem as error:
+                raise ConfigError(str(error)) from None
+
+
+def _environment_problem() -> str | None:
+    """What is wrong with the installed torch family, in one line; None where nothing is.
+
+    torchaudio's last release, 2.11, loads only beside torch 2.11 to 2.13 built for CUDA 13 (on machines without a GPU too).
+    """
+    advice = "install with `pip install -c constraints.txt equiav`, or torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
+    version = importlib.metadata.version("torch")
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not (2, 11) <= (major, minor) <= (2, 13):
+        return f"torch {version} is installed, expected 2.11 to 2.13 (torchaudio 2.11 does not load beside others); {advice}"
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        return f"torchaudio does not load beside torch {version} ({reason}); {advice}"
+    return None
+
+
