@@ -50,7 +50,10 @@ def _run(command: str, argv: list[str]) -> None:
 
     match command:
         case "smoke":
-            from equiav.smoke import SmokeConfig, run_smoke
+            try:
+                from equiav.smoke import SmokeConfig, run_smoke
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
 
             config, show = load(SmokeConfig, command, argv, recipe="smoke")
             print(to_yaml(config), end="") if show else run_smoke(config)

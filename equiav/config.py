@@ -36,9 +36,9 @@ def require(condition: bool, setting: str, found: object, expected: str) -> None
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "model": {
-            "width": 64, "depth": 3, "heads": 4, "image_size": 64, "image_patch": 8,
+            "width": 64, "depth": 3, "heads": 2, "image_size": 64, "image_patch": 8,
             "spectrogram_frames": 256, "spectrogram_mels": 64, "audio_patch": 16,
-            "aug_width": 64, "predictor_heads": 4, "head_hidden": 128, "head_width": 64,
+            "aug_width": 64, "predictor_heads": 2, "head_hidden": 128, "head_width": 64,
         },
         "augment": {"max_mask_frames": 48, "max_mask_mels": 24},
     },
@@ -329,7 +329,8 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
 def from_dict(cls: type[T], values: dict[str, Any], source: str, size: str | None = None) -> T:
     """`values` as a config of class `cls`, strictly: unknown names and wrong types are errors that name the field."""
     sections = typing.get_type_hints(cls)
-    model = values.get("model") or {}
+    values = {name: {} if value is None else value for name, value in values.items()}  # `model:` with nothing below it
+    model = values.get("model", {})
     if "model" in sections and isinstance(model, dict):
         size = size or model.get("size", "vit_b16")
         if size not in SIZES:

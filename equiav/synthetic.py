@@ -61,7 +61,7 @@ class World:
 
     def _frames(self, attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         x, y = self._grid[None, :], self._grid[:, None]
-        corner = rng.uniform(0.0, 0.35, (4, 3, 1, 1)).astype(np.float32)  # a bilinear gradient of four colours
+        corner = rng.uniform(0.2, 0.5, (4, 3, 1, 1)).astype(np.float32)  # a bilinear gradient of four colours
         background = (
             corner[0] * ((1 - x) * (1 - y)) + corner[1] * (x * (1 - y)) + corner[2] * ((1 - x) * y) + corner[3] * (x * y)
         )
@@ -69,7 +69,7 @@ class World:
         picture = np.repeat(background[None], self.frames, axis=0)  # (K, 3, size, size)
         time = np.arange(self.frames, dtype=np.float32) / self.frames
         for shape, size, brightness, place, hue, motion in attributes:
-            radius = np.float32(0.09 + 0.13 * size)
+            radius = np.float32(0.07 + 0.17 * size)
             centre_x = np.float32(0.16 + 0.68 * place)
             height = rng.uniform(0.35, 0.65) + 0.12 * np.sin(2 * np.pi * (rng.random() + (1 + 3 * motion) * time))
             near = slice(*(int(round((centre_x + side * radius) * self.size)) + side for side in (-1, 1)))  # columns
@@ -99,13 +99,13 @@ class World:
 
     def _audio(self, attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         time = self._time
-        sound = rng.standard_normal(len(time), dtype=np.float32) * np.float32(10 ** rng.uniform(-4.0, -3.0))
+        sound = rng.standard_normal(len(time), dtype=np.float32) * np.float32(10 ** rng.uniform(-4.0, -3.5))
         for shape, size, brightness, place, hue, motion in attributes:
             start = int(0.75 * float(place) * len(time))
             since = time[: len(time) - start]  # seconds from the onset
             pitch = 160 * 2 ** (3 * (1 - float(size)) + rng.normal(0, 0.01))
             position = ((since * np.float32(pitch) + np.float32(rng.random())) * TABLE).astype(np.int32) % TABLE
-            loudness = 10 ** (-2 + 1.2 * float(brightness))
+            loudness = 10 ** (-1.8 + 0.9 * float(brightness))
             decay = self.seconds * (0.03 + 0.4 * float(hue) ** 2)
             envelope = np.minimum(since / np.float32(0.01), 1) * np.exp(-since / np.float32(decay))
             tremolo = 1 + 0.4 * np.sin(np.float32(2 * np.pi * (2 + 6 * float(motion))) * since)

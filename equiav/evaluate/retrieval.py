@@ -13,10 +13,11 @@ from equiav.model import EquiAV
 def recalls(similarity: Tensor, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
     """similarity (N queries, N candidates), the diagonal belongs together -> R@k in percent.
 
-    A candidate as near as the right one counts as nearer: a collapsed model retrieves nothing.
+    A candidate that is not farther than the right one counts as nearer: embeddings that have collapsed, or are not
+    finite, retrieve nothing.
     """
     right = similarity.diagonal().unsqueeze(1)
-    rank = (similarity >= right).sum(dim=1)  # 1 is best
+    rank = len(similarity) - (similarity < right).sum(dim=1)  # 1 is best
     return {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in at}
 
 

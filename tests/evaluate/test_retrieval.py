@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from equiav.evaluate.retrieval import embed_pairs, recalls, zero_shot_retrieval
+from equiav.model import EquiAV
+
+
+def test_recalls():
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])  # ranks 1, 2, 3
+    assert recalls(similarity, (1, 2, 3)) == {
+        "R@1": pytest.approx(100 / 3), "R@2": pytest.approx(200 / 3), "R@3": pytest.approx(100)}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_collapsed_embeddings_retrieve_nothing(value):
+    assert recalls(torch.full((20, 20), value), (1, 5, 10)) == {"R@1": 0, "R@5": 0, "R@10": 0}
+
+
+def clips(n):
+    g = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=g)
+    return frames, torch.randint(-3000, 3000, (n, 40000), generator=g).short()
+
+
+def test_embeddings_do_not_depend_on_the_batch_and_vectors_are_shared(config, device):
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(0)
+    model.to(device).eval()
+    frames, waveform = clips(5)
+    together = embed_pairs(model, config, frames, waveform, seed=0)
+    for part in range(2):
+        alone = torch.cat([embed_pairs(model, config, frames[k : k + 1], waveform[k : k + 1], seed=0)[part] for k in range(5)])
+        torch.testing.assert_close(together[part], alone, atol=1e-4, rtol=0)
+    other = embed_pairs(model, config, frames, waveform, seed=1)
+    assert (together[0] - other[0]).abs().max() > 1e-6
+    again = embed_pairs(model, config, frames, waveform, seed=0)
+    assert torch.equal(together[0], again[0])
+
+
+def test_report_has_both_directions_and_the_spread(config):
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(0)
+    result = zero_shot_retrieval(model.eval(), config, *clips(12))
+    assert set(result) == {f"{d} R@{k}" for d in ("audio to image", "image to audio") for k in (1, 5, 10)}
+    for mean, spread in result.values():
+        assert 0 <= mean - spread
+        assert mean + spread <= 100

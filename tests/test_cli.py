@@ -1,0 +1,102 @@
+"""The commands as a user types them."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from equiav import cli
+
+
+def equiav(*argv, **kwargs):
+    return subprocess.run([sys.executable, "-m", "equiav", *argv], capture_output=True, text=True, **kwargs)
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in cli.COMMANDS)
+    assert cli.main([]) == 2
+
+
+def test_unknown_command_is_named(capsys):
+    assert cli.main(["pretrian"]) == 2
+    assert "no command 'pretrian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_print_config_shows_what_would_run(capsys, command):
+    assert cli.main([command, "--print-config", *(["x.pth"] if command == "import" else [])]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["width"] == (64 if command == "smoke" else 768)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command):
+    done = equiav(command, "--help")
+    assert done.returncode == 0
+    assert f"usage: equiav {command}" in done.stdout
+
+
+def test_a_mistake_is_one_line_and_a_status(tmp_path):
+    (tmp_path / "run.yaml").write_text("model:\n  widht: 3\n")
+    done = equiav("plan", "--config", "run.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "equiav plan: run.yaml: unknown field model.widht; did you mean model.width?\n"
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "2.15.0+cpu"])
+def test_another_torch_is_one_clear_line(monkeypatch, capsys, version):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "torch" else real(name))
+    assert cli.main(["plan"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"equiav: torch {version} is installed, expected 2.11 to 2.13")
+    assert "-c constraints.txt" in message
+    assert message.count("\n") == 1
+
+
+def test_a_torchaudio_that_does_not_load_is_one_clear_line(tmp_path):
+    """As beside a torch built for CPU only: the import of torchaudio fails for want of a library."""
+    (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
+    done = equiav("plan", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("equiav: torchaudio does not load beside torch")
+    assert "libc10_cuda.so" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_prints_its_tables(capsys):
+    assert cli.main(["plan", "--model.size", "tiny", "--world_size", "4"]) == 0
+    printed = capsys.readouterr().out
+    for title in ("Parameters, tiny", "Multiply-adds per sample", "Appendix Table B", "one of 4 processes"):
+        assert title in printed
+
+
+def test_smoke_at_its_smallest(tmp_path, capsys):
+    """Every part of the command, in seconds; the whole run is tests/test_smoke.py."""
+    argv = ["smoke", "--clips", "16", "--held_out", "10", "--train.steps", "3", "--train.batch_size", "8", "--train.warmup_steps", "1",
+            "--out", str(tmp_path / "run")]  # fmt: skip
+    for _ in range(2):  # a second run takes the first one's place
+        assert cli.main(argv) == 0
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    report = (run / "report.md").read_text()
+    for part in ("Zero-shot retrieval among 10 held-out clips", "R@1 over chance", "similarity audio", "gain image", "loss inter"):
+        assert part in report
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 3
+    assert (run / "model" / "model.safetensors").is_file()
+    assert "report.md" in capsys.readouterr().out
+
+
+def test_smoke_refuses_a_gpu_that_is_not_there(capsys, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["smoke", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "device is cuda, expected cpu: this torch sees no GPU" in capsys.readouterr().err

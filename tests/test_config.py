@@ -1,0 +1,135 @@
+"""Every setting is checked, and an error names the field, where it stands, and the nearest right name."""
+
+import pytest
+import yaml
+
+from equiav.config import SIZES, Config, ConfigError, from_dict, load, recipe_names, to_dict, to_yaml
+
+
+def read(*argv, **kwargs):
+    return load(Config, "test", list(argv), **kwargs)[0]
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_defaults_are_the_papers():
+    config = read()
+    assert (config.model.width, config.model.depth, config.model.heads) == (768, 12, 12)
+    assert (config.objective.temperature, config.objective.centroid_size) == (0.07, 16)
+    assert (config.train.lr, config.train.lr_start, config.train.betas) == (1e-4, 1e-6, (0.9, 0.95))
+    assert (config.data.audio_mean, config.data.audio_std) == (-4.346, 4.332)
+    assert config.train.steps == 20 * (1_893_278 // 256)  # 20 epochs of Appendix C's AudioSet-2M
+
+
+def test_line_over_file_over_size_over_default(yaml_file):
+    path = yaml_file("model:\n  size: tiny\n  depth: 5\ntrain:\n  lr: 1e-3\n  steps: 20\n  warmup_steps: 3\n")
+    config = read("--config", path, "--train.lr", "2e-3")
+    assert (config.model.width, config.model.depth, config.train.lr, config.train.steps) == (64, 5, 2e-3, 20)
+    assert config.augment.max_mask_frames == 48  # the size's
+    assert read(f"--config={path}", "--model.size=vit_s16").model.width == 384
+    assert read(f"--config={path}", "--model.size", "vit_s16").model.depth == 5
+    assert read("--augment.crop_scale", "0.3", "0.9").augment.crop_scale == (0.3, 0.9)
+    assert read("--objective.no-intra_positive_in_denominator").objective.intra_positive_in_denominator is False
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_valid(size):
+    assert read("--model.size", size).model.size == size
+
+
+def test_every_recipe_is_valid_and_introduces_itself():
+    from importlib import resources
+
+    assert {"smoke", "audioset2m"} <= set(recipe_names())
+    for name in recipe_names():
+        assert read("--config", name)
+        assert (resources.files("equiav.recipes") / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_printed_config_reads_back_to_itself(yaml_file):
+    config, shown = load(Config, "test", ["--config", "smoke", "--train.lr", "3e-4", "--print-config"])
+    assert shown
+    text = to_yaml(config)
+    assert read("--config", yaml_file(text)) == config
+    assert yaml.safe_load(text) == to_dict(config)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("model:\n  widht: 3\n", "unknown field model.widht; did you mean model.width"),
+    ("trian:\n  lr: 1\n", "unknown field trian; did you mean train"),
+    ("zzz: 1\n", "unknown field zzz; the fields are seed, device, model"),
+    ("model:\n  depth: deep\n", "model.depth: found 'deep', expected int"),
+    ("train:\n  steps: 1.5\n", "train.steps: found 1.5, expected int"),
+    ("train:\n  lr: fast\n", "train.lr: .*'fast'.*expected float"),
+    ("train:\n  lr: .nan\n", "train.lr: found nan, expected float"),
+    ("seed: true\n", "seed: found True, expected int"),
+    ("model:\n  predictor: magic\n", "model.predictor: .*magic.*expected .*attention"),
+    ("model:\n  size: huge\n", "model.size is 'huge', expected one of tiny, vit_s16"),
+    ("model: 3\n", "model: .*expected ModelConfig"),
+    ("augment: []\n", "augment: .*expected AugmentConfig"),
+    ("- 1\n", "expected settings .* found list"),
+    ("a: [\n", "not valid YAML"),
+    ("model:\n  width: 63\n", "model.width is 63, expected a multiple of model.heads"),
+    ("train:\n  clip: -1\n", "train.clip is -1.0, expected a positive number"),
+])  # fmt: skip
+def test_mistakes_in_a_file_are_named(yaml_file, text, message):
+    path = yaml_file(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read("--config", path)
+    assert path in str(error.value)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--model.widht", "3"], "--model.width"),
+    (["--train.stpes", "3"], "--train.steps"),
+    (["--train.steps", "many"], "--train.steps"),
+    (["--model.predictor", "magic"], "attention"),
+    (["--model.width", "63"], "model.width is 63"),
+    (["--model.size", "vit_h"], "model.size"),
+])  # fmt: skip
+def test_mistakes_on_the_line_are_named(capsys, argv, message):
+    with pytest.raises((SystemExit, ConfigError)) as error:
+        read(*argv)
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.err + printed.out + str(error.value)).split())
+
+
+def test_missing_config_names_the_recipes():
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such file, and the recipes are audioset2m, smoke"):
+        read("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("section", "field", "value"), [
+    ("model", "depth", 0), ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
+    ("augment", "blur_p", 1.5), ("augment", "crop_scale", [0.5, 1.5]), ("augment", "crop_scale", [0.5, 0.1]),
+    ("augment", "jitter_factor", 1.0), ("augment", "jitter_hue", 0.6), ("augment", "max_mask_frames", 256),
+    ("augment", "max_mask_mels", 64), ("augment", "max_mask_mels", -1),
+    ("objective", "centroid_size", 0), ("objective", "temperature", 0.0), ("objective", "two_stage_split", 1.0),
+    ("objective", "weight_inter", -1.0), ("data", "sample_rate", 0), ("data", "audio_std", 0.0), ("data", "min_seconds", 0.01),
+    ("data", "silence", 1.0), ("train", "batch_size", 1), ("train", "steps", 0), ("train", "warmup_steps", 10**9),
+    ("train", "lr_start", 1.0), ("train", "weight_decay", -1.0), ("train", "betas", [0.9, 1.0]),
+])  # fmt: skip
+def test_values_out_of_range_are_named(section, field, value):
+    values = {"model": {"size": "tiny"}}
+    values.setdefault(section, {})[field] = value
+    with pytest.raises(ConfigError, match=rf"{section}\.{field} is .*, expected"):
+        from_dict(Config, values, "test")
+
+
+def test_an_empty_section_is_its_defaults(yaml_file):
+    assert read("--config", yaml_file("model:\ntrain:\n  steps: 20000\n")).model == read().model
+
+
+def test_a_run_without_any_loss_is_refused():
+    with pytest.raises(ConfigError, match="at least one loss"):
+        from_dict(Config, {"objective": {"intra": "none", "weight_inter": 0.0}}, "test")
+    with pytest.raises(ConfigError, match="objective.schedule is two_stage, expected joint"):
+        from_dict(Config, {"objective": {"intra": "none", "schedule": "two_stage"}}, "test")

@@ -1,0 +1,97 @@
+"""Who may import whom (CONTRIBUTING.md). Read from the source, so that an import inside a function counts too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"equiav", "streaming", "launch", "monitoring"}
+TORCH_ONLY = {"torch"}
+
+# Longest matching name decides. A module may import itself, and of ours only what is named.
+MAY_IMPORT = {
+    "streaming": set(),
+    "monitoring": set(),
+    "launch": set(),
+    "equiav": OURS,
+    "equiav.config": set(),
+    "equiav.synthetic": set(),
+    "equiav.clips": {"equiav.config"},
+    "equiav.augment": {"equiav.config"},
+    "equiav.model": {"equiav.config"},
+    "equiav.objective": {"equiav.config", "equiav.model"},  # the model names the embeddings that it compares
+    "equiav.parallel": set(),
+}
+PURE = ("equiav.augment", "equiav.model", "equiav.objective")
+
+
+def modules():
+    for package in sorted(OURS):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def violations(module, tree):
+    rule = max((package for package in MAY_IMPORT if within(module, package)), key=len)
+    for name in imports(tree):
+        if name.split(".")[0] in OURS and not within(name, rule):
+            if not any(within(name, allowed) for allowed in MAY_IMPORT[rule]):
+                yield f"{module} imports {name}"
+        if within(name, "equiav.cli") and module not in ("equiav.cli", "equiav.__main__"):
+            yield f"{module} imports the command line"
+        if module.startswith(PURE) and (within(name, "torch.distributed") or name.split(".")[0] in ("os", "pathlib", "io", "random")):
+            yield f"{module} imports {name}: no processes, no files, no global state"
+        if within(module, "launch") and name.split(".")[0] == "torch":
+            yield f"{module} imports torch"
+
+
+def impurities(module, tree):
+    """Files, module state that changes, and the global random generator, in the modules that must be pure."""
+    if not module.startswith(PURE):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("open", "torch.load", "torch.save", "torch.manual_seed"):
+            yield f"{module}:{node.lineno} calls {ast.unparse(node.func)}"
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            yield f"{module}:{node.lineno} has global state"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.rand", "torch.randn", "torch.randint", "torch.randperm"):
+            yield f"{module}:{node.lineno} draws from a generator with state"
+
+
+@pytest.mark.parametrize(("module", "path"), [pytest.param(m, p, id=m) for m, p in modules()])
+def test_rules_hold(module, path):
+    tree = ast.parse(path.read_text())
+    assert not [*violations(module, tree), *impurities(module, tree)]
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("equiav.model.encoder", "import torch.distributed as dist"),
+    ("equiav.model.encoder", "from torch import distributed"),
+    ("equiav.model.head", "from equiav.train import loop"),
+    ("equiav.augment.views", "def f():\n    from equiav.model import EquiAV"),
+    ("equiav.objective", "import equiav.train"),
+    ("equiav.smoke", "from equiav.cli import main"),
+    ("equiav.config", "from equiav import model"),
+    ("equiav.model.head", "x = torch.load('f')"),
+    ("equiav.augment.draws", "torch.manual_seed(0)"),
+    ("equiav.augment.draws", "u = torch.rand(3)"),
+    ("streaming.order", "from equiav.config import Config"),
+    ("launch.pretrain", "import torch"),
+])  # fmt: skip
+def test_breaking_a_rule_is_seen(module, source):
+    tree = ast.parse(source)
+    assert [*violations(module, tree), *impurities(module, tree)]

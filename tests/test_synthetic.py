@@ -1,0 +1,120 @@
+"""The world is deterministic, and what is seen really decides what is heard."""
+
+import numpy as np
+import pytest
+import torch
+from torchaudio.functional import spectrogram as stft
+
+from equiav.clips import check_audio, decode_frame, encode_frame
+from equiav.config import DataConfig
+from equiav.synthetic import ATTRIBUTES, CLASSES, World
+
+WORLD = World(seconds=2.56)
+CLIPS = [WORLD.clip(i) for i in range(200)]
+SHAPE, SIZE, BRIGHTNESS, X, HUE, MOTION = range(6)
+
+
+def test_deterministic_and_distinct():
+    for index in (0, 3, 10**9):
+        one, again = World(seconds=2.56).clip(index), WORLD.clip(index)
+        for a, b in zip(one, again, strict=True):
+            assert np.array_equal(a, b)
+    assert not np.array_equal(World(seed=1, seconds=2.56).clip(0).audio, CLIPS[0].audio)
+    assert len({clip.audio.tobytes() for clip in CLIPS}) == len(CLIPS)
+
+
+def test_format():
+    clip = CLIPS[0]
+    assert clip.frames.shape == (10, 64, 64, 3)
+    assert clip.frames.dtype == np.uint8
+    assert clip.audio.shape == (40960,)
+    assert clip.attributes.shape == (2, len(ATTRIBUTES))
+    assert decode_frame(encode_frame(clip.frames[0]), "s").shape == (64, 64, 3)
+    full = World(size=224, seconds=10).clip(0)
+    assert full.frames.shape == (10, 224, 224, 3)
+    assert full.audio.shape == (160000,)
+
+
+def test_every_clip_passes_the_boundary():
+    for index, clip in enumerate(CLIPS):
+        check_audio(clip.audio, 16000, str(index), DataConfig())
+        assert np.abs(clip.audio).max() < 32767, "clipped"
+
+
+def test_classes_are_balanced_and_attributes_cover_their_range():
+    labels = np.array([clip.label for clip in CLIPS])
+    assert set(labels) == set(range(len(CLASSES)))
+    attributes = np.stack([clip.attributes for clip in CLIPS])
+    assert (attributes[:, 0, X] < 0.5).all()
+    assert (attributes[:, 1, X] >= 0.5).all()
+    for k in (SIZE, BRIGHTNESS, HUE, MOTION):
+        assert attributes[..., k].min() < 0.1
+        assert attributes[..., k].max() > 0.9
+
+
+def correlation(a, b):
+    return np.corrcoef(np.asarray(a, float), np.asarray(b, float))[0, 1]
+
+
+def only_first_note(clip):
+    """The samples between the first onset and the second: one object sounds alone."""
+    start, stop = (int(0.75 * clip.attributes[k, X] * len(clip.audio)) for k in range(2))
+    return clip.audio[start:stop].astype(np.float32) / 32767
+
+
+def test_brightness_is_loudness():
+    alone = [only_first_note(clip)[:1500] for clip in CLIPS]
+    loudness = [20 * np.log10(np.sqrt(np.mean(x**2)) + 1e-6) for x in alone if len(x) == 1500]
+    brightness = [clip.attributes[0, BRIGHTNESS] for clip, x in zip(CLIPS, alone, strict=True) if len(x) == 1500]
+    assert correlation(brightness, loudness) > 0.85
+    seen = [clip.frames.max(axis=(1, 2, 3)).mean() for clip in CLIPS]  # the brightest thing in sight
+    assert correlation(seen, [clip.attributes[:, BRIGHTNESS].max() for clip in CLIPS]) > 0.8
+
+
+def test_size_is_pitch_and_shape_is_timbre():
+    rows = []
+    for clip in CLIPS:
+        note = only_first_note(clip)
+        if len(note) < 4096 or clip.attributes[0, HUE] < 0.3:
+            continue
+        power = stft(torch.from_numpy(note[:4096].copy()), 0, torch.hann_window(4096), 4096, 4096, 4096, 2.0, False, center=False)[:, 0]
+        rows.append((clip.attributes[0], power))
+    discs = [(a, p) for a, p in rows if a[SHAPE] == 0]
+    pitch = [np.log2(float(p.argmax()) * 16000 / 4096) for _, p in discs]
+    assert correlation([a[SIZE] for a, _ in discs], pitch) < -0.98  # large is low
+    pure = [float(p.max() / p.sum()) for a, p in rows if a[SHAPE] == 0]
+    rich = [float(p.max() / p.sum()) for a, p in rows if a[SHAPE] == 2]
+    assert np.median(pure) > 1.5 * np.median(rich)
+
+
+def test_left_is_early():
+    """The first sound comes as early as the left object is left; flipping the picture breaks that."""
+    onset, left_edge, flipped_edge = [], [], []
+    for clip in CLIPS:
+        level = np.abs(clip.audio).astype(float)
+        onset.append(np.argmax(level > 0.25 * level.max()) if clip.attributes[0, BRIGHTNESS] > 0.5 else np.nan)
+        columns = clip.frames.max(axis=(0, 1, 3)).astype(float)
+        bright = np.flatnonzero(columns > 110)
+        left_edge.append(bright[0] if len(bright) else np.nan)
+        flipped_edge.append(63 - bright[-1] if len(bright) else np.nan)
+    onset, left_edge, flipped_edge = map(np.array, (onset, left_edge, flipped_edge))
+    known = np.isfinite(onset) & np.isfinite(left_edge)
+    assert known.sum() > 60
+    assert correlation(onset[known], left_edge[known]) > 0.6
+    assert abs(correlation(onset[known], flipped_edge[known])) < 0.35
+
+
+def test_hue_is_decay():
+    rows = []
+    for clip in CLIPS:
+        note = only_first_note(clip)
+        if len(note) > 12000:
+            early, late = (np.sqrt(np.mean(note[k : k + 2000] ** 2)) for k in (1000, 9000))
+            rows.append((clip.attributes[0, HUE], np.log(late / early)))
+    assert correlation(*zip(*rows, strict=True)) > 0.75
+
+
+@pytest.mark.parametrize("change", ["frames", "seconds", "size"])
+def test_other_settings_keep_the_attributes(change):
+    other = World(**{"seconds": 2.56, change: {"frames": 3, "seconds": 1.0, "size": 32}[change]})
+    assert np.array_equal(other.clip(5).attributes, CLIPS[5].attributes)

@@ -1,0 +1,99 @@
+"""The loop learns, follows the schedule, is a function of config and seed, and stops at what is not finite."""
+
+import math
+
+import pytest
+import torch
+
+from equiav.config import TrainConfig
+from equiav.train import Batch, train
+from equiav.train.schedule import learning_rate
+
+
+def batches(config, size=8, epochs=1000):
+    g = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (size, 3, 64, 64), dtype=torch.uint8, generator=g)
+    waveform = torch.randint(-3000, 3000, (size, 41000), generator=g).short()
+    for epoch in range(epochs):
+        yield Batch(epoch, torch.arange(size), frames, waveform)
+
+
+def run(config, source=None):
+    rows = []
+    model = train(config, source or batches(config), lambda step, metrics: rows.append(metrics))
+    return model, rows
+
+
+def settings(make_config, steps=4, **sections):
+    values = {"batch_size": 8, "steps": steps, "warmup_steps": 1, "lr": 1e-3, "lr_start": 1e-5}
+    return make_config(train={**values, **sections.pop("train", {})},
+                       objective={"centroid_size": 2, **sections.pop("objective", {})}, **sections)  # fmt: skip
+
+
+def test_learning_rate():
+    config = TrainConfig(steps=101, warmup_steps=20, lr=1.0, lr_start=0.1)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == pytest.approx(0.55)
+    assert rates[20] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    no_warmup = TrainConfig(steps=1, warmup_steps=0)
+    assert learning_rate(0, no_warmup) == no_warmup.lr
+
+
+def test_one_batch_can_be_learned_by_heart(make_config, device):
+    config = settings(make_config, steps=25, device=device, augment={"crop_scale": [0.9, 1.0]})
+    model, rows = run(config)
+    assert not model.training
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["loss_inter"] < 0.6 * math.log(8)
+    assert set(rows[0]) >= {"loss", "loss_inter", "loss_intra_audio", "loss_intra_image", "accuracy_inter", "similarity_audio",
+                            "gain_image", "gradient_norm", "lr"}  # fmt: skip
+
+
+def test_a_run_is_a_function_of_config_and_seed(make_config):
+    config = settings(make_config)
+    torch.manual_seed(1)
+    (one, rows), _ = run(config), torch.rand(5)
+    (two, rows_2), other_rows = run(config), run(settings(make_config, seed=1))[1]
+    assert rows == rows_2
+    assert rows != other_rows
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+
+
+@pytest.mark.parametrize("objective", [
+    {"intra": "invariant", "inter_on": "original"}, {"intra": "none", "inter_on": "augmented"}, {"inter_on": "equivariant"},
+    {"schedule": "two_stage"}, {"schedule": "alternating"}, {"intra_positive_in_denominator": False},
+    {"learnable_temperature": True},
+])  # fmt: skip
+def test_every_ablation_trains(make_config, objective):
+    model, rows = run(settings(make_config, steps=2, objective=objective))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    if objective.get("learnable_temperature"):
+        assert float(model.temperature) != pytest.approx(0.07, rel=1e-6)
+
+
+@pytest.mark.parametrize("predictor", ["linear", "hypernet"])
+def test_every_predictor_trains(make_config, predictor):
+    _, rows = run(settings(make_config, steps=2, model={"predictor": predictor}))
+    assert math.isfinite(rows[-1]["loss"])
+
+
+def test_gradients_are_clipped(make_config):
+    """An update is bounded by lr with Adam; with clipping at a tiny norm and no momentum history the direction stays."""
+    config = settings(make_config, steps=1, train={"clip": 1e-12})
+    clipped, rows = run(config)
+    free, _ = run(settings(make_config, steps=1, train={"clip": 1e9}))
+    assert rows[0]["gradient_norm"] > 1e-6  # reported before clipping
+    moved = [(a - b).abs().max() for a, b in zip(clipped.parameters(), free.parameters(), strict=True)]
+    assert max(moved) > 0
+
+
+def test_what_is_not_finite_stops_the_run_with_its_samples(make_config):
+    """A learning rate far too high: the loss leaves the finite numbers, and the message says where and with what."""
+    config = settings(make_config, steps=50, train={"lr": 1e30, "lr_start": 1e30, "warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*loss.* not finite .* samples \[0, 1, 2, 3, 4, 5, 6, 7\]"):
+        run(config)
