@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -63,13 +64,13 @@ def _run(command: str, argv: list[str]) -> None:
             config, show = load(PlanConfig, command, argv)
             print(to_yaml(config), end="") if show else run_plan(config)
         case "import":
-            from equiav.model.importers import ImportProblem
+            from equiav.model.importers import CheckpointError
             from equiav.weights import ImportConfig, run_import
 
             config, show = load(ImportConfig, command, argv)
             try:
                 print(to_yaml(config), end="") if show else run_import(config)
-            except ImportProblem as error:
+            except CheckpointError as error:
                 raise ConfigError(str(error)) from None
 
 
@@ -78,16 +79,16 @@ def _environment_problem() -> str | None:
 
     torchaudio's last release, 2.11, loads only beside torch 2.11 to 2.13 built for CUDA 13 (on machines without a GPU too).
     """
-    advice = "install with `pip install -c constraints.txt equiav`, or torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
+    advice = (
+        "install with `pip install -c constraints.txt equiav`, or torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
+    )
     version = importlib.metadata.version("torch")
     major, minor = (int(part) for part in version.split(".")[:2])
     if not (2, 11) <= (major, minor) <= (2, 13):
         return f"torch {version} is installed, expected 2.11 to 2.13 (torchaudio 2.11 does not load beside others); {advice}"
     try:
-        import torchaudio  # noqa: F401
+        importlib.import_module("torchaudio")
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0]
         return f"torchaudio does not load beside torch {version} ({reason}); {advice}"
     return None
-
-

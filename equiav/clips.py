@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from equiav.config import DataConfig
 
 
-class BadClip(ValueError):
+class BadClipError(ValueError):
     """A sample cannot be used; the message names it and says why."""
 
     def __init__(self, sample: str, reason: str):
@@ -22,50 +22,56 @@ class BadClip(ValueError):
 def check_frame(frame: np.ndarray | None, sample: str) -> np.ndarray:
     """-> (H, W, 3) uint8, as given."""
     if frame is None:
-        raise BadClip(sample, "has no image")
+        raise BadClipError(sample, "has no image")
     if frame.dtype != np.uint8:
-        raise BadClip(sample, f"image is {frame.dtype}, expected uint8")
+        raise BadClipError(sample, f"image is {frame.dtype}, expected uint8")
     if frame.ndim != 3 or frame.shape[2] != 3:
-        raise BadClip(sample, f"image has shape {frame.shape}, expected (height, width, 3): three channels, RGB")
+        raise BadClipError(sample, f"image has shape {frame.shape}, expected (height, width, 3): three channels, RGB")
     if min(frame.shape[:2]) < 2:
-        raise BadClip(sample, f"image is {frame.shape[1]} x {frame.shape[0]} pixels")
+        raise BadClipError(sample, f"image is {frame.shape[1]} x {frame.shape[0]} pixels")
     return frame
 
 
 def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     """JPEG (or another format that Pillow reads) -> (H, W, 3) uint8."""
     if not data:
-        raise BadClip(sample, "has no image")
+        raise BadClipError(sample, "has no image")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode != "RGB":
-                raise BadClip(sample, f"image has mode {image.mode}, expected RGB")
+                raise BadClipError(sample, f"image has mode {image.mode}, expected RGB")
             return check_frame(np.asarray(image), sample)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadClip(sample, f"image cannot be decoded: {error}") from None
+        raise BadClipError(sample, f"image cannot be decoded: {error}") from None
 
 
 def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConfig) -> np.ndarray:
     """int16, or float in [-1, 1], of shape (L,) -> (L,) int16."""
     if audio is None or audio.size == 0:
-        raise BadClip(sample, "has no audio")
+        raise BadClipError(sample, "has no audio")
     if audio.ndim != 1:
-        raise BadClip(sample, f"audio has shape {audio.shape}, expected (samples,): one channel; packing mixes stereo down")
+        raise BadClipError(
+            sample, f"audio has shape {audio.shape}, expected (samples,): one channel; packing mixes stereo down"
+        )
     if rate != data.sample_rate:
-        raise BadClip(sample, f"audio is at {rate} Hz, expected data.sample_rate={data.sample_rate}; packing resamples")
+        raise BadClipError(
+            sample, f"audio is at {rate} Hz, expected data.sample_rate={data.sample_rate}; packing resamples"
+        )
     if len(audio) < data.min_seconds * rate:
-        raise BadClip(sample, f"audio is {len(audio) / rate:.3f} s, shorter than data.min_seconds={data.min_seconds}")
+        raise BadClipError(
+            sample, f"audio is {len(audio) / rate:.3f} s, shorter than data.min_seconds={data.min_seconds}"
+        )
     if np.issubdtype(audio.dtype, np.floating):
         if not np.isfinite(audio).all():
-            raise BadClip(sample, f"audio has {int((~np.isfinite(audio)).sum())} values that are not finite")
+            raise BadClipError(sample, f"audio has {int((~np.isfinite(audio)).sum())} values that are not finite")
         if np.abs(audio).max() > 1:
-            raise BadClip(sample, f"audio peaks at {np.abs(audio).max():.3g}, expected floating point in [-1, 1]")
+            raise BadClipError(sample, f"audio peaks at {np.abs(audio).max():.3g}, expected floating point in [-1, 1]")
         audio = np.round(audio * 32767).astype(np.int16)
     elif audio.dtype != np.int16:
-        raise BadClip(sample, f"audio is {audio.dtype}, expected int16 or floating point in [-1, 1]")
+        raise BadClipError(sample, f"audio is {audio.dtype}, expected int16 or floating point in [-1, 1]")
     low, high = int(audio.min()), int(audio.max())
     if high - low < 2 * data.silence * 32767:
-        raise BadClip(sample, f"audio is silent: it stays within {(high - low) / 2 / 32767:.1e} of its middle, "
+        raise BadClipError(sample, f"audio is silent: it stays within {(high - low) / 2 / 32767:.1e} of its middle, "
                       f"data.silence={data.silence}")  # fmt: skip
     return audio
 
@@ -73,17 +79,22 @@ def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConf
 def decode_wav(content: bytes | None, sample: str, data: DataConfig) -> np.ndarray:
     """16-bit PCM WAV -> (L,) int16."""
     if not content:
-        raise BadClip(sample, "has no audio")
+        raise BadClipError(sample, "has no audio")
     try:
         with wave.open(io.BytesIO(content)) as file:
-            channels, width, rate, count = file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes()
+            channels, width, rate, count = (
+                file.getnchannels(),
+                file.getsampwidth(),
+                file.getframerate(),
+                file.getnframes(),
+            )
             raw = file.readframes(count)
     except (wave.Error, EOFError) as error:
-        raise BadClip(sample, f"audio is not a WAV file: {str(error) or 'it ends early'}") from None
+        raise BadClipError(sample, f"audio is not a WAV file: {str(error) or 'it ends early'}") from None
     if width != 2:
-        raise BadClip(sample, f"audio has {8 * width} bits a sample, expected 16")
+        raise BadClipError(sample, f"audio has {8 * width} bits a sample, expected 16")
     if len(raw) != count * channels * width:
-        raise BadClip(sample, f"audio is truncated: {len(raw)} of {count * channels * width} bytes")
+        raise BadClipError(sample, f"audio is truncated: {len(raw)} of {count * channels * width} bytes")
     audio = np.frombuffer(raw, dtype="<i2")
     return check_audio(audio if channels == 1 else audio.reshape(-1, channels), rate, sample, data)
 

@@ -102,7 +102,8 @@ class ModelConfig:
     @property
     def image_grid(self) -> tuple[int, int]:
         """Rows and columns of image patches."""
-        return (self.image_size // self.image_patch,) * 2
+        side = self.image_size // self.image_patch
+        return side, side
 
     @property
     def audio_grid(self) -> tuple[int, int]:
@@ -312,7 +313,10 @@ def recipe_names() -> list[str]:
 def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
     """A recipe by name or a YAML file by path -> its values, and what to call it in an error."""
     if name_or_path in recipe_names():
-        source, text = f"recipe {name_or_path}", (resources.files("equiav.recipes") / f"{name_or_path}.yaml").read_text()
+        source, text = (
+            f"recipe {name_or_path}",
+            (resources.files("equiav.recipes") / f"{name_or_path}.yaml").read_text(),
+        )
     elif Path(name_or_path).is_file():
         source, text = name_or_path, Path(name_or_path).read_text()
     else:
@@ -322,7 +326,9 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected settings (`section:` then `field: value`), found {type(values).__name__}")
+        raise ConfigError(
+            f"{source}: expected settings (`section:` then `field: value`), found {type(values).__name__}"
+        )
     return values, source
 
 

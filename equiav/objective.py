@@ -60,13 +60,11 @@ def nt_xent(
     return loss, correct  # type: ignore[return-value]
 
 
-def info_nce(
-    z_a: Tensor, z_v: Tensor, temperature: Tensor | float, gather: Gather = alone
-) -> tuple[Tensor, Tensor]:
+def info_nce(z_a: Tensor, z_v: Tensor, temperature: Tensor | float, gather: Gather = alone) -> tuple[Tensor, Tensor]:
     """Inter-modal loss (Eq. 14-15) of z_a (b, d) with z_v (b, d) -> loss, and how many anchors chose their positive.
 
-        l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
-        loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
+    l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
+    loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
     """
     with _float32(z_a):
         (all_a, first), (all_v, _) = gather(_unit(z_a)), gather(_unit(z_v))

@@ -142,7 +142,10 @@ def _activation_bytes(config: Config, batch: int) -> int:
 
     with FakeTensorMode():
         model = EquiAV(config.model, config.objective)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             embeddings = model(*_inputs(config, batch))  # held until the count is taken: storages must not be reused
         total = sum(kept.values())
         del embeddings
@@ -195,14 +198,18 @@ def _centroid_table(plan: Plan) -> Table:
             cells += [f"{(side.baseline + side.separate[S]) / 1e9:.2f}", f"+{side.separate[S] / 1e9:.2f}",
                       f"+{side.centroid[S] / 1e9:.3f}"]  # fmt: skip
         table.add_row(str(S), *cells)
-    table.caption = "added: key and value computed again for the centroid, as the paper counts; here: shared with the view's query"
+    table.caption = (
+        "added: key and value computed again for the centroid, as the paper counts; here: shared with the view's query"
+    )
     table.caption_justify = "left"
     return table
 
 
 def _memory_table(plan: Plan, config: PlanConfig) -> Table:
     W, gib, mib = config.world_size, 2**30, 2**20
-    table = _table(f"Memory and traffic of one of {W} processes, global batch {config.train.batch_size}", "what", "size")
+    table = _table(
+        f"Memory and traffic of one of {W} processes, global batch {config.train.batch_size}", "what", "size"
+    )
     table.add_row("samples in the local batch", str(plan.local_batch))
     table.add_row("activations per sample, bfloat16", f"{plan.activation_bytes / mib:.0f} MiB")
     table.add_row("activations", f"{plan.activation_bytes * plan.local_batch / gib:.2f} GiB")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equiav.augment.draws import Purpose, uniforms
 from equiav.clips import check_audio, decode_frame, encode_frame
@@ -48,7 +48,12 @@ class SmokeConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.clips >= self.train.batch_size, "clips", self.clips, f"train.batch_size={self.train.batch_size} or more")
+        require(
+            self.clips >= self.train.batch_size,
+            "clips",
+            self.clips,
+            f"train.batch_size={self.train.batch_size} or more",
+        )
         require(self.held_out >= 10, "held_out", self.held_out, "10 or more")
 
 
@@ -69,8 +74,8 @@ def run_smoke(config: SmokeConfig) -> None:
     (config.out / "config.yaml").write_text(to_yaml(config))
 
     clock = {}
-    columns = [TextColumn("{task.description:12s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}")]  # fmt: skip
+    columns = [TextColumn("{task.description:11s}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+               TextColumn("{task.fields[note]}")]  # fmt: skip
     with Progress(*columns, console=console) as progress:
         clips = generate(config, progress)
         clock["generate"] = time.perf_counter() - started
@@ -83,10 +88,7 @@ def run_smoke(config: SmokeConfig) -> None:
             def report(step: int, metrics: dict[str, float]) -> None:
                 rows.append(metrics)
                 log.write(json.dumps({"step": step, **metrics}) + "\n")
-                note = f"loss {metrics['loss']:.2f}"
-                for name in ("accuracy_inter", "similarity_audio", "similarity_image"):
-                    if name in metrics:
-                        note += f"  {name.replace('_', ' ')} {metrics[name]:.2f}"
+                note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
                 progress.update(bar, advance=1, note=note)
 
             begun = time.perf_counter()
@@ -154,7 +156,10 @@ def keep_freed_memory() -> None:
 
 
 def write_report(
-    config: SmokeConfig, rows: list[dict[str, float]], retrieval: dict[str, tuple[float, float]], clock: dict[str, float]
+    config: SmokeConfig,
+    rows: list[dict[str, float]],
+    retrieval: dict[str, tuple[float, float]],
+    clock: dict[str, float],
 ) -> str:
     """report.md and report.png -> the Markdown."""
     plot_run(rows, retrieval, config.held_out, config.out / "report.png")
@@ -170,7 +175,11 @@ def write_report(
     ]  # fmt: skip
     for direction in ("image to audio", "audio to image"):
         cells = [retrieval[f"{direction} R@{k}"] for k in (1, 5, 10)]
-        lines.append(f"| {direction} | " + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells) + f" | {cells[0][0] / chance:.1f}x |")
+        lines.append(
+            f"| {direction} | "
+            + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells)
+            + f" | {cells[0][0] / chance:.1f}x |"
+        )
     lines += [f"| chance | {chance:.2f} | {5 * chance:.2f} | {10 * chance:.2f} | 1x |", "",
               "± is half the spread over three draws of the centroid's vectors.", "",
               f"## Training, mean of the last {len(last)} steps", "", "| metric | value |", "|---|---|"]  # fmt: skip

@@ -4,9 +4,10 @@ Two objects move before a background, and each sounds. What is seen decides what
 
     shape -> timbre      size -> pitch (large is low)      brightness -> loudness
     x     -> onset (left is early)      hue -> decay      motion -> tremolo
+    light and tint of the scene -> level and colour of the ambient noise
 
 so that single augmentations really break the pairing: a flip against the order of onsets, a crop against pitch, jitter
-against loudness, a hue shift against decay. Background, noise, phase and height are nuisance on both sides.
+against loudness, a hue shift against decay. Gradients, grain, phase and height are nuisance on both sides.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 SHAPES = ("disc", "square", "triangle", "ring")
 CLASSES = tuple(f"{left} and {right}" for left in SHAPES for right in SHAPES)
 ATTRIBUTES = ("shape", "size", "brightness", "x", "hue", "motion")  # of each object, all but shape in [0, 1]
+SCENE = ("light", "tint")  # of the whole clip, in [0, 1]
 TABLE = 2048
 
 
@@ -29,6 +31,7 @@ class SyntheticClip(NamedTuple):
     audio: np.ndarray  # (L,) int16
     label: int  # index into CLASSES
     attributes: np.ndarray  # (2, 6) float32: ATTRIBUTES of the left and the right object
+    scene: np.ndarray  # (2,) float32: SCENE
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,9 @@ class World:
         attributes = rng.random((2, 6), dtype=np.float32)
         attributes[:, 0] = np.floor(attributes[:, 0] * len(SHAPES))
         attributes[:, 3] = 0.5 * attributes[:, 3] + [0.0, 0.5]  # the first object is the left one
-        return SyntheticClip(
-            self._frames(attributes, rng),
-            self._audio(attributes, rng),
-            int(attributes[0, 0] * len(SHAPES) + attributes[1, 0]),
-            attributes,
-        )
+        scene = rng.random(2, dtype=np.float32)
+        frames, audio = self._frames(attributes, scene, rng), self._audio(attributes, scene, rng)
+        return SyntheticClip(frames, audio, int(attributes[0, 0] * len(SHAPES) + attributes[1, 0]), attributes, scene)
 
     # ---- sight
 
@@ -59,11 +59,18 @@ class World:
     def _grid(self) -> np.ndarray:
         return ((np.arange(self.size, dtype=np.float32) + 0.5) / self.size).astype(np.float32)
 
-    def _frames(self, attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _frames(self, attributes: np.ndarray, scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         x, y = self._grid[None, :], self._grid[:, None]
-        corner = rng.uniform(0.2, 0.5, (4, 3, 1, 1)).astype(np.float32)  # a bilinear gradient of four colours
+        light, tint = scene
+        colour = (0.08 + 0.32 * light) * np.array([0.4 + 0.6 * tint, 0.6, 1.0 - 0.6 * tint], np.float32)  # cold to warm
+        corner = colour[:, None, None] + rng.uniform(-0.06, 0.06, (4, 3, 1, 1)).astype(
+            np.float32
+        )  # a bilinear gradient
         background = (
-            corner[0] * ((1 - x) * (1 - y)) + corner[1] * (x * (1 - y)) + corner[2] * ((1 - x) * y) + corner[3] * (x * y)
+            corner[0] * ((1 - x) * (1 - y))
+            + corner[1] * (x * (1 - y))
+            + corner[2] * ((1 - x) * y)
+            + corner[3] * (x * y)
         )
         background += np.float32(0.03) * rng.standard_normal((self.size, self.size), dtype=np.float32)
         picture = np.repeat(background[None], self.frames, axis=0)  # (K, 3, size, size)
@@ -72,7 +79,8 @@ class World:
             radius = np.float32(0.07 + 0.17 * size)
             centre_x = np.float32(0.16 + 0.68 * place)
             height = rng.uniform(0.35, 0.65) + 0.12 * np.sin(2 * np.pi * (rng.random() + (1 + 3 * motion) * time))
-            near = slice(*(int(round((centre_x + side * radius) * self.size)) + side for side in (-1, 1)))  # columns
+            edges = (centre_x + side * (radius + 1 / self.size) for side in (-1, 1))
+            near = slice(*(round(edge * self.size) for edge in edges))  # columns
             u = (x[:, near] - centre_x) / radius  # (1, columns)
             v = (y[None] - height[:, None, None]) / radius  # (K, size, 1)
             inside = _signed_distance(SHAPES[int(shape)], u[None], v.astype(np.float32)) * (radius * self.size) + 0.5
@@ -97,9 +105,13 @@ class World:
         waves = [sum(level * np.sin(n * phase) for n, level in recipe.items()) for recipe in recipes]
         return np.stack([w / np.sqrt(np.mean(w**2)) for w in waves]).astype(np.float32)
 
-    def _audio(self, attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _audio(self, attributes: np.ndarray, scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         time = self._time
-        sound = rng.standard_normal(len(time), dtype=np.float32) * np.float32(10 ** rng.uniform(-4.0, -3.5))
+        light, tint = (float(value) for value in scene)
+        white = rng.standard_normal(len(time) + 8, dtype=np.float32)
+        running = np.cumsum(white, dtype=np.float32)
+        dull = (running[8:] - running[:-8]) * np.float32(8**-0.5)  # its mean over 8 samples: little above 2 kHz
+        sound = np.float32(10 ** (-4.2 + 1.2 * light)) * ((1 - tint) * white[8:] + tint * dull).astype(np.float32)
         for shape, size, brightness, place, hue, motion in attributes:
             start = int(0.75 * float(place) * len(time))
             since = time[: len(time) - start]  # seconds from the onset

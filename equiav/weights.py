@@ -15,7 +15,7 @@ import tyro
 
 from equiav.config import ConfigError, ModelConfig, ObjectiveConfig, from_dict, to_dict
 from equiav.model import EquiAV
-from equiav.model.importers import Imported, ImportProblem, detect, import_state, strip
+from equiav.model.importers import CheckpointError, Imported, detect, import_state, strip
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class ImportConfig:
 
 def save_model(folder: Path, model: EquiAV) -> None:
     folder.mkdir(parents=True)
-    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    safetensors.torch.save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+    )
     content = ModelFile(model=model.config, objective=model.objective)
     (folder / "config.json").write_text(json.dumps(to_dict(content), indent=2) + "\n")
 
@@ -69,7 +71,7 @@ def import_checkpoint(config: ImportConfig) -> tuple[EquiAV, Imported]:
         checkpoint = torch.load(config.checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ImportProblem(f"{config.checkpoint}: not a PyTorch checkpoint of plain tensors: {reason}") from None
+        raise CheckpointError(f"{config.checkpoint}: not a PyTorch checkpoint of plain tensors: {reason}") from None
     state = strip(checkpoint)
     kind = detect(state) if config.format == "auto" else config.format
     model = EquiAV(config.model, config.objective)

@@ -5,7 +5,7 @@ import torch
 
 os.environ.setdefault("COLUMNS", "120")  # messages are not cut to a narrow terminal
 
-from equiav.config import Config, from_dict  # noqa: E402
+from equiav.config import Config, from_dict
 
 
 def tiny_config(**sections) -> Config:

@@ -77,15 +77,21 @@ def test_plan_prints_its_tables(capsys):
 
 def test_smoke_at_its_smallest(tmp_path, capsys):
     """Every part of the command, in seconds; the whole run is tests/test_smoke.py."""
-    argv = ["smoke", "--clips", "16", "--held_out", "10", "--train.steps", "3", "--train.batch_size", "8", "--train.warmup_steps", "1",
-            "--out", str(tmp_path / "run")]  # fmt: skip
+    argv = ["smoke", "--clips", "16", "--held_out", "10", "--out", str(tmp_path / "run"),
+            "--train.steps", "3", "--train.batch_size", "8", "--train.warmup_steps", "1"]  # fmt: skip
     for _ in range(2):  # a second run takes the first one's place
         assert cli.main(argv) == 0
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     report = (run / "report.md").read_text()
-    for part in ("Zero-shot retrieval among 10 held-out clips", "R@1 over chance", "similarity audio", "gain image", "loss inter"):
+    for part in (
+        "Zero-shot retrieval among 10 held-out clips",
+        "R@1 over chance",
+        "similarity audio",
+        "gain image",
+        "loss inter",
+    ):
         assert part in report
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equiav.clips import BadClip, check_audio, check_frame, decode_frame, decode_wav, encode_frame, encode_wav
+from equiav.clips import BadClipError, check_audio, check_frame, decode_frame, decode_wav, encode_frame, encode_wav
 from equiav.config import DataConfig
 
 DATA = DataConfig()
@@ -56,7 +56,7 @@ def with_nan():
     (np.zeros(RATE, np.float32), RATE, "audio is silent"),
 ])  # fmt: skip
 def test_bad_audio_is_named(audio, rate, reason):
-    with pytest.raises(BadClip, match=f"^sample clip-17: .*{reason}") as error:
+    with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}") as error:
         check_audio(audio, rate, "clip-17", DATA)
     assert error.value.sample == "clip-17"
 
@@ -71,7 +71,7 @@ def test_bad_audio_is_named(audio, rate, reason):
     (encode_wav(noise(), RATE).replace(b"\x02\x00\x10\x00", b"\x01\x00\x08\x00", 1), "8 bits a sample"),
 ])  # fmt: skip
 def test_bad_wav_is_named(content, reason):
-    with pytest.raises(BadClip, match=f"^sample clip-17: .*{reason}"):
+    with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         decode_wav(content, "clip-17", DATA)
 
 
@@ -86,7 +86,7 @@ def test_bad_wav_is_named(content, reason):
     (picture("RGBA", "PNG"), "mode RGBA, expected RGB"),
 ])  # fmt: skip
 def test_bad_images_are_named(content, reason):
-    with pytest.raises(BadClip, match=f"^sample clip-17: .*{reason}"):
+    with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         decode_frame(content, "clip-17")
 
 
@@ -98,5 +98,5 @@ def test_bad_images_are_named(content, reason):
     (np.zeros((4, 1, 3), np.uint8), "1 x 4 pixels"),
 ])  # fmt: skip
 def test_bad_frames_are_named(frame, reason):
-    with pytest.raises(BadClip, match=f"^sample clip-17: .*{reason}"):
+    with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         check_frame(frame, "clip-17")

@@ -103,7 +103,7 @@ def test_mistakes_on_the_line_are_named(capsys, argv, message):
 
 
 def test_missing_config_names_the_recipes():
-    with pytest.raises(ConfigError, match="nowhere.yaml: no such file, and the recipes are audioset2m, smoke"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file, and the recipes are audioset2m, smoke"):
         read("--config", "nowhere.yaml")
 
 
@@ -131,5 +131,5 @@ def test_an_empty_section_is_its_defaults(yaml_file):
 def test_a_run_without_any_loss_is_refused():
     with pytest.raises(ConfigError, match="at least one loss"):
         from_dict(Config, {"objective": {"intra": "none", "weight_inter": 0.0}}, "test")
-    with pytest.raises(ConfigError, match="objective.schedule is two_stage, expected joint"):
+    with pytest.raises(ConfigError, match=r"objective\.schedule is two_stage, expected joint"):
         from_dict(Config, {"objective": {"intra": "none", "schedule": "two_stage"}}, "test")

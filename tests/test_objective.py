@@ -56,9 +56,7 @@ def same_value_and_gradients(ours, plain, *inputs):
 def test_nt_xent(with_positive):
     x, y = random(N, d), random(N, d, seed=1)
     tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
-    same_value_and_gradients(
-        nt_xent(x, y, tau, with_positive)[0], plain_nt_xent(x, y, tau, with_positive), x, y, tau
-    )
+    same_value_and_gradients(nt_xent(x, y, tau, with_positive)[0], plain_nt_xent(x, y, tau, with_positive), x, y, tau)
 
 
 def test_info_nce():

@@ -77,7 +77,9 @@ def test_size_is_pitch_and_shape_is_timbre():
         note = only_first_note(clip)
         if len(note) < 4096 or clip.attributes[0, HUE] < 0.3:
             continue
-        power = stft(torch.from_numpy(note[:4096].copy()), 0, torch.hann_window(4096), 4096, 4096, 4096, 2.0, False, center=False)[:, 0]
+        power = stft(
+            torch.from_numpy(note[:4096].copy()), 0, torch.hann_window(4096), 4096, 4096, 4096, 2.0, False, center=False
+        )[:, 0]
         rows.append((clip.attributes[0], power))
     discs = [(a, p) for a, p in rows if a[SHAPE] == 0]
     pitch = [np.log2(float(p.argmax()) * 16000 / 4096) for _, p in discs]
@@ -93,8 +95,8 @@ def test_left_is_early():
     for clip in CLIPS:
         level = np.abs(clip.audio).astype(float)
         onset.append(np.argmax(level > 0.25 * level.max()) if clip.attributes[0, BRIGHTNESS] > 0.5 else np.nan)
-        columns = clip.frames.max(axis=(0, 1, 3)).astype(float)
-        bright = np.flatnonzero(columns > 110)
+        colourful = (clip.frames.max(axis=3) - clip.frames.min(axis=3)).max(axis=(0, 1))  # by column; scenes are dull
+        bright = np.flatnonzero(colourful > 85)
         left_edge.append(bright[0] if len(bright) else np.nan)
         flipped_edge.append(63 - bright[-1] if len(bright) else np.nan)
     onset, left_edge, flipped_edge = map(np.array, (onset, left_edge, flipped_edge))

@@ -48,7 +48,7 @@ def augment_spectrogram(spectrogram: Tensor, t: Tensor, vectors: AudioVectors) -
     """t_a(x_a): normalised spectrogram (B, T, F), t (B, 24) -> (B, T, F)."""
     p = vectors.decode(t)
     released = vectors.augment.variant == "released"
-    B, T, F_ = spectrogram.shape
+    T, F_ = spectrogram.shape[1:]
     time, mel = torch.arange(T, device=t.device), torch.arange(F_, device=t.device)
 
     masked = (_within(time, p["t0"], p["t1"])[:, :, None]) | (_within(mel, p["f0"], p["f1"])[:, None, :])
@@ -210,7 +210,7 @@ def _blur(x: Tensor, p: Parameters, largest_sigma: float, radius: Tensor | None 
 
     The kernel reaches 4 sigma of the largest blur, or `radius` (B,) pixels.
     """
-    B, C, H, W = x.shape
+    B, _, H, W = x.shape
     reach = min(math.ceil(4 * largest_sigma), H - 1, W - 1)
     places = torch.arange(-reach, reach + 1, device=x.device)  # (K,)
     sigma = torch.where(p["blur_on"] > 0, p["sigma"], torch.full_like(p["sigma"], 1e-3))[:, None]  # 1e-3: no blur

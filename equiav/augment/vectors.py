@@ -17,8 +17,24 @@ from torch import Tensor
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import AugmentConfig, ModelConfig
 
-CROP = ("crop_on", "left", "top", "width", "height")  # pixels; of a spectrogram: left, width in time, top, height in mel
-JITTER = ("jitter_on", "first", "second", "third", "fourth", "brightness", "contrast", "saturation", "hue")  # factor - 1
+CROP = (
+    "crop_on",
+    "left",
+    "top",
+    "width",
+    "height",
+)  # pixels; of a spectrogram: left, width in time, top, height in mel
+JITTER = (
+    "jitter_on",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+)  # factor - 1
 ORDER = JITTER[1:5]  # each holds one of the numbers below
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BLUR = ("blur_on", "sigma")
@@ -54,7 +70,9 @@ class _Vectors(ABC):
 
     def draw(self, seed: int, epoch: int, samples: Tensor, purpose: Purpose, queries: int = 1) -> Tensor:
         """samples (B,) int64 -> vectors (B, queries, d_t)."""
-        count = 2 * CROP_TRIES + len(self.slots)  # a bound: no slot takes more than one number, but for the crop's tries
+        count = 2 * CROP_TRIES + len(
+            self.slots
+        )  # a bound: no slot takes more than one number, but for the crop's tries
         u = uniforms(seed, epoch, samples, purpose, queries * count).unflatten(1, (queries, count))
         return self.encode(self._parameters(iter(u.unbind(-1))))
 
@@ -70,7 +88,7 @@ class _Vectors(ABC):
 class ImageVectors(_Vectors):
     def __init__(self, model: ModelConfig, augment: AugmentConfig):
         self.size = side = model.image_size
-        scale = dict.fromkeys(("left", "top", "width", "height"), 1 / side)
+        scale: dict[str, float] = dict.fromkeys(("left", "top", "width", "height"), 1 / side)
         slots = (*CROP, *JITTER, *BLUR, "flip", "gray")
         if augment.variant == "released":
             slots = ("crop_on", "top", "left", "height", "width", *slots[5:])

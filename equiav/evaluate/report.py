@@ -9,15 +9,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 
-def plot_run(rows: list[dict[str, float]], retrieval: dict[str, tuple[float, float]], candidates: int, path: Path) -> None:
+def plot_run(
+    rows: list[dict[str, float]], retrieval: dict[str, tuple[float, float]], candidates: int, path: Path
+) -> None:
     """Loss terms, accuracies, predictor similarity and gain over the steps; recall beside chance."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     panels = (
         (axes[0, 0], "Loss terms", ("loss_inter", "loss_intra_audio", "loss_intra_image")),
         (axes[0, 1], "Accuracy", ("accuracy_inter", "accuracy_intra_audio", "accuracy_intra_image")),
-        (axes[1, 0], "Predictor similarity and gain", ("similarity_audio", "similarity_image", "gain_audio", "gain_image")),
+        (
+            axes[1, 0],
+            "Predictor similarity and gain",
+            ("similarity_audio", "similarity_image", "gain_audio", "gain_image"),
+        ),
     )
     for axis, title, names in panels:
         for name in names:
@@ -31,7 +38,7 @@ def plot_run(rows: list[dict[str, float]], retrieval: dict[str, tuple[float, flo
     plt.close(figure)
 
 
-def _curve(axis: plt.Axes, values: list[float], label: str) -> None:
+def _curve(axis: Axes, values: list[float], label: str) -> None:
     """The values faintly, their running mean on top."""
     (line,) = axis.plot(values, alpha=0.2, linewidth=0.8)
     width = max(1, len(values) // 25)
@@ -39,7 +46,7 @@ def _curve(axis: plt.Axes, values: list[float], label: str) -> None:
     axis.plot(np.arange(len(smooth)) + width / 2, smooth, color=line.get_color(), label=label.replace("_", " "))
 
 
-def _bars(axis: plt.Axes, retrieval: dict[str, tuple[float, float]], candidates: int) -> None:
+def _bars(axis: Axes, retrieval: dict[str, tuple[float, float]], candidates: int) -> None:
     ks = (1, 5, 10)
     for shift, direction in ((-0.25, "image to audio"), (0.0, "audio to image")):
         mean, spread = zip(*(retrieval[f"{direction} R@{k}"] for k in ks), strict=True)
@@ -47,5 +54,7 @@ def _bars(axis: plt.Axes, retrieval: dict[str, tuple[float, float]], candidates:
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
     bars = axis.bar(np.arange(3) + 0.25, [100 * k / candidates for k in ks], 0.24, color="0.7", label="chance")
     axis.bar_label(bars, fmt="%.1f", fontsize=8)
-    axis.set(title=f"Retrieval among {candidates} held-out clips, %", xticks=range(3), xticklabels=[f"R@{k}" for k in ks])
+    axis.set(
+        title=f"Retrieval among {candidates} held-out clips, %", xticks=range(3), xticklabels=[f"R@{k}" for k in ks]
+    )
     axis.legend(frameon=False, fontsize=9)

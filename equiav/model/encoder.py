@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default is 1e-6
+
+class LayerNorm(nn.LayerNorm):
+    """With eps 1e-5 in every norm, also where timm would take 1e-6."""
+
+    def __init__(self, width: int, **kwargs: Any):
+        super().__init__(width, eps=1e-5, **kwargs)
 
 
 class Encoder(nn.Module):
@@ -27,8 +32,10 @@ class Encoder(nn.Module):
         # Kept with the weights: a checkpoint that was trained with other positions keeps them.
         self.register_buffer("positions", torch.empty(grid[0] * grid[1], width))  # (N, D)
         self.modality = nn.Parameter(torch.empty(width))
-        block = partial(Block, width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, act_layer=nn.GELU)
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, act_layer=nn.GELU)
+            for _ in range(depth)
+        )
         self.norm = LayerNorm(width)
         self.norm_aug = LayerNorm(width)
 

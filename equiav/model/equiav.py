@@ -49,29 +49,23 @@ class Branch(nn.Module):
         """
         intra, inter_on = self.objective.intra, self.objective.inter_on
         h, h_aug = self.encoder(x, x_aug)
-        predicted = None
+        pooled = {"original": h.mean(dim=1)}  # (B, D) each
+        if h_aug is not None:
+            pooled["augmented"] = h_aug.mean(dim=1)
         if intra == "equivariant" or inter_on in ("equivariant", "centroid"):
             predicted = self.predictor(h, t)  # (B, 1 + S, D)
+            pooled["equivariant"] = predicted[:, 0]
+            if inter_on == "centroid":
+                pooled["centroid"] = predicted[:, 1:].mean(dim=1)  # Eq. 12
 
         z = z_aug = plain = None
         if intra != "none":
-            z = self.intra_head(predicted[:, 0] if intra == "equivariant" else h.mean(dim=1))
-            z_aug = self.intra_head(h_aug.mean(dim=1))
+            z = self.intra_head(pooled["equivariant" if intra == "equivariant" else "original"])
+            z_aug = self.intra_head(pooled["augmented"])
         if intra == "equivariant":
             with torch.no_grad():
-                plain = self.intra_head(h.mean(dim=1))
-        return z, z_aug, self.inter_head(self._representative(h, h_aug, predicted)), plain
-
-    def _representative(self, h: Tensor, h_aug: Tensor | None, predicted: Tensor | None) -> Tensor:
-        match self.objective.inter_on:
-            case "original":
-                return h.mean(dim=1)
-            case "augmented":
-                return h_aug.mean(dim=1)  # type: ignore[union-attr]
-            case "equivariant":
-                return predicted[:, 0]  # type: ignore[index]
-            case "centroid":
-                return predicted[:, 1:].mean(dim=1)  # type: ignore[index]  # Eq. 12
+                plain = self.intra_head(pooled["original"])
+        return z, z_aug, self.inter_head(pooled[inter_on]), plain
 
 
 class EquiAV(nn.Module):

@@ -18,7 +18,7 @@ from equiav.model.equiav import EquiAV
 Format = Literal["equiav", "cavmae", "mae"]
 
 
-class ImportProblem(ValueError):
+class CheckpointError(ValueError):
     """The checkpoint cannot be imported; the message says which key, and why."""
 
 
@@ -27,7 +27,9 @@ class Imported:
     state: dict[str, Tensor]  # the full state dict of our model
     used: list[str] = field(default_factory=list)  # keys of the source
     ignored: dict[str, str] = field(default_factory=dict)  # key of the source -> why
-    fresh: list[str] = field(default_factory=list)  # our keys that the source says nothing of: initialised from the seed
+    fresh: list[str] = field(
+        default_factory=list
+    )  # our keys that the source says nothing of: initialised from the seed
 
 
 Change = Callable[[Tensor], Tensor]
@@ -40,10 +42,14 @@ SIDE = {"a": "audio", "v": "image"}
 
 def detect(state: Mapping[str, Any]) -> Format:
     """Which program wrote this state dict (prefixes already stripped)."""
-    for key, kind in (("cross_attn_a.norm.weight", "equiav"), ("blocks_u.0.norm1.weight", "cavmae"), ("cls_token", "mae")):
+    for key, kind in (
+        ("cross_attn_a.norm.weight", "equiav"),
+        ("blocks_u.0.norm1.weight", "cavmae"),
+        ("cls_token", "mae"),
+    ):
         if key in state:
             return kind  # type: ignore[return-value]
-    raise ImportProblem(
+    raise CheckpointError(
         "not a checkpoint of the released EquiAV (no cross_attn_a), of CAV-MAE (no blocks_u) or of MAE (no cls_token); "
         f"it begins with {', '.join(list(state)[:3]) or 'nothing'}"
     )
@@ -53,14 +59,14 @@ def strip(checkpoint: Any) -> dict[str, Tensor]:
     """The bare state dict: unwraps {'model': ...}, drops the prefixes `__M__.` and `module.`."""
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping) or not state:
-        raise ImportProblem(f"expected a state dict (name -> tensor), found {type(checkpoint).__name__}")
+        raise CheckpointError(f"expected a state dict (name -> tensor), found {type(checkpoint).__name__}")
     stripped: dict[str, Tensor] = {}
     for key, value in state.items():
         name = re.sub(r"^(__M__\.|module\.)+", "", str(key))
         if not isinstance(value, Tensor):
-            raise ImportProblem(f"{key}: expected a tensor, found {type(value).__name__}")
+            raise CheckpointError(f"{key}: expected a tensor, found {type(value).__name__}")
         if name in stripped:
-            raise ImportProblem(f"{key}: stands in the checkpoint twice, with different prefixes")
+            raise CheckpointError(f"{key}: stands in the checkpoint twice, with different prefixes")
         stripped[name] = value
     return stripped
 
@@ -76,16 +82,16 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
             result.ignored[key] = found
             continue
         if not tensor.isfinite().all():
-            raise ImportProblem(f"{key}: holds values that are not finite")
+            raise CheckpointError(f"{key}: holds values that are not finite")
         for target, change in found.items():
             if target not in ours:
-                raise ImportProblem(f"{key}: there is no {target} in a model of depth {model.config.depth}; "
+                raise CheckpointError(f"{key}: there is no {target} in a model of depth {model.config.depth}; "
                                     "choose the model.size that the checkpoint was trained with")  # fmt: skip
             if target in result.state:
-                raise ImportProblem(f"{key}: {target} already has a value from another key")
+                raise CheckpointError(f"{key}: {target} already has a value from another key")
             changed = change(tensor.detach().cpu())
             if changed.shape != ours[target].shape:
-                raise ImportProblem(f"{key}: shape {tuple(tensor.shape)} does not fit {target} "
+                raise CheckpointError(f"{key}: shape {tuple(tensor.shape)} does not fit {target} "
                                     f"{tuple(ours[target].shape)}; choose the model.size (and input sizes) that the "
                                     "checkpoint was trained with")  # fmt: skip
             result.state[target] = changed.to(ours[target].dtype).clone()
@@ -93,7 +99,7 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
     for prefix in REQUIRED[kind]:
         for name in ours:
             if name.startswith(prefix) and name not in result.state:
-                raise ImportProblem(f"the checkpoint has no value for {name}: it is incomplete, or "
+                raise CheckpointError(f"the checkpoint has no value for {name}: it is incomplete, or "
                                     f"model.depth={model.config.depth} is deeper than its encoders")  # fmt: skip
     for name, value in ours.items():
         if name not in result.state:
@@ -115,7 +121,7 @@ def _apply(rules: list[Rule], key: str) -> Use | str:
         match = re.fullmatch(pattern, key)
         if match:
             return rule(match)
-    raise ImportProblem(f"{key}: unknown key, neither used nor knowingly ignored in this format")
+    raise CheckpointError(f"{key}: unknown key, neither used nor knowingly ignored in this format")
 
 
 def _same(tensor: Tensor) -> Tensor:

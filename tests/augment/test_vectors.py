@@ -58,7 +58,7 @@ def test_same_on_every_device(both, device):
 
 @pytest.mark.parametrize("kind", [ImageVectors, AudioVectors])
 def test_distributions(both, kind):
-    vectors, _, p = draw(both, kind)
+    _, _, p = draw(both, kind)
     a, (x_size, y_size) = both.augment, (
         (both.model.image_size,) * 2 if kind is ImageVectors else (both.model.spectrogram_frames, both.model.spectrogram_mels)
     )  # fmt: skip
@@ -116,7 +116,10 @@ def test_spectrogram_masks_and_shift(both):
     on = p["mask_on"] > 0
     assert abs(on.float().mean() - both.augment.mask_p) < 0.02
     assert torch.equal(p["mask_on"], p["shift_on"])
-    for low, high, size, longest in (("t0", "t1", T, both.augment.max_mask_frames), ("f0", "f1", F, both.augment.max_mask_mels)):  # fmt: skip
+    for low, high, size, longest in (
+        ("t0", "t1", T, both.augment.max_mask_frames),
+        ("f0", "f1", F, both.augment.max_mask_mels),
+    ):
         assert (p[low] >= 0).all()
         assert (p[high] <= size).all()
         length = (p[high] - p[low])[on]

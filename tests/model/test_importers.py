@@ -8,12 +8,25 @@ import torch
 
 from equiav.cli import main
 from equiav.config import ModelConfig, ObjectiveConfig
-from equiav.model.importers import ImportProblem
+from equiav.model.importers import CheckpointError
 from equiav.weights import ImportConfig, import_checkpoint, load_model
 
 D, DEPTH, AUG, HIDDEN, OUT = 64, 3, 48, 80, 32
-SMALL = ModelConfig(size="tiny", width=D, depth=DEPTH, heads=4, image_size=64, image_patch=16, spectrogram_frames=256,
-                    spectrogram_mels=128, audio_patch=16, aug_width=AUG, predictor_heads=8, head_hidden=HIDDEN, head_width=OUT)  # fmt: skip
+SMALL = ModelConfig(
+    size="tiny",
+    width=D,
+    depth=DEPTH,
+    heads=4,
+    image_size=64,
+    image_patch=16,
+    spectrogram_frames=256,
+    spectrogram_mels=128,
+    audio_patch=16,
+    aug_width=AUG,
+    predictor_heads=8,
+    head_hidden=HIDDEN,
+    head_width=OUT,
+)
 AUDIO_TOKENS, IMAGE_TOKENS = 8 * 16, 16
 
 
@@ -50,10 +63,18 @@ def equiav_layout():
         for n in range(DEPTH):
             shapes |= block(f"blocks_{m}.{n}")
         shapes |= norm(f"norm_{m}") | norm(f"norm_{m}_aug")
-        shapes |= linear(f"aug_encoder_{m}.0", AUG, d_t) | linear(f"aug_encoder_{m}.2", AUG, AUG) | linear(f"aug_encoder_{m}.4", AUG, AUG)  # fmt: skip
+        shapes |= (
+            linear(f"aug_encoder_{m}.0", AUG, d_t)
+            | linear(f"aug_encoder_{m}.2", AUG, AUG)
+            | linear(f"aug_encoder_{m}.4", AUG, AUG)
+        )
         c = f"cross_attn_{m}"
         shapes |= norm(f"{c}.norm_aug", AUG) | norm(f"{c}.norm") | linear(f"{c}.attn.to_q", 512, AUG)
-        shapes |= linear(f"{c}.attn.to_k", 512, D) | linear(f"{c}.attn.to_v", 512, D) | linear(f"{c}.attn.to_out", D, 512, bias=False)  # fmt: skip
+        shapes |= (
+            linear(f"{c}.attn.to_k", 512, D)
+            | linear(f"{c}.attn.to_v", 512, D)
+            | linear(f"{c}.attn.to_out", D, 512, bias=False)
+        )
         shapes |= linear(f"{c}.mlp.fc1", 4 * D, D) | linear(f"{c}.mlp.fc2", D, 4 * D)
         for space in ("intra", "inter"):
             p = f"pred_{m}_{space}"
@@ -63,21 +84,29 @@ def equiav_layout():
 
 
 def cavmae_layout():
-    shapes = conv("patch_embed_a.proj", 1) | conv("patch_embed_v.proj", 3) | norm("norm") | norm("norm_a") | norm("norm_v")
+    shapes = (
+        conv("patch_embed_a.proj", 1) | conv("patch_embed_v.proj", 3) | norm("norm") | norm("norm_a") | norm("norm_v")
+    )
     for m, tokens in (("a", AUDIO_TOKENS), ("v", IMAGE_TOKENS)):
         shapes |= {f"modality_{m}": (1, 1, D), f"pos_embed_{m}": (1, tokens, D), f"decoder_modality_{m}": (1, 1, 32),
                    f"decoder_pos_embed_{m}": (1, tokens, 32)} | linear(f"decoder_pred_{m}", 256, 32)  # fmt: skip
         for n in range(DEPTH - 1):
             shapes |= block(f"blocks_{m}.{n}")
-    shapes |= block("blocks_u.0") | linear("decoder_embed", 32, D) | {"mask_token": (1, 1, 32)} | norm("decoder_norm", 32)
+    shapes |= (
+        block("blocks_u.0") | linear("decoder_embed", 32, D) | {"mask_token": (1, 1, 32)} | norm("decoder_norm", 32)
+    )
     return fill(shapes | block("decoder_blocks.0", 32), "module.")
 
 
 def mae_layout():
-    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, IMAGE_TOKENS + 1, D), "mask_token": (1, 1, 32)} | conv("patch_embed.proj", 3)
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, IMAGE_TOKENS + 1, D), "mask_token": (1, 1, 32)} | conv(
+        "patch_embed.proj", 3
+    )
     for n in range(DEPTH):
         shapes |= block(f"blocks.{n}", modality_norms=False)
-    shapes |= norm("norm") | linear("decoder_embed", 32, D) | block("decoder_blocks.0", 32, False) | norm("decoder_norm", 32)
+    shapes |= (
+        norm("norm") | linear("decoder_embed", 32, D) | block("decoder_blocks.0", 32, False) | norm("decoder_norm", 32)
+    )
     return {"model": fill(shapes | linear("decoder_pred", 768, 32) | {"decoder_pos_embed": (1, IMAGE_TOKENS + 1, 32)})}
 
 
@@ -109,10 +138,16 @@ def test_released_values_land_where_the_program_uses_them(tmp_path):
     source = {key.removeprefix("__M__."): value for key, value in equiav_layout().items()}
     model, _ = run(tmp_path, equiav_layout())
     state = model.state_dict()
-    same = {"audio.encoder.blocks.2.norm1.weight": "blocks_a.2.norm1.weight", "image.encoder.norm_aug.bias": "norm_v_aug.bias",
-            "image.predictor.out.weight": "cross_attn_v.attn.to_out.weight", "audio.predictor.key.bias": "cross_attn_a.attn.to_k.bias",
-            "audio.predictor.mlp.2.weight": "cross_attn_a.mlp.fc2.weight", "image.inter_head.layers.4.weight": "pred_v_inter.norm2.weight",
-            "audio.intra_head.layers.6.bias": "pred_a_intra.fc3.bias", "audio.predictor.encode_t.4.bias": "aug_encoder_a.4.bias"}  # fmt: skip
+    same = {
+        "audio.encoder.blocks.2.norm1.weight": "blocks_a.2.norm1.weight",
+        "image.encoder.norm_aug.bias": "norm_v_aug.bias",
+        "image.predictor.out.weight": "cross_attn_v.attn.to_out.weight",
+        "audio.predictor.key.bias": "cross_attn_a.attn.to_k.bias",
+        "audio.predictor.mlp.2.weight": "cross_attn_a.mlp.fc2.weight",
+        "image.inter_head.layers.4.weight": "pred_v_inter.norm2.weight",
+        "audio.intra_head.layers.6.bias": "pred_a_intra.fc3.bias",
+        "audio.predictor.encode_t.4.bias": "aug_encoder_a.4.bias",
+    }
     for ours, theirs in same.items():
         assert torch.equal(state[ours], source[theirs])
     assert torch.equal(state["audio.encoder.positions"], source["pos_embed_a"][0])
@@ -124,7 +159,9 @@ def test_three_equal_channels_are_one(tmp_path):
     model, _ = run(tmp_path, equiav_layout())
     source, x = equiav_layout(), torch.randn(2, 256, 128)
     picture = x.transpose(1, 2).unsqueeze(1).repeat(1, 3, 1, 1)
-    theirs = torch.nn.functional.conv2d(picture, source["__M__.patch_embed_a.proj.weight"], source["__M__.patch_embed_a.proj.bias"], stride=16)  # fmt: skip
+    theirs = torch.nn.functional.conv2d(
+        picture, source["__M__.patch_embed_a.proj.weight"], source["__M__.patch_embed_a.proj.bias"], stride=16
+    )
     ours = model.audio.encoder.patch_embed(x.transpose(1, 2).unsqueeze(1))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -158,7 +195,7 @@ def test_mae_initialises_both_encoders_and_the_seed_the_rest(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda s: s.update({"__M__.surprise": torch.zeros(1)}), "surprise: unknown key"),
     (lambda s: s.pop("__M__.blocks_a.1.attn.qkv.bias"), "no value for audio.encoder.blocks.1.attn.qkv.bias"),
-    (lambda s: s.update({"__M__.norm_a.weight": torch.zeros(65)}), r"norm_a.weight: shape \(65,\) does not fit audio.encoder.norm.weight \(64,\)"),
+    (lambda s: s.update({"__M__.norm_a.weight": torch.zeros(65)}), r"norm_a.weight: shape \(65,\) does not fit .* \(64,\)"),
     (lambda s: s.update({"__M__.norm_v.bias": torch.full((64,), torch.nan)}), "norm_v.bias: holds values that are not finite"),
     (lambda s: s.update({"__M__.blocks_a.3.norm1.weight": torch.zeros(64)}), "blocks_a.3.norm1.weight: there is no .* depth 3"),
     (lambda s: s.update({"__M__.norm_a.weight": "text"}), "norm_a.weight: expected a tensor, found str"),
@@ -168,14 +205,16 @@ def test_mae_initialises_both_encoders_and_the_seed_the_rest(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     checkpoint = equiav_layout()
     change(checkpoint)
-    with pytest.raises(ImportProblem, match=message):
+    with pytest.raises(CheckpointError, match=message):
         run(tmp_path, checkpoint)
 
 
 def test_wrong_model_size_is_named(tmp_path):
     torch.save(equiav_layout(), tmp_path / "source.pth")
-    with pytest.raises(ImportProblem, match=r"patch_embed_a.proj.weight: shape .* choose the model.size"):
-        import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=ModelConfig(depth=3)))
+    with pytest.raises(CheckpointError, match=r"patch_embed_a.proj.weight: shape .* choose the model.size"):
+        import_checkpoint(
+            ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=ModelConfig(depth=3))
+        )
 
 
 class Code:
@@ -189,7 +228,7 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path, capsys, content)
         (tmp_path / "source.pth").write_bytes(content)
     else:
         torch.save({"x": content}, tmp_path / "source.pth")
-    with pytest.raises(ImportProblem, match="not a PyTorch checkpoint of plain tensors"):
+    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint of plain tensors"):
         import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=SMALL))
     assert "never run" not in capsys.readouterr().out
 
