@@ -14,9 +14,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from equiav.config import ObjectiveConfig
-from equiav.model.equiav import Embeddings
 
 Gather = Callable[[Tensor], tuple[Tensor, int]]
+
+
+class Embeddings(NamedTuple):
+    """What a batch of B clips contributes to the loss: what `EquiAV.forward` returns. d is `model.head_width`."""
+
+    intra_a: Tensor | None  # (B, d) predicted (equivariant) or original (invariant) embedding of the audio
+    aug_a: Tensor | None  # (B, d) embedding of the augmented audio, z'_a
+    intra_v: Tensor | None
+    aug_v: Tensor | None
+    inter_a: Tensor  # (B, d) what represents the audio in inter-modal learning: by default the centroid's
+    inter_v: Tensor
+    plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
+    plain_v: Tensor | None
 
 
 def alone(z: Tensor) -> tuple[Tensor, int]:

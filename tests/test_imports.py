@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "equiav.clips": {"equiav.config"},
     "equiav.augment": {"equiav.config"},
     "equiav.model": {"equiav.config"},
-    "equiav.objective": {"equiav.config", "equiav.model"},  # the model names the embeddings that it compares
+    "equiav.objective": {"equiav.config"},
     "equiav.parallel": set(),
 }
 PURE = ("equiav.augment", "equiav.model", "equiav.objective")

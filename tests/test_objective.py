@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from equiav.config import ObjectiveConfig
-from equiav.model import Embeddings
-from equiav.objective import equiav_loss, info_nce, nt_xent, weights_at
+from equiav.objective import Embeddings, equiav_loss, info_nce, nt_xent, weights_at
 
 N, d, TAU = 7, 5, 0.07
 

@@ -33,10 +33,10 @@ def uniforms(seed: int, epoch: int, samples: Tensor, purpose: Purpose, count: in
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64; two's complement products are the unsigned ones modulo 2^64."""
-    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
-    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
-    return x ^ _shift(x, 31)
+    """SplitMix64's finalizer on int64, in place; two's complement products are the unsigned ones modulo 2^64."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(MIX_1))
+    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(MIX_2))
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _mix_int(x: int) -> int:
@@ -48,7 +48,7 @@ def _mix_int(x: int) -> int:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift: int64's own copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(x: int) -> int:

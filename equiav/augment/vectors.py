@@ -190,8 +190,8 @@ def _crop(
     """A box of `scale` of the area; `ratio` is its x share over its y share -> x, y, x length, y length, whole."""
     tries = [(_between(u, *scale), _between(u, math.log(ratio[0]), math.log(ratio[1]))) for _ in range(CROP_TRIES)]
     area, log_ratio = (torch.stack(values) for values in zip(*tries, strict=True))  # (tries, ...)
-    x_length = ((area * log_ratio.exp()).sqrt() * x_size).round()
-    y_length = ((area / log_ratio.exp()).sqrt() * y_size).round()
+    side, stretch = area.sqrt(), (log_ratio / 2).exp()
+    x_length, y_length = (side * stretch * x_size).round(), (side / stretch * y_size).round()
     fits = (x_length <= x_size) & (y_length <= y_size)
     first = fits.byte().argmax(dim=0, keepdim=True)  # the first try that fits
     x_length = x_length.gather(0, first)[0].clamp(1, x_size)

@@ -1,5 +1,5 @@
 """The network: two encoders, a transformation predictor for each, projection heads. Knows no ranks, devices or files."""
 
-from equiav.model.equiav import Embeddings, EquiAV
+from equiav.model.equiav import EquiAV
 
-__all__ = ["Embeddings", "EquiAV"]
+__all__ = ["EquiAV"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,6 @@ from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, ModelConfig, ObjectiveConf
 from equiav.model.encoder import Encoder
 from equiav.model.head import ProjectionHead
 from equiav.model.predictor import PREDICTORS, AttentionPredictor
-
-
-class Embeddings(NamedTuple):
-    """What a batch of B clips contributes to the loss. Not normalised; d is `model.head_width`."""
-
-    intra_a: Tensor | None  # (B, d) predicted (equivariant) or original (invariant) embedding of the audio
-    aug_a: Tensor | None  # (B, d) embedding of the augmented audio, z'_a
-    intra_v: Tensor | None
-    aug_v: Tensor | None
-    inter_a: Tensor  # (B, d) what represents the audio in inter-modal learning: by default the centroid's
-    inter_v: Tensor
-    plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
-    plain_v: Tensor | None
 
 
 class Branch(nn.Module):
@@ -81,13 +67,14 @@ class EquiAV(nn.Module):
 
     def forward(
         self, audio: Tensor, image: Tensor, audio_aug: Tensor | None, image_aug: Tensor | None, t_a: Tensor, t_v: Tensor
-    ) -> Embeddings:
-        """audio, audio_aug (B, T, F); image, image_aug (B, 3, H, W); t_a (B, 1 + S, 24); t_v (B, 1 + S, 18)."""
+    ) -> tuple[Tensor | None, ...]:
+        """audio, audio_aug (B, T, F); image, image_aug (B, 3, H, W); t_a (B, 1 + S, 24); t_v (B, 1 + S, 18)
+        -> the fields of `objective.Embeddings`, in their order, each (B, d) and not normalised."""
         intra_a, aug_a, inter_a, plain_a = self.audio(
             as_picture(audio), None if audio_aug is None else as_picture(audio_aug), t_a
         )
         intra_v, aug_v, inter_v, plain_v = self.image(image, image_aug, t_v)
-        return Embeddings(intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v)
+        return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v
 
     @property
     def temperature(self) -> Tensor | float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from equiav.augment import make_views
 from equiav.config import Config
 from equiav.model import EquiAV
-from equiav.objective import equiav_loss, weights_at
+from equiav.objective import Embeddings, equiav_loss, weights_at
 from equiav.train.schedule import learning_rate
 
 
@@ -41,7 +41,7 @@ def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[
         samples, frames, waveform = (x.to(device, non_blocking=True) for x in batch[1:])
         views = make_views(config, batch.epoch, samples, frames, waveform)
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-            embeddings = model(*views)
+            embeddings = Embeddings(*model(*views))
         weights = weights_at(step, settings.steps, config.objective)
         loss, terms = equiav_loss(embeddings, weights, model.temperature, config.objective)
 

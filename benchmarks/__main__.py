@@ -1,0 +1,154 @@
+"""`python -m benchmarks [NAME ...]`: measures here and now, prints a Markdown table. Ratios are taken within one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torchaudio.compliance.kaldi import fbank
+from torchvision.transforms.v2 import functional as tv
+
+from equiav.augment import AudioVectors, ImageVectors, augment_image, augment_spectrogram, log_mel, make_views
+from equiav.augment.draws import Purpose
+from equiav.config import Config, from_dict, load
+from equiav.model import EquiAV
+from equiav.objective import Embeddings, equiav_loss, weights_at
+from equiav.smoke import keep_freed_memory
+from equiav.synthetic import World
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Row = tuple[str, str, str]  # what, figure, beside what it is measured
+
+
+def seconds(call: Callable[[], object], repeat: int = 7) -> float:
+    """Median time of a call, after two to warm up."""
+    times = []
+    for k in range(repeat + 2):
+        started = time.perf_counter()
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if k >= 2:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def draws() -> Iterator[Row]:
+    config = from_dict(Config, {}, "benchmark")
+    samples = torch.arange(20_000, device=DEVICE)
+    for name, kind in (("image", ImageVectors), ("audio", AudioVectors)):
+        vectors = kind(config.model, config.augment)
+        spent = seconds(lambda vectors=vectors: vectors.draw(0, 0, samples, Purpose.VIEW_IMAGE))
+        yield (
+            f"{name} augmentation vectors drawn",
+            f"{len(samples) / spent / 1000:,.0f} samples/ms",
+            "20,000 samples at once",
+        )
+
+
+def logmel() -> Iterator[Row]:
+    waveform = 0.1 * torch.randn(32, 160_000, device=DEVICE)
+    ours = seconds(lambda: log_mel(waveform), 5)
+    options = {"htk_compat": True, "use_energy": False, "window_type": "hanning", "num_mel_bins": 128, "dither": 0.0}
+    theirs = seconds(lambda: [fbank(w[None], sample_frequency=16000, **options) for w in waveform], 5)
+    yield (
+        "log-mel, 10 s clips",
+        f"{32 / ours:,.0f} clips/s",
+        f"{theirs / ours:.1f}x torchaudio's kaldi.fbank, clip by clip",
+    )
+
+
+def augment() -> Iterator[Row]:
+    B, config = 32, from_dict(Config, {}, "benchmark")
+    image, audio = ImageVectors(config.model, config.augment), AudioVectors(config.model, config.augment)
+    frames = torch.randint(0, 256, (B, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
+    t_v = image.draw(0, 0, torch.arange(B, device=DEVICE), Purpose.VIEW_IMAGE)[:, 0]
+    p = {name: value.cpu() for name, value in image.decode(t_v).items()}
+
+    def one_by_one() -> None:
+        for k in range(B):
+            box = [round(float(p[name][k]) * 256 / 224) for name in ("top", "left", "height", "width")]
+            x = tv.resized_crop(frames[k].float() / 255, *box, size=[224, 224], antialias=True)
+            if p["jitter_on"][k]:
+                x = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x, 0.8), 1.2), 1.1)
+                x = tv.adjust_hue(x, float(p["hue"][k]))
+            if p["blur_on"][k]:
+                x = tv.gaussian_blur(x, [17, 17], [float(p["sigma"][k])] * 2)
+            tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+    ours, theirs = seconds(lambda: augment_image(frames, t_v, image), 5), seconds(one_by_one, 5)
+    yield "image views, 256 to 224 pixels", f"{B / ours:,.0f}/s", f"{theirs / ours:.1f}x torchvision, image by image"
+    spectrogram = torch.randn(B, 1024, 128, device=DEVICE)
+    t_a = audio.draw(0, 0, torch.arange(B, device=DEVICE), Purpose.VIEW_AUDIO)[:, 0]
+    spent = seconds(lambda: augment_spectrogram(spectrogram, t_a, audio), 5)
+    yield "spectrogram views, 1024 x 128", f"{B / spent:,.0f}/s", f"batches of {B}"
+
+
+def synthetic() -> Iterator[Row]:
+    world = World(seconds=2.56)
+    world.clip(0)
+    spent = seconds(lambda: [world.clip(k) for k in range(100)], 5)
+    yield "synthetic clips at test size", f"{100 / spent:,.0f} clips/s", "one core"
+
+
+def step() -> Iterator[Row]:
+    """A whole training step: views, forward, loss, backward, update. Tiny on CPU, ViT-B on GPU."""
+    argv = ["--model.size", "tiny" if DEVICE == "cpu" else "vit_b16"]
+    config, _ = load(Config, "benchmark", argv, recipe="smoke")
+    m, B = config.model, 32 if DEVICE == "cpu" else 128
+    model = EquiAV(m, config.objective)
+    model.init_weights(0)
+    model.to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    samples = torch.arange(B, device=DEVICE)
+    frames = torch.randint(0, 256, (B, 3, m.image_size, m.image_size), dtype=torch.uint8, device=DEVICE)
+    waveform = torch.randint(-3000, 3000, (B, 160 * m.spectrogram_frames), device=DEVICE).short()
+
+    def views() -> None:
+        make_views(config, 0, samples, frames, waveform)
+
+    def whole() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            embeddings = Embeddings(*model(*make_views(config, 0, samples, frames, waveform)))
+        loss, _ = equiav_loss(embeddings, weights_at(0, 1, config.objective), model.temperature, config.objective)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    spent = seconds(whole)
+    yield (
+        f"training step, {m.size}, batch {B}",
+        f"{B / spent:,.0f} samples/s",
+        f"views {seconds(views) / spent:.0%} of it",
+    )
+
+
+def plan() -> Iterator[Row]:
+    command = [sys.executable, "-m", "equiav", "plan"]
+    spent = seconds(lambda: subprocess.run(command, check=True, capture_output=True), 3)
+    yield "equiav plan, vit_b16, from the shell", f"{spent:.1f} s", "median of 3"
+
+
+BENCHMARKS = {call.__name__: call for call in (draws, logmel, augment, synthetic, step, plan)}
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    keep_freed_memory()
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    print(f"{where}, torch {torch.__version__}\n\n| what | figure | beside |\n|---|---|---|")
+    for name in names or BENCHMARKS:
+        for row in BENCHMARKS[name]():
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
