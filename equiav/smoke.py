@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -39,12 +38,12 @@ HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 class SmokeConfig(Config):
     """Generates clips, pretrains the tiny model on them, retrieves, and writes a report."""
 
-    clips: int = 3072
+    clips: int = 2048
     """Clips to train on."""
     held_out: int = 512
     """Clips to retrieve among; chance is 1 in this many."""
     out: Path = Path("runs/smoke")
-    """Folder of report.md, report.png, metrics.jsonl, config.yaml and the trained model; replaced by the next run."""
+    """Folder of report.md, report.png, metrics.jsonl, config.yaml and the trained model; a next run writes over them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +99,6 @@ def run_smoke(config: SmokeConfig) -> None:
     frames, waveform = decode(held_out, [middle] * len(held_out), config)
     retrieval = zero_shot_retrieval(model, config, frames, waveform)
     clock["retrieve"] = time.perf_counter() - begun
-    shutil.rmtree(config.out / "model", ignore_errors=True)
     save_model(config.out / "model", model)
     clock["in all"] = time.perf_counter() - started
     text = write_report(config, rows, retrieval, clock)

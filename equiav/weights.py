@@ -43,7 +43,7 @@ class ImportConfig:
 
 
 def save_model(folder: Path, model: EquiAV) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
     )
