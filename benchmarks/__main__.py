@@ -14,7 +14,7 @@ import torch
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms.v2 import functional as tv
 
-from equiav.augment import AudioVectors, ImageVectors, augment_image, augment_spectrogram, log_mel, make_views
+from equiav.augment import AudioVectors, Batch, ImageVectors, augment_image, augment_spectrogram, log_mel, make_views
 from equiav.augment.draws import Purpose
 from equiav.config import Config, from_dict, load
 from equiav.model import EquiAV
@@ -109,14 +109,15 @@ def step() -> Iterator[Row]:
     samples = torch.arange(B, device=DEVICE)
     frames = torch.randint(0, 256, (B, 3, m.image_size, m.image_size), dtype=torch.uint8, device=DEVICE)
     waveform = torch.randint(-3000, 3000, (B, 160 * m.spectrogram_frames), device=DEVICE).short()
+    batch = Batch(0, samples, frames, waveform, torch.full((B,), waveform.shape[1], device=DEVICE))
 
     def views() -> None:
-        make_views(config, 0, samples, frames, waveform)
+        make_views(config, batch)
 
     def whole() -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            embeddings = Embeddings(*model(*make_views(config, 0, samples, frames, waveform)))
-        loss, _ = equiav_loss(embeddings, weights_at(0, 1, config.objective), model.temperature, config.objective)
+            embeddings = Embeddings(*model(*make_views(config, batch)))
+        loss, _ = equiav_loss(embeddings, weights_at(0, 1, config.objective), config.objective)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

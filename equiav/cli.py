@@ -33,10 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"equiav: {problem}", file=sys.stderr)
         return 1
 
+    from equiav.clips import BadClipError
     from equiav.config import ConfigError
 
     try:
         _run(command, rest)
+    except (FloatingPointError, BadClipError) as error:
+        print(f"equiav {command}: {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import wave
 
 import numpy as np
@@ -38,11 +39,19 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
         raise BadClipError(sample, "has no image")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode != "RGB":
-                raise BadClipError(sample, f"image has mode {image.mode}, expected RGB")
-            return check_frame(np.asarray(image), sample)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            mode, frame = image.mode, np.asarray(image)
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise BadClipError(sample, f"image cannot be decoded: {error}") from None
+    if mode != "RGB":
+        raise BadClipError(sample, f"image has mode {mode}, expected RGB")
+    return check_frame(frame, sample)
 
 
 def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConfig) -> np.ndarray:
@@ -89,8 +98,8 @@ def decode_wav(content: bytes | None, sample: str, data: DataConfig) -> np.ndarr
                 file.getnframes(),
             )
             raw = file.readframes(count)
-    except (wave.Error, EOFError) as error:
-        raise BadClipError(sample, f"audio is not a WAV file: {str(error) or 'it ends early'}") from None
+    except (wave.Error, EOFError, RuntimeError, ValueError, struct.error) as error:  # what damaged headers raise
+        raise BadClipError(sample, f"audio is not a WAV file: {str(error) or 'its header is damaged'}") from None
     if width != 2:
         raise BadClipError(sample, f"audio has {8 * width} bits a sample, expected 16")
     if len(raw) != count * channels * width:

@@ -183,17 +183,29 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         require(self.centroid_size >= 1, "objective.centroid_size", self.centroid_size, "1 or more")
-        require(self.temperature > 0, "objective.temperature", self.temperature, "a positive number")
-        require(self.intra != "none" or self.schedule == "joint", "objective.schedule", self.schedule,
-                "joint, since objective.intra=none leaves one loss")  # fmt: skip
+        require(0 < self.temperature < math.inf, "objective.temperature", self.temperature, "a positive number")
+        intra = self.intra != "none" and self.weight_intra_audio + self.weight_intra_image > 0
+        inter = self.weight_inter > 0
+        require(intra or inter, "objective", "without any loss", "intra other than none or a positive weight")
+        require((intra and inter) or self.schedule == "joint", "objective.schedule", self.schedule,
+                "joint, since only one of the two losses has a weight")  # fmt: skip
         require(0 < self.two_stage_split < 1, "objective.two_stage_split", self.two_stage_split, "between 0 and 1")
         for name in ("weight_inter", "weight_intra_audio", "weight_intra_image"):
-            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, f"objective.{name}", getattr(self, name), "0 or more")
 
     @property
-    def queries(self) -> int:
-        """Augmentation vectors per clip and modality that the model sees: t of the view, then S for the centroid."""
-        return 1 + (self.centroid_size if self.inter_on == "centroid" else 0)
+    def sampled(self) -> int:
+        """Vectors drawn for what represents a clip, beside the view's own."""
+        return self.centroid_size if self.inter_on == "centroid" else 0
+
+    @property
+    def sampled_in_evaluation(self) -> int:
+        """As `sampled`, where a clip has no augmented view: a single prediction needs a vector of its own too."""
+        return 1 if self.inter_on == "equivariant" else self.sampled
+
+    @property
+    def needs_augmented(self) -> bool:
+        return self.intra != "none" or self.inter_on == "augmented"
 
 
 @dataclass(frozen=True)
@@ -213,7 +225,8 @@ class DataConfig:
         require(self.min_seconds >= 0.025, "data.min_seconds", self.min_seconds, "at least one window, 0.025 s")
         require(0 <= self.silence < 1, "data.silence", self.silence, "0 to below 1")
         require(self.sample_rate > 0, "data.sample_rate", self.sample_rate, "a positive number of Hz")
-        require(self.audio_std > 0, "data.audio_std", self.audio_std, "a positive number")
+        require(math.isfinite(self.audio_mean), "data.audio_mean", self.audio_mean, "a finite number")
+        require(0 < self.audio_std < math.inf, "data.audio_std", self.audio_std, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -242,34 +255,46 @@ class TrainConfig:
         require(self.steps >= 1, "train.steps", self.steps, "1 or more")
         require(0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,
                 f"0 to train.steps={self.steps}")  # fmt: skip
-        require(0 < self.lr_start <= self.lr, "train.lr_start", self.lr_start, f"above 0, at most train.lr={self.lr}")
+        require(
+            0 < self.lr_start <= self.lr < math.inf,
+            "train.lr_start",
+            self.lr_start,
+            f"above 0, at most train.lr={self.lr}",
+        )
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers from 0 to below 1")
         require(self.clip > 0, "train.clip", self.clip, "a positive number")
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelSettings:
+    """What it takes to use a model: the network, and how its inputs and vectors are made. Saved beside the weights."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require(self.augment.max_mask_frames < self.model.spectrogram_frames, "augment.max_mask_frames",
+                self.augment.max_mask_frames, f"below model.spectrogram_frames={self.model.spectrogram_frames}")  # fmt: skip
+        require(self.augment.max_mask_mels < self.model.spectrogram_mels, "augment.max_mask_mels",
+                self.augment.max_mask_mels, f"below model.spectrogram_mels={self.model.spectrogram_mels}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(ModelSettings):
     """A pretraining run."""
 
     seed: int = 0
     """Of every draw: initial weights, order, augmentations."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the run computes."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        require(self.augment.max_mask_frames < self.model.spectrogram_frames, "augment.max_mask_frames",
-                self.augment.max_mask_frames, f"below model.spectrogram_frames={self.model.spectrogram_frames}")  # fmt: skip
-        require(self.augment.max_mask_mels < self.model.spectrogram_mels, "augment.max_mask_mels",
-                self.augment.max_mask_mels, f"below model.spectrogram_mels={self.model.spectrogram_mels}")  # fmt: skip
-        trained = self.objective.intra != "none" or self.objective.weight_inter > 0
-        require(trained, "objective", "intra=none with weight_inter=0", "at least one loss")
 
 
 T = typing.TypeVar("T")
@@ -277,7 +302,7 @@ T = typing.TypeVar("T")
 
 def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None) -> tuple[T, bool]:
     """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = argparse.ArgumentParser(prog=f"equiav {command}", add_help=False, allow_abbrev=False)
     common.add_argument("--config", default=recipe)
     common.add_argument("--print-config", action="store_true")
     common.add_argument("--model.size", dest="size", default=None)

@@ -1,7 +1,10 @@
 """Eq. 8-16: what the embeddings are asked for. Pure functions; float32 (or float64, if they come so) under any autocast.
 
-N is the global batch. Each process calls with its own rows and a `gather` that returns the rows of all processes, in
-order and with gradient, and the index of its own first row. The losses of all processes add up to the global loss.
+N is the global batch. Each process holds b of its rows, computes the terms of its own anchors, and is given a `gather`:
+(k, b, d) -> (k, N, d), the rows of all processes in order, and the index of its own first row. Losses and reported terms
+are shares: summed over the processes they are the global ones. For the gradient to be the single-process one, the
+gather's backward must sum over the processes what they say of a row, and gradients of parameters must be summed, not
+averaged.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Embeddings(NamedTuple):
     inter_v: Tensor
     plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
     plain_v: Tensor | None
+    temperature: Tensor | None = None  # (1,) where it is learned
 
 
 def alone(z: Tensor) -> tuple[Tensor, int]:
@@ -36,57 +40,57 @@ def alone(z: Tensor) -> tuple[Tensor, int]:
     return z, 0
 
 
-def similarities(z: Tensor, others: Tensor) -> Tensor:
-    """sim(z_i, o_j), cosine: z (b, d), others (N, d) -> (b, N)."""
-    return _unit(z) @ _unit(others).T
+def unit(*z: Tensor) -> Tensor:
+    """k embeddings (b, d) -> (k, b, d), each row of length 1, so that a product is the cosine sim()."""
+    stacked = torch.stack(z)
+    return F.normalize(stacked if stacked.dtype == torch.float64 else stacked.float(), dim=-1)
 
 
 def nt_xent(
-    z_hat: Tensor, z_aug: Tensor, temperature: Tensor | float, positive_in_denominator: bool = True,
-    gather: Gather = alone,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Intra-modal loss (Eq. 8-10) of z_hat (b, d) with z_aug (b, d) -> loss, and how many anchors chose their positive.
+    own: Tensor, everyone: Tensor, first: int, temperature: Tensor | float, positive_in_denominator: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Intra-modal loss (Eq. 8-10) of z_hat with z', unit vectors: own (2, b, d) of everyone (2, N, d), from row `first`
+    -> loss, and how many anchors are nearer to their positive than to any negative.
 
     With s(x, y) = exp(sim(x, y) / tau), over the 2N embeddings of all processes:
 
         l(p, q) = -1/N sum_i log  s(p_i, q_i) / (sum_j s(p_i, q_j) + sum_{j != i} s(p_i, p_j))
-        loss    = 1/2 (l(z_hat, z_aug) + l(z_aug, z_hat))
+        loss    = 1/2 (l(z_hat, z') + l(z', z_hat))
 
     Without the positive in the denominator (Eq. A) the first sum also leaves out j = i.
     """
-    with _float32(z_hat):
-        (all_hat, first), (all_aug, _) = gather(_unit(z_hat)), gather(_unit(z_aug))
-        N, own = len(all_hat), torch.arange(first, first + len(z_hat), device=z_hat.device)
-        loss = correct = 0.0
-        for anchors, same, other in ((z_hat, all_hat, all_aug), (z_aug, all_aug, all_hat)):
-            anchors = _unit(anchors)
-            positive = (anchors * other[own]).sum(dim=1) / temperature  # (b,)
-            to_other = anchors @ other.T / temperature  # (b, N)
-            is_self = own[:, None] == torch.arange(N, device=own.device)  # (b, N)
-            to_same = (anchors @ same.T / temperature).masked_fill(is_self, -torch.inf)
-            negatives = torch.cat([to_other.masked_fill(is_self, -torch.inf), to_same], dim=1).logsumexp(dim=1)  # (b,)
-            denominator = torch.logaddexp(positive, negatives) if positive_in_denominator else negatives
-            loss = loss + (denominator - positive).sum() / (2 * N)
-            hardest = torch.maximum(to_other.masked_fill(is_self, -torch.inf).amax(dim=1), to_same.amax(dim=1))
-            correct = correct + (positive > hardest).sum()
-    return loss, correct  # type: ignore[return-value]
+    b, N = own.shape[1], everyone.shape[1]
+    rows = torch.arange(first, first + b, device=own.device)
+    is_self = rows[:, None] == torch.arange(N, device=own.device)  # (b, N)
+    loss, correct = own.new_zeros(()), torch.zeros((), dtype=torch.int64, device=own.device)
+    for k in (0, 1):
+        anchors, same, other = own[k], everyone[k], everyone[1 - k]
+        positive = (anchors * other[first : first + b]).sum(dim=1) / temperature  # (b,)
+        both = torch.stack([anchors @ other.T, anchors @ same.T], dim=1) / temperature  # (b, 2, N)
+        negatives = both.masked_fill(is_self[:, None], -torch.inf).flatten(1)  # (b, 2N)
+        denominator = negatives.logsumexp(dim=1)
+        if positive_in_denominator:
+            denominator = torch.logaddexp(positive, denominator)
+        loss = loss + (denominator - positive).sum() / (2 * N)
+        correct += (positive.detach() > negatives.detach().amax(dim=1)).sum()
+    return loss, correct
 
 
-def info_nce(z_a: Tensor, z_v: Tensor, temperature: Tensor | float, gather: Gather = alone) -> tuple[Tensor, Tensor]:
-    """Inter-modal loss (Eq. 14-15) of z_a (b, d) with z_v (b, d) -> loss, and how many anchors chose their positive.
+def info_nce(own: Tensor, everyone: Tensor, first: int, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Inter-modal loss (Eq. 14-15) of z_a with z_v, unit vectors: own (2, b, d) of everyone (2, N, d), from row `first`
+    -> loss, and how many anchors are nearer to their positive than to any other.
 
-    l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
-    loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
+        l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
+        loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
     """
-    with _float32(z_a):
-        (all_a, first), (all_v, _) = gather(_unit(z_a)), gather(_unit(z_v))
-        N, own = len(all_a), torch.arange(first, first + len(z_a), device=z_a.device)
-        loss = correct = 0.0
-        for anchors, others in ((z_a, all_v), (z_v, all_a)):
-            logits = _unit(anchors) @ others.T / temperature  # (b, N)
-            loss = loss + F.cross_entropy(logits, own, reduction="sum") / (2 * N)
-            correct = correct + (logits.argmax(dim=1) == own).sum()
-    return loss, correct  # type: ignore[return-value]
+    b, N = own.shape[1], everyone.shape[1]
+    rows = torch.arange(first, first + b, device=own.device)
+    loss, correct = own.new_zeros(()), torch.zeros((), dtype=torch.int64, device=own.device)
+    for k in (0, 1):
+        logits = own[k] @ everyone[1 - k].T / temperature  # (b, N)
+        loss = loss + F.cross_entropy(logits, rows, reduction="sum") / (2 * N)
+        correct += (logits.detach().argmax(dim=1) == rows).sum()
+    return loss, correct
 
 
 class Weights(NamedTuple):
@@ -110,7 +114,7 @@ def weights_at(step: int, steps: int, config: ObjectiveConfig) -> Weights:
 
 
 def equiav_loss(
-    e: Embeddings, weights: Weights, temperature: Tensor | float, config: ObjectiveConfig, gather: Gather = alone
+    e: Embeddings, weights: Weights, config: ObjectiveConfig, gather: Gather = alone
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 16 -> L = inter * L_inter + intra_a * L_intra_a + intra_v * L_intra_v, and what the run reports, as scalars.
 
@@ -118,30 +122,29 @@ def equiav_loss(
     sim(z_hat, z') (Table 7). A predictor can reach 1 there as the identity on an invariant encoder, so `gain` says how
     much nearer to z' the prediction is than the unpredicted embedding.
     """
-    terms: dict[str, Tensor] = {}
-    inter, correct = info_nce(e.inter_a, e.inter_v, temperature, gather)
-    N = len(gather(e.inter_a.detach())[0])
-    terms["loss_inter"], terms["accuracy_inter"] = inter.detach(), correct / (2 * N)
-    loss = weights.inter * inter
-    sides = (("audio", e.intra_a, e.aug_a, e.plain_a, weights.intra_a),
-             ("image", e.intra_v, e.aug_v, e.plain_v, weights.intra_v))  # fmt: skip
-    for name, z, z_aug, plain, weight in sides:
-        if z is None or z_aug is None:
-            continue
-        intra, correct = nt_xent(z, z_aug, temperature, config.intra_positive_in_denominator, gather)
-        loss = loss + weight * intra
-        terms[f"loss_intra_{name}"], terms[f"accuracy_intra_{name}"] = intra.detach(), correct / (2 * N)
-        with torch.no_grad(), _float32(z):
-            similarity = (_unit(z) * _unit(z_aug)).sum() / N
-            terms[f"similarity_{name}"] = similarity
+    with torch.autocast(e.inter_a.device.type, enabled=False):
+        temperature = config.temperature if e.temperature is None else e.temperature
+        names, lambdas, plains = ["inter"], [weights.inter], [None]
+        compared = [e.inter_a, e.inter_v]
+        if e.intra_a is not None and e.aug_a is not None and e.intra_v is not None and e.aug_v is not None:
+            names += ["intra_audio", "intra_image"]
+            lambdas += [weights.intra_a, weights.intra_v]
+            plains += [e.plain_a, e.plain_v]
+            compared += [e.intra_a, e.aug_a, e.intra_v, e.aug_v]
+        own = unit(*compared)  # (2 or 6, b, d)
+        everyone, first = gather(own)  # (2 or 6, N, d)
+        N, loss, terms = everyone.shape[1], own.new_zeros(()), {}
+        for k, (name, weight, plain) in enumerate(zip(names, lambdas, plains, strict=True)):
+            mine, all_of_it = own[2 * k : 2 * k + 2], everyone[2 * k : 2 * k + 2]
+            if name == "inter":
+                part, correct = info_nce(mine, all_of_it, first, temperature)
+            else:
+                part, correct = nt_xent(mine, all_of_it, first, temperature, config.intra_positive_in_denominator)
+            loss = loss + weight * part.squeeze()
+            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach().squeeze(), correct / (2 * N)
             if plain is not None:
-                terms[f"gain_{name}"] = similarity - (_unit(plain) * _unit(z_aug)).sum() / N
+                side = name.removeprefix("intra_")
+                with torch.no_grad():
+                    terms[f"similarity_{side}"] = (mine[0] * mine[1]).sum() / N
+                    terms[f"gain_{side}"] = terms[f"similarity_{side}"] - (unit(plain)[0] * mine[1]).sum() / N
     return loss, {"loss": loss.detach(), **terms}
-
-
-def _unit(z: Tensor) -> Tensor:
-    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
-
-
-def _float32(z: Tensor) -> torch.autocast:
-    return torch.autocast(z.device.type, enabled=False)

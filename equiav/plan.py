@@ -16,6 +16,7 @@ from equiav.model import EquiAV
 
 TABLE_B = (1, 4, 8, 16)
 FLOAT32, BFLOAT16 = 4, 2
+SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every width
 
 
 @dataclass(frozen=True)
@@ -58,98 +59,99 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    model_config, objective = config.model, config.objective
-    with torch.device("meta"):
-        model = EquiAV(model_config, objective)
-        flops = FlopCounterMode(display=False)
-        with flops:
-            embeddings = model(*_inputs(config, batch=1))
-        forward = flops.get_total_flops()
-        by_module = {name: sum(ops.values()) // 2 for name, ops in flops.get_flop_counts().items()}
-        with flops:
-            trained = embeddings[:6]  # plain_a and plain_v carry no gradient
-            sum(z.sum() for z in trained if z is not None).backward()  # type: ignore[union-attr]
+    with FakeTensorMode():  # shapes and types without data
+        model = EquiAV(config.model, config.objective)
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with counter, hooks, torch.autocast("cpu", torch.bfloat16):
+            embeddings = model(*_inputs(config))
+        # Of what autograd keeps, weights are there once, activations for every sample: no weight's size is a multiple of SAMPLES.
+        activations = sum(size for size in kept.values() if size % SAMPLES == 0) // SAMPLES
+        forward = counter.get_total_flops() // 2 // SAMPLES
+        by_module = {name: sum(ops.values()) // 2 // SAMPLES for name, ops in counter.get_flop_counts().items()}
+        trained = [z for z in embeddings[:6] if z is not None]
+        with counter:
+            torch.autograd.backward(trained, [torch.empty_like(z) for z in trained])
+        backward = counter.get_total_flops() // 2 // SAMPLES
         sides = [_count_side(model, name, by_module, config) for name in ("audio", "image")]
 
-    parts = {}
+    parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = " ".join(name.split(".")[:2]) if "." in name else name
         parts[part] = parts.get(part, 0) + parameter.numel()
     total, W, G = sum(parts.values()), config.world_size, config.train.batch_size
-    local = math.ceil(G / W)
-    compared = sum(z is not None for z in trained)
     return Plan(
         parameters=parts,
         audio=sides[0],
         image=sides[1],
-        forward=forward // 2,
-        forward_backward=(forward + flops.get_total_flops()) // 2,
-        local_batch=local,
-        activation_bytes=_activation_bytes(config, 2) - _activation_bytes(config, 1),
+        forward=forward,
+        forward_backward=forward + backward,
+        local_batch=math.ceil(G / W),
+        activation_bytes=activations,
         state_bytes=total * FLOAT32 * 4,
-        embedding_bytes=compared * (G - G // W) * model_config.head_width * FLOAT32,
+        embedding_bytes=len(trained) * (G - G // W) * config.model.head_width * FLOAT32,
         weight_bytes=total * (2 * BFLOAT16 + FLOAT32) * (W - 1) // W,  # gathered forward and backward, reduced once
     )
 
 
-def _inputs(config: Config, batch: int) -> list[torch.Tensor | None]:
-    m, Q = config.model, config.objective.queries
-    audio = [torch.empty(batch, m.spectrogram_frames, m.spectrogram_mels) for _ in range(2)]
-    image = [torch.empty(batch, 3, m.image_size, m.image_size) for _ in range(2)]
-    if config.objective.intra == "none" and config.objective.inter_on != "augmented":
-        audio[1] = image[1] = None  # type: ignore[call-overload]
-    t_a, t_v = torch.empty(batch, Q, AUDIO_VECTOR), torch.empty(batch, Q, IMAGE_VECTOR)
-    return [audio[0], image[0], audio[1], image[1], t_a, t_v]
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: object, **kwargs: object) -> int:
+    """Two products, q k^T and its weights with v; q (B, heads, Q, d_H), k and v (B, heads, N, d_H)."""
+    B, heads, Q, d_H = q
+    return 2 * B * heads * Q * k[2] * (d_H + v[3])
+
+
+def _attention_backward_flops(gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *args: object,
+                              **kwargs: object) -> int:  # fmt: skip
+    """Four products: the gradients of the weights, of v, q and k. That kernels form the weights again is not counted."""
+    B, heads, Q, d_H = q
+    return 2 * B * heads * Q * k[2] * (2 * d_H + 2 * v[3])
+
+
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def _inputs(config: Config) -> list[torch.Tensor | None]:
+    m, Q, B = config.model, 1 + config.objective.sampled, SAMPLES
+    inputs: list[torch.Tensor | None] = []
+    for view in (True, config.objective.needs_augmented):
+        inputs.append(torch.empty(B, m.spectrogram_frames, m.spectrogram_mels) if view else None)
+        inputs.append(torch.empty(B, 3, m.image_size, m.image_size) if view else None)
+    return [*inputs, torch.empty(B, Q, AUDIO_VECTOR), torch.empty(B, Q, IMAGE_VECTOR)]
 
 
 def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Config) -> Side:
-    branch = model.get_submodule(name)
+    branch = model.audio if name == "audio" else model.image
 
     def part(*names: str) -> int:
         return sum(by_module.get(f"EquiAV.{name}.{n}", 0) for n in names)
 
     def predict(queries: int) -> int:
         """Multiply-adds of the predictor for this many queries, key and value included."""
-        h = torch.empty(1, math.prod(branch.encoder.grid), config.model.width)  # type: ignore[union-attr]
-        d_t = AUDIO_VECTOR if name == "audio" else IMAGE_VECTOR
-        counter = FlopCounterMode(display=False)
+        h = torch.empty(1, math.prod(branch.encoder.grid), config.model.width)
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
         with counter:
-            branch.predictor(h, torch.empty(1, queries, d_t))  # type: ignore[operator]
+            branch.predictor(h, torch.empty(1, queries, AUDIO_VECTOR if name == "audio" else IMAGE_VECTOR))
         return counter.get_total_flops() // 2
 
     one = predict(1)
     heads = part("intra_head", "inter_head")
+    sizes = sorted({*TABLE_B, config.objective.centroid_size})
     return Side(
         encoder=part("encoder"), predictor=part("predictor"), heads=heads,
         baseline=part("encoder") + one + heads,
-        centroid={S: predict(1 + S) - one for S in _sizes(config)},
-        separate={S: predict(S) for S in _sizes(config)},
+        centroid={S: predict(1 + S) - one for S in sizes},
+        separate={S: predict(S) for S in sizes},
     )  # fmt: skip
-
-
-def _sizes(config: Config) -> list[int]:
-    return sorted({*TABLE_B, config.objective.centroid_size})
-
-
-def _activation_bytes(config: Config, batch: int) -> int:
-    """What autograd keeps for the backward pass of `batch` samples, counted on tensors that hold no data."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FakeTensorMode():
-        model = EquiAV(config.model, config.objective)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            embeddings = model(*_inputs(config, batch))  # held until the count is taken: storages must not be reused
-        total = sum(kept.values())
-        del embeddings
-    return total
 
 
 def run_plan(config: PlanConfig) -> None:

@@ -21,16 +21,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from equiav.augment import Batch
 from equiav.augment.draws import Purpose, uniforms
 from equiav.clips import check_audio, decode_frame, encode_frame
 from equiav.config import Config, require, to_yaml
 from equiav.evaluate.report import plot_run
-from equiav.evaluate.retrieval import zero_shot_retrieval
+from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
 from equiav.synthetic import World
-from equiav.train import Batch, train
+from equiav.train import train
 from equiav.weights import save_model
 
-SECONDS = 2.56  # 256 frames: what the tiny model sees
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 
 
@@ -96,10 +96,9 @@ def run_smoke(config: SmokeConfig) -> None:
 
     begun = time.perf_counter()
     middle = len(held_out[0].frames) // 2
-    frames, waveform = decode(held_out, [middle] * len(held_out), config)
-    retrieval = zero_shot_retrieval(model, config, frames, waveform)
+    retrieval = zero_shot_retrieval(model, config, decode(held_out, [middle] * len(held_out), config))
     clock["retrieve"] = time.perf_counter() - begun
-    save_model(config.out / "model", model)
+    save_model(config.out / "model", model, config)
     clock["in all"] = time.perf_counter() - started
     text = write_report(config, rows, retrieval, clock)
     console.print(text, highlight=False, markup=False)
@@ -109,10 +108,11 @@ def run_smoke(config: SmokeConfig) -> None:
 def generate(config: SmokeConfig, progress: Progress) -> list[StoredClip]:
     """The training clips, then the held-out ones, on all cores."""
     indices = [*range(config.clips), *range(HELD_OUT_FROM, HELD_OUT_FROM + config.held_out)]
-    world = World(config.seed, config.model.image_size, seconds=SECONDS, sample_rate=config.data.sample_rate)
+    seconds = 0.01 * config.model.spectrogram_frames  # as long as the model hears
+    world = World(config.seed, config.model.image_size, seconds=seconds, sample_rate=config.data.sample_rate)
     bar = progress.add_task("generating", total=len(indices), note="clips")
     clips = []
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("forkserver")) as pool:
         for clip in pool.map(partial(generate_one, world), indices, chunksize=32):
             clips.append(clip)
             progress.update(bar, advance=1)
@@ -124,11 +124,15 @@ def generate_one(world: World, index: int) -> StoredClip:
     return StoredClip(f"synthetic-{world.seed}-{index}", [encode_frame(frame) for frame in clip.frames], clip.audio)
 
 
-def decode(clips: list[StoredClip], frame: list[int], config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> frames (B, 3, H, W) uint8, waveform (B, L) int16; a clip that cannot be used is an error that names it."""
+def decode(clips: list[StoredClip], frame: list[int], config: Config) -> Pairs:
+    """One frame and the sound of each clip; a clip that cannot be used is an error that names it."""
     images = [decode_frame(clip.frames[k], clip.name) for clip, k in zip(clips, frame, strict=True)]
     audio = [check_audio(clip.audio, config.data.sample_rate, clip.name, config.data) for clip in clips]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack(audio))
+    lengths = torch.tensor([len(sound) for sound in audio])
+    waveform = torch.zeros(len(audio), int(lengths.max()), dtype=torch.int16)
+    for row, sound in zip(waveform, audio, strict=True):
+        row[: len(sound)] = torch.from_numpy(sound)
+    return Pairs(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), waveform, lengths)
 
 
 def batches(clips: list[StoredClip], config: Config) -> Iterator[Batch]:

@@ -80,7 +80,7 @@ class World:
             centre_x = np.float32(0.16 + 0.68 * place)
             height = rng.uniform(0.35, 0.65) + 0.12 * np.sin(2 * np.pi * (rng.random() + (1 + 3 * motion) * time))
             edges = (centre_x + side * (radius + 1 / self.size) for side in (-1, 1))
-            near = slice(*(round(edge * self.size) for edge in edges))  # columns
+            near = slice(*(max(0, round(edge * self.size)) for edge in edges))  # columns
             u = (x[:, near] - centre_x) / radius  # (1, columns)
             v = (y[None] - height[:, None, None]) / radius  # (K, size, 1)
             inside = _signed_distance(SHAPES[int(shape)], u[None], v.astype(np.float32)) * (radius * self.size) + 0.5

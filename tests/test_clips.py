@@ -100,3 +100,21 @@ def test_bad_images_are_named(content, reason):
 def test_bad_frames_are_named(frame, reason):
     with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         check_frame(frame, "clip-17")
+
+
+def test_damaged_bytes_never_escape_without_the_sample():
+    """Random bytes changed and cut: decoded, or refused by name; nothing else is raised."""
+    rng, refused = np.random.default_rng(0), []
+    good = [(decode_frame, picture()), (decode_frame, picture(kind="PNG")), (decode_frame, picture(kind="PPM")),
+            (lambda content, name: decode_wav(content, name, DATA), encode_wav(noise(), RATE))]  # fmt: skip
+    for decode, content in good:
+        for _ in range(300):
+            damaged = bytearray(content[: rng.integers(20, len(content) + 1)] if rng.random() < 0.3 else content)
+            for place in rng.integers(0, min(len(damaged), 200), rng.integers(1, 6)):
+                damaged[place] = rng.integers(0, 256)
+            try:
+                decode(bytes(damaged), "clip-17")
+            except BadClipError as error:
+                refused.append(str(error))
+    assert len(refused) > 300
+    assert all(message.startswith("sample clip-17: ") for message in refused)

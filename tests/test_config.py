@@ -65,7 +65,7 @@ def test_printed_config_reads_back_to_itself(yaml_file):
 @pytest.mark.parametrize(("text", "message"), [
     ("model:\n  widht: 3\n", "unknown field model.widht; did you mean model.width"),
     ("trian:\n  lr: 1\n", "unknown field trian; did you mean train"),
-    ("zzz: 1\n", "unknown field zzz; the fields are seed, device, model"),
+    ("zzz: 1\n", "unknown field zzz; the fields are model, augment"),
     ("model:\n  depth: deep\n", "model.depth: found 'deep', expected int"),
     ("train:\n  steps: 1.5\n", "train.steps: found 1.5, expected int"),
     ("train:\n  lr: fast\n", "train.lr: .*'fast'.*expected float"),
@@ -129,7 +129,18 @@ def test_an_empty_section_is_its_defaults(yaml_file):
 
 
 def test_a_run_without_any_loss_is_refused():
-    with pytest.raises(ConfigError, match="at least one loss"):
+    with pytest.raises(ConfigError, match="objective is without any loss"):
         from_dict(Config, {"objective": {"intra": "none", "weight_inter": 0.0}}, "test")
-    with pytest.raises(ConfigError, match=r"objective\.schedule is two_stage, expected joint"):
-        from_dict(Config, {"objective": {"intra": "none", "schedule": "two_stage"}}, "test")
+    weights = {"weight_inter": 0.0, "weight_intra_audio": 0.0, "weight_intra_image": 0.0}
+    with pytest.raises(ConfigError, match="objective is without any loss"):
+        from_dict(Config, {"objective": weights}, "test")
+    for one_loss in ({"intra": "none"}, {"weight_inter": 0.0}):
+        with pytest.raises(ConfigError, match=r"objective\.schedule is two_stage, expected joint"):
+            from_dict(Config, {"objective": {**one_loss, "schedule": "two_stage"}}, "test")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("field", ["data.audio_mean", "data.audio_std", "objective.temperature", "train.lr"])
+def test_values_that_are_not_finite_are_refused_on_the_line_too(capsys, field, value):
+    with pytest.raises((SystemExit, ConfigError)):
+        read(f"--{field}", value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from equiav.config import ObjectiveConfig
-from equiav.objective import Embeddings, equiav_loss, info_nce, nt_xent, weights_at
+from equiav.objective import Embeddings, alone, equiav_loss, info_nce, nt_xent, unit, weights_at
 
 N, d, TAU = 7, 5, 0.07
 
@@ -51,34 +51,44 @@ def same_value_and_gradients(ours, plain, *inputs):
         assert (g - g_plain).abs().max() < 1e-10
 
 
+def intra(x, y, tau, with_positive=True):
+    own = unit(x, y)
+    return nt_xent(own, *alone(own), tau, with_positive)
+
+
+def inter(x, y, tau):
+    own = unit(x, y)
+    return info_nce(own, *alone(own), tau)
+
+
 @pytest.mark.parametrize("with_positive", [True, False])
 def test_nt_xent(with_positive):
     x, y = random(N, d), random(N, d, seed=1)
     tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
-    same_value_and_gradients(nt_xent(x, y, tau, with_positive)[0], plain_nt_xent(x, y, tau, with_positive), x, y, tau)
+    same_value_and_gradients(intra(x, y, tau, with_positive)[0], plain_nt_xent(x, y, tau, with_positive), x, y, tau)
 
 
 def test_info_nce():
     x, y = random(N, d), random(N, d, seed=1)
     tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
-    same_value_and_gradients(info_nce(x, y, tau)[0], plain_info_nce(x, y, tau), x, y, tau)
+    same_value_and_gradients(inter(x, y, tau)[0], plain_info_nce(x, y, tau), x, y, tau)
 
 
 def test_gradcheck():
     x, y = random(4, 3), random(4, 3, seed=1)
-    assert torch.autograd.gradcheck(lambda x, y: nt_xent(x, y, 0.5)[0], (x, y))
-    assert torch.autograd.gradcheck(lambda x, y: nt_xent(x, y, 0.5, False)[0], (x, y))
-    assert torch.autograd.gradcheck(lambda x, y: info_nce(x, y, 0.5)[0], (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: intra(x, y, 0.5)[0], (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: intra(x, y, 0.5, False)[0], (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: inter(x, y, 0.5)[0], (x, y))
 
 
 def embeddings(**replaced):
-    values = {name: random(N, d, seed=k) for k, name in enumerate(Embeddings._fields)}
+    values = {name: random(N, d, seed=k) for k, name in enumerate(Embeddings._fields) if name != "temperature"}
     return Embeddings(**{**values, **replaced})
 
 
 def test_total_is_the_weighted_sum():
     e, config = embeddings(), ObjectiveConfig(weight_inter=0.5, weight_intra_audio=2, weight_intra_image=3)
-    loss, terms = equiav_loss(e, weights_at(0, 1, config), TAU, config)
+    loss, terms = equiav_loss(e, weights_at(0, 1, config), config)
     plain = (0.5 * plain_info_nce(e.inter_a, e.inter_v, TAU) + 2 * plain_nt_xent(e.intra_a, e.aug_a, TAU, True)
              + 3 * plain_nt_xent(e.intra_v, e.aug_v, TAU, True))  # fmt: skip
     same_value_and_gradients(loss, plain, e.inter_a, e.inter_v, e.intra_a, e.aug_a, e.intra_v, e.aug_v)
@@ -89,41 +99,81 @@ def test_total_is_the_weighted_sum():
     assert all(value.dim() == 0 and not value.requires_grad for value in terms.values())
 
 
-def test_processes_add_up_to_one():
-    """Three processes with 3, 2 and 2 of the rows: their losses and gradients sum to the single process's."""
-    x, y = random(N, d), random(N, d, seed=1)
-    for loss in (lambda p, q, g: nt_xent(p, q, TAU, gather=g)[0], lambda p, q, g: info_nce(p, q, TAU, g)[0]):
-        whole = loss(x, y, lambda z: (z, 0))
-        parts = []
-        for start, stop in ((0, 3), (3, 5), (5, 7)):
-            calls = iter((x, y))  # the two gathers of one loss, in order
-            gather = lambda z, calls=calls, start=start: (torch.nn.functional.normalize(next(calls), dim=1), start)  # noqa: E731
-            parts.append(loss(x[start:stop], y[start:stop], gather))
-        same_value_and_gradients(sum(parts), whole, x, y)
+@pytest.mark.parametrize("settings", [{}, {"intra_positive_in_denominator": False}, {"intra": "none"}])
+def test_processes_add_up_to_one(settings):
+    """Three processes with 3, 2 and 2 of the rows: losses, gradients and reported terms sum to the single process's."""
+    config = ObjectiveConfig(weight_intra_audio=2.0, weight_inter=0.5, **settings)
+    e, weights = embeddings(), weights_at(0, 1, config)
+    if config.intra == "none":
+        e = e._replace(intra_a=None, aug_a=None, intra_v=None, aug_v=None, plain_a=None, plain_v=None)
+    compared = [z for z in e[:6] if z is not None]
+    whole, whole_terms = equiav_loss(e, weights, config)
+    order = (e.inter_a, e.inter_v, e.intra_a, e.aug_a, e.intra_v, e.aug_v)
+    parts, terms = [], []
+    for start, stop in ((0, 3), (3, 5), (5, 7)):
+        local = Embeddings(*(None if z is None else z[start:stop] for z in e))
+        everyone = unit(*(z for z in order if z is not None))
+        part, some = equiav_loss(local, weights, config, lambda own, everyone=everyone, start=start: (everyone, start))
+        parts.append(part)
+        terms.append(some)
+    same_value_and_gradients(sum(parts), whole, *compared)
+    for name, value in whole_terms.items():
+        assert sum(some[name] for some in terms).item() == pytest.approx(value.item(), abs=1e-6), name
+
+
+def test_learned_temperature_is_used_and_trained():
+    config = ObjectiveConfig(learnable_temperature=True)
+    tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    e = embeddings(temperature=tau)
+    loss, _ = equiav_loss(e, weights_at(0, 1, config), config)
+    assert loss.dim() == 0
+    plain = (plain_info_nce(e.inter_a, e.inter_v, tau) + plain_nt_xent(e.intra_a, e.aug_a, tau, True)
+             + plain_nt_xent(e.intra_v, e.aug_v, tau, True))  # fmt: skip
+    same_value_and_gradients(loss, plain, tau)
+
+
+def test_invariant_learning_gains_nothing():
+    e = embeddings()
+    e = e._replace(plain_a=e.intra_a.detach())
+    assert equiav_loss(e, weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig())[1]["gain_audio"].abs() < 1e-12
+
+
+def test_devices_agree(device):
+    e = Embeddings(*(None if z is None else z.detach().float() for z in embeddings()))
+    there = Embeddings(*(None if z is None else z.to(device) for z in e))
+    config = ObjectiveConfig()
+    here, away = (equiav_loss(x, weights_at(0, 1, config), config) for x in (e, there))
+    assert away[0].item() == pytest.approx(here[0].item(), rel=1e-4)
+    assert {k: v.item() for k, v in away[1].items()} == pytest.approx(
+        {k: v.item() for k, v in here[1].items()}, abs=1e-4
+    )
 
 
 def test_accuracy_counts_anchors_that_find_their_positive():
     z = torch.eye(4)
-    assert info_nce(z, z, TAU)[1] == 8
-    assert info_nce(z, z.roll(1, 0), TAU)[1] == 0
-    assert nt_xent(z, z + 0.01, TAU)[1] == 8
-    assert nt_xent(z, z.roll(1, 0), TAU)[1] == 0
+    assert inter(z, z, TAU)[1] == 8
+    assert inter(z, z.roll(1, 0), TAU)[1] == 0
+    assert intra(z, z + 0.01, TAU)[1] == 8
+    assert intra(z, z.roll(1, 0), TAU)[1] == 0
 
 
 def test_accuracy_of_collapsed_embeddings_is_zero_for_the_intra_loss():
     z = torch.ones(4, 3)
-    assert nt_xent(z, z, TAU)[1] == 0
+    assert intra(z, z, TAU)[1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_is_float32_under_autocast(dtype):
-    x, y = random(N, d).detach(), random(N, d, seed=1).detach()
-    low_x, low_y = x.to(dtype), y.to(dtype)
+    e = Embeddings(*(None if z is None else z.detach().to(dtype) for z in embeddings()))
+    config = ObjectiveConfig()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        intra, inter = nt_xent(low_x, low_y, TAU)[0], info_nce(low_x, low_y, TAU)[0]
-    assert intra.dtype == inter.dtype == torch.float32
-    assert intra == pytest.approx(plain_nt_xent(low_x.double(), low_y.double(), TAU, True).item(), rel=1e-5)
-    assert inter == pytest.approx(plain_info_nce(low_x.double(), low_y.double(), TAU).item(), rel=1e-5)
+        loss, _ = equiav_loss(e, weights_at(0, 1, config), config)
+    x = [z.double() for z in e[:6]]
+    plain = (
+        plain_nt_xent(x[0], x[1], TAU, True) + plain_nt_xent(x[2], x[3], TAU, True) + plain_info_nce(x[4], x[5], TAU)
+    )
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_schedules():
@@ -140,6 +190,6 @@ def test_schedules():
 def test_the_loss_of_chance_is_the_log_of_the_candidates():
     """Equal similarities everywhere: -log 1/N between modalities, -log 1/(2N - 1) within one."""
     z = torch.ones(N, d, dtype=torch.float64)
-    assert info_nce(z, z, TAU)[0] == pytest.approx(math.log(N))
-    assert nt_xent(z, z, TAU)[0] == pytest.approx(math.log(2 * N - 1))
-    assert nt_xent(z, z, TAU, positive_in_denominator=False)[0] == pytest.approx(math.log(2 * N - 2))
+    assert inter(z, z, TAU)[0] == pytest.approx(math.log(N))
+    assert intra(z, z, TAU)[0] == pytest.approx(math.log(2 * N - 1))
+    assert intra(z, z, TAU, with_positive=False)[0] == pytest.approx(math.log(2 * N - 2))

@@ -52,6 +52,17 @@ def test_classes_are_balanced_and_attributes_cover_their_range():
         assert attributes[..., k].max() > 0.9
 
 
+def test_both_objects_are_in_sight():
+    """Objects are more colourful than any scene: there is one in each half of every frame."""
+    for index in range(400):
+        clip = WORLD.clip(index)
+        for k, hidden_by in ((0, 1), (1, 0)):
+            centre = round(64 * (0.16 + 0.68 * clip.attributes[k, X]))
+            near = clip.frames[:, :, max(0, centre - 3) : centre + 4].astype(int)
+            colour = (near.max(axis=3) - near.min(axis=3)).max(axis=(1, 2))
+            assert colour.min() > 60, (index, k, hidden_by)
+
+
 def correlation(a, b):
     return np.corrcoef(np.asarray(a, float), np.asarray(b, float))[0, 1]
 

@@ -4,7 +4,7 @@ sample id, purpose). No generator state, no loop over samples, any device."""
 from equiav.augment.logmel import log_mel, normalised_spectrogram
 from equiav.augment.transforms import augment_image, augment_spectrogram, original_image
 from equiav.augment.vectors import AudioVectors, ImageVectors
-from equiav.augment.views import Views, make_views, sampled_vectors
+from equiav.augment.views import Batch, Views, make_views, sampled_vectors
 
-__all__ = ["AudioVectors", "ImageVectors", "Views", "augment_image", "augment_spectrogram", "log_mel", "make_views",
+__all__ = ["AudioVectors", "Batch", "ImageVectors", "Views", "augment_image", "augment_spectrogram", "log_mel", "make_views",
            "normalised_spectrogram", "original_image", "sampled_vectors"]  # fmt: skip

@@ -26,6 +26,8 @@ class Purpose(IntEnum):
 
 def uniforms(seed: int, epoch: int, samples: Tensor, purpose: Purpose, count: int) -> Tensor:
     """samples (B,) int64 -> (B, count) float64, uniform in [0, 1)."""
+    if samples.dtype != torch.int64 or samples.dim() != 1:
+        raise ValueError(f"sample ids are {samples.dtype} {tuple(samples.shape)}, expected int64 (B,)")
     key = _mix_int(_mix_int(_mix_int(seed + GOLDEN) ^ epoch) ^ int(purpose))
     state = _mix(samples ^ _signed(key))  # (B,)
     steps = torch.arange(1, count + 1, device=samples.device) * _signed(GOLDEN)  # (count,), wraps

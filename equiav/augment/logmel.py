@@ -19,7 +19,7 @@ def log_mel(waveform: Tensor, mels: int = 128, sample_rate: int = 16000) -> Tens
     What Kaldi's `compute-fbank-feats` gives with a Hanning window, htk-compat, no dither and no energy. Steps and their
     order are torchaudio's `kaldi.fbank`, so that quiet bins, where rounding shows, agree too.
     """
-    window, hop = int(sample_rate * 0.025), int(sample_rate * 0.010)
+    window, hop = window_and_hop(sample_rate)
     if waveform.dim() != 2 or waveform.shape[1] < window:
         raise ValueError(f"waveform is {tuple(waveform.shape)}, expected (B, L) with L >= {window} (one window)")
     if not waveform.is_floating_point():
@@ -32,15 +32,30 @@ def log_mel(waveform: Tensor, mels: int = 128, sample_rate: int = 16000) -> Tens
         window, periodic=False, dtype=frames.dtype, device=frames.device
     )
     power = torch.view_as_real(torch.fft.rfft(frames, n=n_fft)).square().sum(dim=-1)  # (B, frames, n_fft / 2 + 1)
-    banks, _ = get_mel_banks(mels, n_fft, sample_rate, LOWEST_HZ, 0.0, 100.0, -500.0, 1.0)  # (mels, n_fft / 2)
+    with waveform.device:  # made where they are used: a copy would wait for the device
+        banks, _ = get_mel_banks(mels, n_fft, sample_rate, LOWEST_HZ, 0.0, 100.0, -500.0, 1.0)  # (mels, n_fft / 2)
     energy = power @ F.pad(banks, (0, 1)).to(power).T
     return energy.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
-def normalised_spectrogram(waveform: Tensor, model: ModelConfig, data: DataConfig) -> Tensor:
-    """int16 or float waveform (B, L) -> (B, T, F): log-mel, cut or padded to T frames, then (x - mean) / std."""
-    if waveform.dtype == torch.int16:
-        waveform = waveform.float() / 32768
-    spectrogram = log_mel(waveform, model.spectrogram_mels, data.sample_rate)[:, : model.spectrogram_frames]
-    spectrogram = F.pad(spectrogram, (0, 0, 0, model.spectrogram_frames - spectrogram.shape[1]))
-    return (spectrogram - data.audio_mean) / data.audio_std
+def normalised_spectrogram(waveform: Tensor, lengths: Tensor, model: ModelConfig, data: DataConfig) -> Tensor:
+    """waveform (B, L) int16 or float, of which lengths (B,) samples count -> (B, T, F).
+
+    Log-mel, cut or padded with zeros to T frames, then (x - mean) / std, in float32 under any autocast. What stands behind
+    a clip's own length is padding, however the batch was filled up.
+    """
+    with torch.autocast(waveform.device.type, enabled=False):
+        if waveform.dtype == torch.int16:
+            waveform = waveform.float() / 32768
+        spectrogram = log_mel(waveform, model.spectrogram_mels, data.sample_rate)[:, : model.spectrogram_frames]
+        window, hop = window_and_hop(data.sample_rate)
+        own = 1 + (lengths - window) // hop  # (B,) frames
+        beyond = torch.arange(spectrogram.shape[1], device=own.device) >= own[:, None]
+        spectrogram = spectrogram.masked_fill(beyond[:, :, None], 0.0)
+        spectrogram = F.pad(spectrogram, (0, 0, 0, model.spectrogram_frames - spectrogram.shape[1]))
+        return (spectrogram - data.audio_mean) / data.audio_std
+
+
+def window_and_hop(sample_rate: int) -> tuple[int, int]:
+    """25 ms and 10 ms, samples."""
+    return int(sample_rate * 0.025), int(sample_rate * 0.010)

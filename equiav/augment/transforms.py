@@ -21,8 +21,8 @@ def original_image(frames: Tensor, size: int) -> Tensor:
     """The untransformed input: frames (B, 3, H, W) uint8 -> (B, 3, size, size), the central square, normalised."""
     left, top, side = _central_square(frames)
     whole = torch.full((len(frames),), float(side), device=frames.device)
-    columns = _taps(whole * 0 + left, whole, frames.shape[3], size)
-    rows = _taps(whole * 0 + top, whole, frames.shape[2], size)
+    columns = _taps(whole * 0 + left, whole, side, frames.shape[3], size)
+    rows = _taps(whole * 0 + top, whole, side, frames.shape[2], size)
     return _normalise(_resample(_unit_range(frames), rows, columns))
 
 
@@ -35,8 +35,8 @@ def augment_image(frames: Tensor, t: Tensor, vectors: ImageVectors) -> Tensor:
     size = vectors.size
     left, top, side = _central_square(frames)
     x, y, width, height = _box(p, size, size)
-    columns = _taps(left + x * (side / size), width * (side / size), frames.shape[3], size)
-    rows = _taps(top + y * (side / size), height * (side / size), frames.shape[2], size)
+    columns = _taps(left + x * (side / size), width * (side / size), side, frames.shape[3], size)
+    rows = _taps(top + y * (side / size), height * (side / size), side, frames.shape[2], size)
     image = _resample(_unit_range(frames), rows, columns)
     image = _jitter_image(image, p)
     image = _blur(image, p, vectors.augment.blur_sigma[1])
@@ -48,7 +48,9 @@ def augment_spectrogram(spectrogram: Tensor, t: Tensor, vectors: AudioVectors) -
     """t_a(x_a): normalised spectrogram (B, T, F), t (B, 24) -> (B, T, F)."""
     p = vectors.decode(t)
     released = vectors.augment.variant == "released"
-    T, F_ = spectrogram.shape[1:]
+    T, F_ = vectors.frames, vectors.mels
+    if spectrogram.shape[1:] != (T, F_):
+        raise ValueError(f"spectrogram is {tuple(spectrogram.shape)}, expected (B, {T}, {F_})")
     time, mel = torch.arange(T, device=t.device), torch.arange(F_, device=t.device)
 
     masked = (_within(time, p["t0"], p["t1"])[:, :, None]) | (_within(mel, p["f0"], p["f1"])[:, None, :])
@@ -58,7 +60,7 @@ def augment_spectrogram(spectrogram: Tensor, t: Tensor, vectors: AudioVectors) -
         x = x.gather(1, source[:, :, None].expand(-1, -1, F_))
 
     left, top, width, height = _box(p, T, F_)
-    x = _resample(x.unsqueeze(1), _taps(left, width, T, T), _taps(top, height, F_, F_))  # (B, 1, T, F)
+    x = _resample(x.unsqueeze(1), _taps(left, width, T, T, T), _taps(top, height, F_, F_, F_))  # (B, 1, T, F)
     x = _jitter_spectrogram(x, p, clamp=released)
     if released:
         x = _blur(x, p, vectors.augment.blur_sigma[1], radius=p["sigma"].ceil())
@@ -82,8 +84,8 @@ def _unit_range(frames: Tensor) -> Tensor:
 
 
 def _normalise(image: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (image - mean) / std
+    channels = zip(image.unbind(dim=1), IMAGE_MEAN, IMAGE_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def _each(value: Tensor, x: Tensor) -> Tensor:
@@ -108,12 +110,13 @@ def _box(p: Parameters, width: int, height: int) -> tuple[Tensor, Tensor, Tensor
 Taps = tuple[Tensor, Tensor]  # which input pixels, (B, n_out, K) int64, with what weights, (B, n_out, K)
 
 
-def _taps(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Taps:
-    """Along one axis: n_out pixels from the stretch [start, start + length) of n_in pixels; start, length (B,)."""
+def _taps(start: Tensor, length: Tensor, longest: int, n_in: int, n_out: int) -> Taps:
+    """Along one axis: n_out pixels from the stretch [start, start + length) of n_in pixels; start, length (B,), no length
+    above `longest`."""
     scale = (length / n_out)[:, None]  # (B, 1) input pixels to an output pixel
     support = scale.clamp(min=1.0)  # half the triangle's base
     centre = start[:, None] + scale * (torch.arange(n_out, device=start.device) + 0.5)  # (B, n_out)
-    K = math.ceil(2 * max(1.0, n_in / n_out))
+    K = math.ceil(2 * max(1.0, longest / n_out))
     pixel = (centre - support - 0.5).floor()[..., None] + 1 + torch.arange(K, device=start.device)  # (B, n_out, K)
     weight = (1 - (pixel + 0.5 - centre[..., None]).abs() / support[..., None]).clamp(min=0)
     # Pixels outside the box do not count. A box of whole pixels may have come back from its vector a hair off.
@@ -139,7 +142,8 @@ def _resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
 
 def _gray(image: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
-    return (image * torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
 
 
 def _jitter_image(image: Tensor, p: Parameters) -> Tensor:
@@ -149,8 +153,9 @@ def _jitter_image(image: Tensor, p: Parameters) -> Tensor:
     sample has before its hue, then every sample's hue, then the blends after it.
     """
     order = torch.stack([p[name] for name in ORDER], dim=1)  # (B, 4)
-    blends = order[order != HUE].view(-1, 3)  # (B, 3): each sample's order without hue
     hue_at = (order == HUE).long().argmax(dim=1)  # (B,)
+    k = torch.arange(3, device=order.device)
+    blends = order.gather(1, k + (k >= hue_at[:, None]))  # (B, 3): each sample's order without hue
     for k in range(3):
         image = _blend(image, blends[:, k], p, (k < hue_at) & (p["jitter_on"] > 0))
     image = torch.where(_each(p["jitter_on"], image) > 0, _shift_hue(image, _each(p["hue"], image)), image)
@@ -190,7 +195,7 @@ def _jitter_spectrogram(x: Tensor, p: Parameters, clamp: bool) -> Tensor:
     """Brightness (a factor) and contrast (a blend with the mean) of the normalised spectrogram, in each one's own order.
 
     `clamp` is the released program's: after each of its four operations values are cut to [0, 1]. There saturation and
-    hue act on three equal channels, so all that remains of them is the cut.
+    hue act on three equal channels; of them only the cut is kept (docs/method.md).
     """
     active = _each(p["jitter_on"], x) > 0
     for name in ORDER:

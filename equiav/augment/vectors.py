@@ -6,7 +6,6 @@ scale that the variant asks for, so encoding is a permutation and a product, and
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -51,22 +50,22 @@ class _Vectors(ABC):
     def __init__(self, augment: AugmentConfig, slots: tuple[str, ...], scale: dict[str, float]):
         self.augment = augment
         self.slots = slots
-        self.scale = torch.tensor([scale.get(name, 1.0) for name in slots], dtype=torch.float64)
+        self.scale = [scale.get(name, 1.0) for name in slots]  # numbers, not a tensor: nothing to copy to a device
 
     def encode(self, parameters: Parameters) -> Tensor:
         """-> t (..., d_t) float32."""
-        columns = torch.stack([parameters[name].double() for name in self.slots], dim=-1)
-        return (columns * self.scale.to(columns.device)).float()
+        columns = [parameters[name].double() * scale for name, scale in zip(self.slots, self.scale, strict=True)]
+        return torch.stack(columns, dim=-1).float()
 
     def decode(self, t: Tensor) -> Parameters:
         """t (..., d_t) -> parameters, float32; counts of pixels and frames are whole again."""
         if t.shape[-1] != len(self.slots):
             raise ValueError(f"augmentation vector has {t.shape[-1]} elements, expected {len(self.slots)}")
-        columns = (t.double() / self.scale.to(t.device)).unbind(-1)
-        return {
-            name: (column if name in CONTINUOUS else column.round()).float()
-            for name, column in zip(self.slots, columns, strict=True)
-        }
+        parameters = {}
+        for name, column, scale in zip(self.slots, t.double().unbind(-1), self.scale, strict=True):
+            value = column / scale
+            parameters[name] = (value if name in CONTINUOUS else value.round()).float()
+        return parameters
 
     def draw(self, seed: int, epoch: int, samples: Tensor, purpose: Purpose, queries: int = 1) -> Tensor:
         """samples (B,) int64 -> vectors (B, queries, d_t)."""
@@ -166,10 +165,16 @@ def _between(u: Uniforms, low: float, high: float) -> Tensor:
 
 
 def _permutation(u: Uniforms, n: int) -> Tensor:
-    """The first n of 0..3 in random order, the rest in place: (..., 4)."""
-    draw = next(u)
-    table = [(*p, *range(n, 4)) for p in itertools.permutations(range(n))]
-    return torch.tensor(table, dtype=torch.float64, device=draw.device)[(draw * len(table)).long()]
+    """The first n (2 or 4) of 0..3 in random order, the rest in place: (..., 4)."""
+    draw = (next(u) * math.factorial(n)).floor()
+    if n == 2:
+        return torch.stack([draw, 1 - draw, draw * 0 + 2, draw * 0 + 3], dim=-1)
+    first, rest = (draw / 6).floor(), draw % 6
+    second, third = (rest / 2).floor(), rest % 2  # places among those that are left
+    second = second + (second >= first)
+    third = third + (third >= torch.minimum(first, second))
+    third = third + (third >= torch.maximum(first, second))
+    return torch.stack([first, second, third, 6 - first - second - third], dim=-1)
 
 
 def _jitter(on: Tensor, order: Tensor, factors: list[Tensor]) -> Parameters:
@@ -193,8 +198,9 @@ def _crop(
     side, stretch = area.sqrt(), (log_ratio / 2).exp()
     x_length, y_length = (side * stretch * x_size).round(), (side / stretch * y_size).round()
     fits = (x_length <= x_size) & (y_length <= y_size)
-    first = fits.byte().argmax(dim=0, keepdim=True)  # the first try that fits
-    x_length = x_length.gather(0, first)[0].clamp(1, x_size)
-    y_length = y_length.gather(0, first)[0].clamp(1, y_size)
+    first, none_fits = fits.byte().argmax(dim=0, keepdim=True), ~fits.any(dim=0)  # the first try that fits
+    largest_x, largest_y = round(min(1.0, ratio[1]) * x_size), round(min(1.0, 1 / ratio[0]) * y_size)
+    x_length = x_length.gather(0, first)[0].clamp(min=1).masked_fill(none_fits, largest_x)
+    y_length = y_length.gather(0, first)[0].clamp(min=1).masked_fill(none_fits, largest_y)
     x, y = (next(u) * (x_size - x_length + 1)).floor(), (next(u) * (y_size - y_length + 1)).floor()
     return x, y, x_length, y_length

@@ -11,7 +11,20 @@ from equiav.augment.draws import Purpose
 from equiav.augment.logmel import normalised_spectrogram
 from equiav.augment.transforms import augment_image, augment_spectrogram, original_image
 from equiav.augment.vectors import AudioVectors, ImageVectors
-from equiav.config import Config
+from equiav.config import Config, ModelSettings
+
+
+class Batch(NamedTuple):
+    """Decoded clips."""
+
+    epoch: int
+    samples: Tensor  # (B,) int64, the ids that the draws depend on
+    frames: Tensor  # (B, 3, H, W) uint8, one frame of each clip
+    waveform: Tensor  # (B, L) int16
+    lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.epoch, *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
 class Views(NamedTuple):
@@ -26,27 +39,28 @@ class Views(NamedTuple):
 
 
 def sampled_vectors(
-    config: Config, epoch: int, samples: Tensor, queries: int, seed: int | None = None
+    settings: ModelSettings, seed: int, epoch: int, samples: Tensor, queries: int
 ) -> tuple[Tensor, Tensor]:
     """Vectors for the centroid of Eq. 12: t_a (B, queries, 24), t_v (B, queries, 18). They have no view of their own."""
-    seed = config.seed if seed is None else seed
-    audio, image = AudioVectors(config.model, config.augment), ImageVectors(config.model, config.augment)
+    audio, image = (kind(settings.model, settings.augment) for kind in (AudioVectors, ImageVectors))
     return (audio.draw(seed, epoch, samples, Purpose.CENTROID_AUDIO, queries),
             image.draw(seed, epoch, samples, Purpose.CENTROID_IMAGE, queries))  # fmt: skip
 
 
 @torch.no_grad()
-def make_views(config: Config, epoch: int, samples: Tensor, frames: Tensor, waveform: Tensor) -> Views:
-    """samples (B,) int64 ids, frames (B, 3, H, W) uint8, waveform (B, L) int16 -> views, on the device of the batch."""
+def make_views(config: Config, batch: Batch) -> Views:
+    """On the device of the batch, in float32 under any autocast."""
     audio, image = AudioVectors(config.model, config.augment), ImageVectors(config.model, config.augment)
-    t_a = audio.draw(config.seed, epoch, samples, Purpose.VIEW_AUDIO)
-    t_v = image.draw(config.seed, epoch, samples, Purpose.VIEW_IMAGE)
-    spectrogram = normalised_spectrogram(waveform, config.model, config.data)
-    objective = config.objective
-    needs_aug = objective.intra != "none" or objective.inter_on == "augmented"
-    audio_aug = augment_spectrogram(spectrogram, t_a[:, 0], audio) if needs_aug else None
-    image_aug = augment_image(frames, t_v[:, 0], image) if needs_aug else None
-    if objective.inter_on == "centroid":
-        centroid_a, centroid_v = sampled_vectors(config, epoch, samples, objective.centroid_size)
-        t_a, t_v = torch.cat([t_a, centroid_a], dim=1), torch.cat([t_v, centroid_v], dim=1)
-    return Views(spectrogram, original_image(frames, config.model.image_size), audio_aug, image_aug, t_a, t_v)
+    t_a = audio.draw(config.seed, batch.epoch, batch.samples, Purpose.VIEW_AUDIO)
+    t_v = image.draw(config.seed, batch.epoch, batch.samples, Purpose.VIEW_IMAGE)
+    spectrogram = normalised_spectrogram(batch.waveform, batch.lengths, config.model, config.data)
+    original = original_image(batch.frames, config.model.image_size)
+    audio_aug = image_aug = None
+    if config.objective.needs_augmented:
+        with torch.autocast(batch.frames.device.type, enabled=False):
+            audio_aug = augment_spectrogram(spectrogram, t_a[:, 0], audio)
+            image_aug = augment_image(batch.frames, t_v[:, 0], image)
+    if config.objective.sampled:
+        sampled = sampled_vectors(config, config.seed, batch.epoch, batch.samples, config.objective.sampled)
+        t_a, t_v = torch.cat([t_a, sampled[0]], dim=1), torch.cat([t_v, sampled[1]], dim=1)
+    return Views(spectrogram, original, audio_aug, image_aug, t_a, t_v)

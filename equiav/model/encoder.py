@@ -48,6 +48,7 @@ class Encoder(nn.Module):
             if picture is not None and tuple(picture.shape[1:]) != self.picture:
                 raise ValueError(f"encoder input is {tuple(picture.shape)}, expected (B, {self.picture})")
         tokens = self.patch_embed(x if x_aug is None else torch.cat([x, x_aug]))  # (2B, D, rows, columns)
+        # Under autocast this sum is float32, and so is the residual stream from here on, as in timm's ViT.
         tokens = tokens.flatten(2).transpose(1, 2) + (self.positions + self.modality)  # (2B, N, D)
         for block in self.blocks:
             tokens = block(tokens)

@@ -46,12 +46,25 @@ class Branch(nn.Module):
 
         z = z_aug = plain = None
         if intra != "none":
-            z = self.intra_head(pooled["equivariant" if intra == "equivariant" else "original"])
-            z_aug = self.intra_head(pooled["augmented"])
-        if intra == "equivariant":
-            with torch.no_grad():
-                plain = self.intra_head(pooled["original"])
+            anchor = pooled["equivariant" if intra == "equivariant" else "original"]
+            unpredicted = pooled["original"].detach()
+            z, z_aug, plain = self.intra_head(torch.cat([anchor, pooled["augmented"], unpredicted])).chunk(3)
+            plain = plain.detach()
         return z, z_aug, self.inter_head(pooled[inter_on]), plain
+
+    def embed(self, x: Tensor, t: Tensor | None) -> Tensor:
+        """What represents a clip without an augmented view, x (B, C, H, W) -> (B, d), through what training trained:
+        the vectors t (B or 1, S, d_t) where `inter_on` is a prediction, none elsewhere."""
+        inter_on = self.objective.inter_on
+        if (t is None) == (inter_on in ("equivariant", "centroid")):
+            needed = "needs vectors t (equiav.augment.sampled_vectors)" if t is None else "takes no vectors t"
+            raise ValueError(f"an embedding with objective.inter_on={inter_on} {needed}")
+        h, h_aug = self.encoder(x, x if inter_on == "augmented" else None)
+        if h_aug is not None:
+            h = h_aug  # after the final norm that this ablation trains
+        if t is not None:
+            h = self.predictor(h, t.expand(len(h), -1, -1))  # (B, S, D)
+        return F.normalize(self.inter_head(h.mean(dim=1)), dim=-1)
 
 
 class EquiAV(nn.Module):
@@ -63,24 +76,25 @@ class EquiAV(nn.Module):
         audio = Encoder(1, model.audio_grid, model.audio_patch, model.width, model.depth, model.heads)
         self.audio = Branch(audio, AUDIO_VECTOR, model, objective)
         self.image = Branch(image, IMAGE_VECTOR, model, objective)
-        self.log_temperature = nn.Parameter(torch.empty(())) if objective.learnable_temperature else None
+        self.log_temperature = nn.Parameter(torch.empty(1)) if objective.learnable_temperature else None
 
     def forward(
         self, audio: Tensor, image: Tensor, audio_aug: Tensor | None, image_aug: Tensor | None, t_a: Tensor, t_v: Tensor
     ) -> tuple[Tensor | None, ...]:
         """audio, audio_aug (B, T, F); image, image_aug (B, 3, H, W); t_a (B, 1 + S, 24); t_v (B, 1 + S, 18)
-        -> the fields of `objective.Embeddings`, in their order, each (B, d) and not normalised."""
+        -> the fields of `objective.Embeddings`, in their order; the embeddings (B, d), not normalised."""
         intra_a, aug_a, inter_a, plain_a = self.audio(
             as_picture(audio), None if audio_aug is None else as_picture(audio_aug), t_a
         )
         intra_v, aug_v, inter_v, plain_v = self.image(image, image_aug, t_v)
-        return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v
+        temperature = None if self.log_temperature is None else self.log_temperature.exp()
+        return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v, temperature
 
-    @property
-    def temperature(self) -> Tensor | float:
-        if self.log_temperature is None:
-            return self.objective.temperature
-        return self.log_temperature.clamp(min=math.log(0.01)).exp()
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """After an update: a learned tau stays at 0.01 or above, and can come back from there."""
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(min=math.log(0.01))
 
     def encode_audio(self, spectrogram: Tensor) -> Tensor:
         """h_a: (B, T, F) -> (B, N, D)."""
@@ -99,12 +113,13 @@ class EquiAV(nn.Module):
         return self.image.predictor(h, t)
 
     def embed_audio(self, spectrogram: Tensor, t: Tensor | None = None) -> Tensor:
-        """Inter-modal embedding, L2-normalised: (B, T, F) -> (B, d). With t (B or 1, S, 24) the centroid's (Eq. 13)."""
-        return _embed(self.audio, self.encode_audio(spectrogram), t)
+        """Inter-modal embedding, L2-normalised: (B, T, F) -> (B, d). By default the centroid's (Eq. 13), of the vectors
+        t (B or 1, S, 24) that `equiav.augment.sampled_vectors` draws."""
+        return self.audio.embed(as_picture(spectrogram), t)
 
     def embed_image(self, image: Tensor, t: Tensor | None = None) -> Tensor:
-        """Inter-modal embedding, L2-normalised: (B, 3, H, W) -> (B, d). With t (B or 1, S, 18) the centroid's."""
-        return _embed(self.image, self.encode_image(image), t)
+        """As `embed_audio`: image (B, 3, H, W), t (B or 1, S, 18) -> (B, d)."""
+        return self.image.embed(image, t)
 
     def attention_audio(self, spectrogram: Tensor, t: Tensor) -> Tensor:
         """The predictor's attention: (B, T, F), t (B, Q, 24) -> (B, heads, Q, N)."""
@@ -141,13 +156,6 @@ def as_picture(spectrogram: Tensor) -> Tensor:
 
 def _owner(model: nn.Module, parameter: str) -> str:
     return type(model.get_submodule(parameter.rpartition(".")[0])).__name__.lower()
-
-
-def _embed(branch: Branch, h: Tensor, t: Tensor | None) -> Tensor:
-    if t is None:
-        return F.normalize(branch.inter_head(h.mean(dim=1)), dim=-1)
-    centroid = branch.predictor(h, t.expand(len(h), -1, -1)).mean(dim=1)  # (B, D)
-    return F.normalize(branch.inter_head(centroid), dim=-1)
 
 
 def _attention(branch: Branch, h: Tensor, t: Tensor) -> Tensor:

@@ -55,9 +55,15 @@ def detect(state: Mapping[str, Any]) -> Format:
     )
 
 
-def strip(checkpoint: Any) -> dict[str, Tensor]:
-    """The bare state dict: unwraps {'model': ...}, drops the prefixes `__M__.` and `module.`."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
+def strip(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """The bare state dict, and the keys that stood beside it: unwraps {'model': ..., ...}, drops the prefixes `__M__.` and
+    `module.`. A tensor beside the model would be weight that nobody asked for: an error."""
+    wrapped = isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("model"), Mapping)
+    state = checkpoint["model"] if wrapped else checkpoint
+    beside = [str(key) for key in checkpoint if key != "model"] if wrapped else []
+    for key in beside:
+        if isinstance(checkpoint[key], Tensor):
+            raise CheckpointError(f"{key}: a tensor beside the state dict, neither used nor knowingly ignored")
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"expected a state dict (name -> tensor), found {type(checkpoint).__name__}")
     stripped: dict[str, Tensor] = {}
@@ -68,7 +74,7 @@ def strip(checkpoint: Any) -> dict[str, Tensor]:
         if name in stripped:
             raise CheckpointError(f"{key}: stands in the checkpoint twice, with different prefixes")
         stripped[name] = value
-    return stripped
+    return stripped, beside
 
 
 def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Imported:
@@ -85,8 +91,8 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
             raise CheckpointError(f"{key}: holds values that are not finite")
         for target, change in found.items():
             if target not in ours:
-                raise CheckpointError(f"{key}: there is no {target} in a model of depth {model.config.depth}; "
-                                    "choose the model.size that the checkpoint was trained with")  # fmt: skip
+                raise CheckpointError(f"{key}: there is no {target} in a model of depth {model.config.depth} with "
+                                    f"predictor {model.config.predictor}; choose what the source was trained with")  # fmt: skip
             if target in result.state:
                 raise CheckpointError(f"{key}: {target} already has a value from another key")
             changed = change(tensor.detach().cpu())

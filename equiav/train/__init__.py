@@ -1,5 +1,5 @@
 """The training loop. One process so far; the same loop is to carry many."""
 
-from equiav.train.loop import Batch, train
+from equiav.train.loop import train
 
-__all__ = ["Batch", "train"]
+__all__ = ["train"]

@@ -4,46 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from equiav.augment import make_views
+from equiav.augment import Batch, make_views
 from equiav.config import Config
 from equiav.model import EquiAV
 from equiav.objective import Embeddings, equiav_loss, weights_at
 from equiav.train.schedule import learning_rate
 
 
-class Batch(NamedTuple):
-    """Decoded clips, on the host."""
-
-    epoch: int
-    samples: Tensor  # (B,) int64, the ids that the draws depend on
-    frames: Tensor  # (B, 3, H, W) uint8, one frame of each clip
-    waveform: Tensor  # (B, L) int16
-
-
 def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[str, float]], None]) -> EquiAV:
     """The whole run: `config.train.steps` updates; `report(step, metrics)` after each."""
     device = torch.device(config.device)
-    model = EquiAV(config.model, config.objective)
-    model.init_weights(config.seed)
-    model.to(device).train()
+    with torch.device("meta"):
+        model = EquiAV(config.model, config.objective)
+    model.to_empty(device=device).init_weights(config.seed)
+    model.train()
     settings = config.train
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr_start, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
 
+    step = -1
     for step, batch in zip(range(settings.steps), batches, strict=False):
-        samples, frames, waveform = (x.to(device, non_blocking=True) for x in batch[1:])
-        views = make_views(config, batch.epoch, samples, frames, waveform)
+        views = make_views(config, batch.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             embeddings = Embeddings(*model(*views))
-        weights = weights_at(step, settings.steps, config.objective)
-        loss, terms = equiav_loss(embeddings, weights, model.temperature, config.objective)
+        loss, terms = equiav_loss(embeddings, weights_at(step, settings.steps, config.objective), config.objective)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -58,5 +47,8 @@ def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[
                 "Lower train.lr or train.clip, or set train.precision=float32"
             )
         optimizer.step()
+        model.clamp_temperature()
         report(step, {**metrics, "lr": learning_rate(step, settings)})
+    if step + 1 != settings.steps:
+        raise RuntimeError(f"the data ended after {step + 1} batches, expected train.steps={settings.steps}")
     return model.eval()

@@ -49,16 +49,34 @@ def test_another_rate():
 
 def test_normalised_spectrogram_is_cut_padded_and_scaled(config):
     model, data = config.model, config.data
-    noise = sounds(60000)[:1]
-    long = normalised_spectrogram(noise, model, data)
+    noise, whole = sounds(60000)[:1], torch.tensor([60000])
+    long = normalised_spectrogram(noise, whole, model, data)
     assert long.shape == (1, 256, 64)
     expected = (reference(noise[0], 64)[:256] - data.audio_mean) / data.audio_std
     torch.testing.assert_close(long[0], expected, atol=1e-4, rtol=0)
-    short = normalised_spectrogram(noise[:, :16000], model, data)
-    assert short.shape == (1, 256, 64)
-    torch.testing.assert_close(short[0, 98:], torch.full((158, 64), -data.audio_mean / data.audio_std))
     as_int = (noise * 32768).clamp(-32768, 32767).to(torch.int16)
-    torch.testing.assert_close(normalised_spectrogram(as_int, model, data), long, atol=0.05, rtol=0)
+    torch.testing.assert_close(normalised_spectrogram(as_int, whole, model, data), long, atol=0.05, rtol=0)
+
+
+def test_clips_of_different_lengths_share_a_batch(config):
+    """Each as it would be alone: windows of its own samples, then padding, whatever fills the batch behind it."""
+    model, data = config.model, config.data
+    batch, lengths = sounds(30000)[:3], torch.tensor([30000, 16000, 16159])
+    batch[1, 16000:] = 0.7
+    together = normalised_spectrogram(batch, lengths, model, data)
+    padding = -data.audio_mean / data.audio_std
+    for k, length in enumerate(lengths.tolist()):
+        own = reference(batch[k, :length], 64)
+        torch.testing.assert_close(together[k, : len(own)], (own - data.audio_mean) / data.audio_std, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together[k, len(own) :], torch.full((256 - len(own), 64), padding))
+
+
+def test_float32_under_autocast(config, device):
+    noise = sounds(41000)[:2].to(device)
+    arguments = (noise, torch.tensor([41000] * 2, device=device), config.model, config.data)
+    plain = normalised_spectrogram(*arguments)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(normalised_spectrogram(*arguments), plain)
 
 
 def test_too_short_and_wrong_type_are_named():

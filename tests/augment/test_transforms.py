@@ -196,3 +196,10 @@ def test_wrong_input_is_named():
         original_image(torch.zeros(1, 3, 64, 64), 64)
     with pytest.raises(ValueError, match="expected uint8"):
         original_image(torch.zeros(1, 1, 64, 64, dtype=torch.uint8), 64)
+
+
+def test_a_spectrogram_of_another_size_is_named(make_config):
+    config = make_config()
+    vectors = AudioVectors(config.model, config.augment)
+    with pytest.raises(ValueError, match=r"spectrogram is \(2, 100, 64\), expected \(B, 256, 64\)"):
+        augment_spectrogram(torch.zeros(2, 100, 64), vectors.identity().expand(2, -1), vectors)

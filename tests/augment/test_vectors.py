@@ -169,3 +169,17 @@ def test_layout_of_the_audio_vector(make_config):
     t = AudioVectors(config.model, config.augment).encode(parameters)
     torch.testing.assert_close(t, torch.tensor(  # the other axis's length: 512 / 128, 64 / 1024, ...
         [1, 100, 164, 32, 48, 1, -0.25, 1, 4, 0.0625, 2, 0.03125, 1, 1, 0, 2, 3, 0.2, 0.4, 0, 0, 1, 2, 1]))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [ImageVectors, AudioVectors])
+def test_a_crop_of_the_whole_is_the_whole(make_config, kind):
+    """No try fits where the area is all of it and the shape another: then the largest box of an allowed shape, as torchvision."""
+    _, _, p = draw(make_config(augment={"crop_scale": [1.0, 1.0]}), kind)
+    for name, size in (("width", p["width"].max()), ("height", p["height"].max())):
+        assert (p[name] > 0.96 * size).all()  # a shape within rounding of the whole still fits
+        assert (p[name] == size).float().mean() > 0.7
+
+
+def test_sample_ids_of_another_type_are_named(make_config):
+    with pytest.raises(ValueError, match=r"sample ids are torch.int32 \(3,\), expected int64 \(B,\)"):
+        draw(make_config(), ImageVectors, torch.arange(3, dtype=torch.int32))

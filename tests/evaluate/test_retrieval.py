@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from equiav.evaluate.retrieval import embed_pairs, recalls, zero_shot_retrieval
+from equiav.evaluate.retrieval import Pairs, embed_pairs, recalls, zero_shot_retrieval
 from equiav.model import EquiAV
 
 
@@ -19,31 +19,39 @@ def test_collapsed_embeddings_retrieve_nothing(value):
 def clips(n):
     g = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=g)
-    return frames, torch.randint(-3000, 3000, (n, 40000), generator=g).short()
+    return Pairs(frames, torch.randint(-3000, 3000, (n, 40000), generator=g).short(), torch.full((n,), 40000))
 
 
 def test_embeddings_do_not_depend_on_the_batch_and_vectors_are_shared(config, device):
     model = EquiAV(config.model, config.objective)
     model.init_weights(0)
     model.to(device).eval()
-    frames, waveform = clips(5)
-    together = embed_pairs(model, config, frames, waveform, seed=0)
+    pairs = clips(5)
+    together = embed_pairs(model, config, pairs, seed=0)
     for part in range(2):
         alone = torch.cat(
-            [embed_pairs(model, config, frames[k : k + 1], waveform[k : k + 1], seed=0)[part] for k in range(5)]
+            [embed_pairs(model, config, Pairs(*(x[k : k + 1] for x in pairs)), seed=0)[part] for k in range(5)]
         )
         torch.testing.assert_close(together[part], alone, atol=1e-4, rtol=0)
-    other = embed_pairs(model, config, frames, waveform, seed=1)
+    other = embed_pairs(model, config, pairs, seed=1)
     assert (together[0] - other[0]).abs().max() > 1e-6
-    again = embed_pairs(model, config, frames, waveform, seed=0)
+    again = embed_pairs(model, config, pairs, seed=0)
     assert torch.equal(together[0], again[0])
 
 
 def test_report_has_both_directions_and_the_spread(config):
     model = EquiAV(config.model, config.objective)
     model.init_weights(0)
-    result = zero_shot_retrieval(model.eval(), config, *clips(12))
+    result = zero_shot_retrieval(model.eval(), config, clips(12))
     assert set(result) == {f"{d} R@{k}" for d in ("audio to image", "image to audio") for k in (1, 5, 10)}
     for mean, spread in result.values():
         assert mean - spread >= 0
         assert mean + spread <= 100
+
+
+@pytest.mark.parametrize("inter_on", ["original", "augmented", "equivariant", "centroid"])
+def test_every_ablation_can_be_evaluated(make_config, inter_on):
+    config = make_config(objective={"inter_on": inter_on, "centroid_size": 2})
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(0)
+    assert embed_pairs(model.eval(), config, clips(3), seed=0)[0].shape == (3, 64)

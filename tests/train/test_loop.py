@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from equiav.augment import Batch
 from equiav.config import TrainConfig
 from equiav.synthetic import World
-from equiav.train import Batch, train
+from equiav.train import train
 from equiav.train.schedule import learning_rate
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(8)]
@@ -19,7 +20,7 @@ def batches(size=8, epochs=1000):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS[:size]])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS[:size]]))
     for epoch in range(epochs):
-        yield Batch(epoch, torch.arange(size), frames, waveform)
+        yield Batch(epoch, torch.arange(size), frames, waveform, torch.full((size,), waveform.shape[1]))
 
 
 def run(config, source=None):
@@ -77,13 +78,18 @@ def test_every_ablation_trains(make_config, objective):
     model, rows = run(settings(make_config, steps=2, objective=objective))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     if objective.get("learnable_temperature"):
-        assert model.temperature.item() != pytest.approx(0.07, rel=1e-6)
+        assert model.log_temperature.exp().item() != pytest.approx(0.07, rel=1e-6)
 
 
 @pytest.mark.parametrize("predictor", ["linear", "hypernet"])
 def test_every_predictor_trains(make_config, predictor):
     _, rows = run(settings(make_config, steps=2, model={"predictor": predictor}))
     assert math.isfinite(rows[-1]["loss"])
+
+
+def test_data_that_ends_early_is_no_finished_run(make_config):
+    with pytest.raises(RuntimeError, match=r"the data ended after 2 batches, expected train\.steps=4"):
+        run(settings(make_config), batches(epochs=2))
 
 
 def test_gradients_are_clipped(make_config):
