@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_really_keeps():
     model.init_weights(0)
 
     def kept(batch):
-        storages, m, Q = {}, config.model, config.objective.queries
+        storages, m, Q = {}, config.model, 1 + config.objective.sampled
         x = [torch.randn(batch, *shape) for shape in ((256, 64), (3, m.image_size, m.image_size)) * 2]
 
         def note(tensor):

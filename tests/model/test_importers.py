@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from equiav.cli import main
-from equiav.config import ModelConfig, ObjectiveConfig
+from equiav.config import ConfigError, ModelConfig, ObjectiveConfig
 from equiav.model.importers import CheckpointError
-from equiav.weights import ImportConfig, import_checkpoint, load_model
+from equiav.weights import ImportConfig, import_checkpoint, load_model, save_model
 
 D, DEPTH, AUG, HIDDEN, OUT = 64, 3, 48, 80, 32
 SMALL = ModelConfig(
@@ -123,7 +123,7 @@ def run(tmp_path, checkpoint, **options):
 def test_every_key_is_accounted_for(tmp_path, kind):
     checkpoint = LAYOUTS[kind]()
     source = checkpoint.get("model", checkpoint)
-    model, imported = run(tmp_path, checkpoint)
+    model, _, imported = run(tmp_path, checkpoint)
     assert len(imported.used) + len(imported.ignored) == len(source)
     assert all(imported.ignored.values())
     assert set(imported.state) == set(model.state_dict())
@@ -136,7 +136,7 @@ def test_every_key_is_accounted_for(tmp_path, kind):
 
 def test_released_values_land_where_the_program_uses_them(tmp_path):
     source = {key.removeprefix("__M__."): value for key, value in equiav_layout().items()}
-    model, _ = run(tmp_path, equiav_layout())
+    model, _, _ = run(tmp_path, equiav_layout())
     state = model.state_dict()
     same = {
         "audio.encoder.blocks.2.norm1.weight": "blocks_a.2.norm1.weight",
@@ -156,7 +156,7 @@ def test_released_values_land_where_the_program_uses_them(tmp_path):
 
 def test_three_equal_channels_are_one(tmp_path):
     """The released program sees a spectrogram as three equal channels, (mel, time), before its patches."""
-    model, _ = run(tmp_path, equiav_layout())
+    model, _, _ = run(tmp_path, equiav_layout())
     source, x = equiav_layout(), torch.randn(2, 256, 128)
     picture = x.transpose(1, 2).unsqueeze(1).repeat(1, 3, 1, 1)
     theirs = torch.nn.functional.conv2d(
@@ -179,7 +179,7 @@ def test_cavmae_shared_block_becomes_each_encoders_last(tmp_path):
 
 def test_mae_initialises_both_encoders_and_the_seed_the_rest(tmp_path):
     source = mae_layout()["model"]
-    model, imported = run(tmp_path, mae_layout(), seed=3)
+    model, _, imported = run(tmp_path, mae_layout(), seed=3)
     state = model.state_dict()
     for side in ("audio", "image"):
         assert torch.equal(state[f"{side}.encoder.blocks.1.mlp.fc1.weight"], source["blocks.1.mlp.fc1.weight"])
@@ -217,6 +217,137 @@ def test_wrong_model_size_is_named(tmp_path):
         )
 
 
+def test_what_stands_beside_the_state_dict(tmp_path):
+    """Training state is listed as ignored; a tensor nobody asked for is an error."""
+    _, _, imported = run(tmp_path, {**mae_layout(), "optimizer": {"state": {}}, "epoch": 7})
+    assert {"optimizer", "epoch"} <= set(imported.ignored)
+    with pytest.raises(CheckpointError, match="extra_head: a tensor beside the state dict"):
+        run(tmp_path, {**mae_layout(), "extra_head": torch.zeros(3)})
+
+
+def test_another_predictor_is_named(tmp_path):
+    torch.save(equiav_layout(), tmp_path / "source.pth")
+    model = ModelConfig(**{**vars(SMALL), "predictor": "linear"})
+    with pytest.raises(CheckpointError, match=r"norm_aug.weight: there is no .* with predictor linear"):
+        import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=model))
+
+
+def test_vectors_of_an_imported_model_are_those_it_was_trained_with(tmp_path):
+    assert run(tmp_path, equiav_layout())[1].augment.variant == "released"
+    assert run(tmp_path, mae_layout())[1].augment.variant == "paper"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", b"{", "config.json: not valid JSON"),
+    ("config.json", b'{"modle": {}}', "config.json: unknown field modle"),
+    ("model.safetensors", b"\x00" * 40, "model.safetensors: does not hold the weights"),
+    ("model.safetensors", None, "no model.safetensors there"),
+])  # fmt: skip
+def test_a_damaged_model_folder_is_named(tmp_path, name, content, message):
+    model, settings, _ = run(tmp_path, equiav_layout())
+    save_model(tmp_path / "out", model, settings)
+    if content is None:
+        (tmp_path / "out" / name).unlink()
+    else:
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path / "out")
+
+
+def plain_norm(x, state, name):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def plain_linear(x, state, name):
+    return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def plain_attention(q, k, v, heads):
+    """q (B, Q, C), k and v (B, N, C) -> (B, Q, C), one head at a time."""
+    size = q.shape[-1] // heads
+    parts = []
+    for j in range(heads):
+        some = slice(j * size, (j + 1) * size)
+        parts.append(torch.softmax(q[..., some] @ k[..., some].transpose(1, 2) / size**0.5, dim=-1) @ v[..., some])
+    return torch.cat(parts, dim=-1)
+
+
+def plain_block(x, s, name, norms=("norm1", "norm2")):
+    qkv = plain_linear(plain_norm(x, s, f"{name}.{norms[0]}"), s, f"{name}.attn.qkv")
+    x = x + plain_linear(plain_attention(*qkv.chunk(3, dim=-1), heads=4), s, f"{name}.attn.proj")
+    hidden = gelu(plain_linear(plain_norm(x, s, f"{name}.{norms[1]}"), s, f"{name}.mlp.fc1"))
+    return x + plain_linear(hidden, s, f"{name}.mlp.fc2")
+
+
+def plain_tokens(s, m, picture):
+    weight, patch = s[f"patch_embed_{m}.proj.weight"], 16
+    B, C, H, W = picture.shape
+    patches = (
+        picture.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    )
+    return patches @ weight.flatten(1).T + s[f"patch_embed_{m}.proj.bias"] + s[f"pos_embed_{m}"] + s[f"modality_{m}"]
+
+
+@pytest.mark.parametrize("m", ["a", "v"])
+def test_a_converted_released_checkpoint_computes_what_the_program_computes(tmp_path, m):
+    """Its equations written out from its own names, in float64: features, the centroid's embedding, the prediction's."""
+    s = {key.removeprefix("__M__."): value.double() for key, value in equiav_layout().items()}
+    model = run(tmp_path, equiav_layout())[0].double()
+    g = torch.Generator().manual_seed(1)
+    side, d_t = ("audio", 24) if m == "a" else ("image", 18)
+    x = torch.randn(2, *((256, 128) if m == "a" else (3, 64, 64)), generator=g, dtype=torch.float64)
+    t = torch.randn(2, 5, d_t, generator=g, dtype=torch.float64)
+
+    tokens = plain_tokens(s, m, x.transpose(1, 2).unsqueeze(1).repeat(1, 3, 1, 1) if m == "a" else x)
+    for n in range(DEPTH):
+        tokens = plain_block(tokens, s, f"blocks_{m}.{n}")
+    h, h_aug = plain_norm(tokens, s, f"norm_{m}"), plain_norm(tokens, s, f"norm_{m}_aug")
+
+    def predict(t):
+        q = t
+        for k in (0, 2, 4):
+            q = plain_linear(q, s, f"aug_encoder_{m}.{k}")
+            q = q * torch.sigmoid(1.702 * q) if k < 4 else q
+        c = f"cross_attn_{m}"
+        q = plain_linear(plain_norm(q, s, f"{c}.norm_aug"), s, f"{c}.attn.to_q")
+        k, v = plain_linear(h, s, f"{c}.attn.to_k"), plain_linear(h, s, f"{c}.attn.to_v")
+        y = h.mean(1, keepdim=True) + plain_linear(plain_attention(q, k, v, heads=8), s, f"{c}.attn.to_out")
+        y = y + plain_linear(gelu(plain_linear(plain_norm(y, s, f"{c}.norm"), s, f"{c}.mlp.fc1")), s, f"{c}.mlp.fc2")
+        return y.mean(1)
+
+    def head(y, space):
+        p = f"pred_{m}_{space}"
+        for k in (1, 2, 3):
+            y = plain_norm(plain_linear(y, s, f"{p}.fc{k}"), s, f"{p}.norm{k}")
+            y = y.relu() if k < 3 else y
+        return y
+
+    branch, picture = model.get_submodule(side), x.transpose(1, 2).unsqueeze(1) if m == "a" else x
+    z, z_aug, inter, _ = branch(picture, picture, t)
+    for ours, theirs in (
+        (branch.encoder(picture)[0], h), (z, head(predict(t[:, :1]), "intra")), (z_aug, head(h_aug.mean(1), "intra")),
+        (inter, head(predict(t[:, 1:]), "inter")),
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("m", ["a", "v"])
+def test_a_converted_cavmae_computes_its_contrastive_path(tmp_path, m):
+    s = {key.removeprefix("module."): value.double() for key, value in cavmae_layout().items()}
+    branch = run(tmp_path, cavmae_layout())[0].double().get_submodule("audio" if m == "a" else "image")
+    x = torch.randn(2, *((1, 128, 256) if m == "a" else (3, 64, 64)), dtype=torch.float64)
+    tokens = plain_tokens(s, m, x)
+    for n in range(DEPTH - 1):
+        tokens = plain_block(tokens, s, f"blocks_{m}.{n}")
+    tokens = plain_norm(plain_block(tokens, s, "blocks_u.0", (f"norm1_{m}", f"norm2_{m}")), s, f"norm_{m}")
+    torch.testing.assert_close(branch.encoder(x)[0], tokens, atol=1e-6, rtol=0)
+
+
 class Code:
     def __reduce__(self):
         return print, ("this must never run",)
@@ -235,13 +366,15 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path, capsys, content)
 
 def test_command_writes_a_model_that_loads_to_the_same_outputs(tmp_path, capsys):
     torch.save(equiav_layout(), tmp_path / "source.pth")
-    model, _ = import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "x", model=SMALL))
+    model, _, _ = import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "x", model=SMALL))
     arguments = [f"--model.{name}={value}" for name, value in vars(SMALL).items()]
     assert main(["import", str(tmp_path / "source.pth"), "--out", str(tmp_path / "out"), *arguments]) == 0
     assert "dead weight" in capsys.readouterr().out
-    loaded = load_model(tmp_path / "out")
+    loaded, settings = load_model(tmp_path / "out")
+    assert settings.augment.variant == "released"
+    assert settings.model == SMALL
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(loaded.embed_image(x), model.embed_image(x))
+    assert torch.equal(loaded.encode_image(x), model.encode_image(x))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["width"] == D
     assert main(["import", str(tmp_path / "source.pth"), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert "exists already" in capsys.readouterr().err
