@@ -123,25 +123,24 @@ def equiav_loss(
     much nearer to z' the prediction is than the unpredicted embedding.
     """
     with torch.autocast(e.inter_a.device.type, enabled=False):
-        temperature = config.temperature if e.temperature is None else e.temperature
-        names, lambdas, plains = ["inter"], [weights.inter], [None]
-        compared = [e.inter_a, e.inter_v]
-        if e.intra_a is not None and e.aug_a is not None and e.intra_v is not None and e.aug_v is not None:
-            names += ["intra_audio", "intra_image"]
-            lambdas += [weights.intra_a, weights.intra_v]
-            plains += [e.plain_a, e.plain_v]
-            compared += [e.intra_a, e.aug_a, e.intra_v, e.aug_v]
-        own = unit(*compared)  # (2 or 6, b, d)
+        temperature = config.temperature if e.temperature is None else e.temperature.squeeze()
+        possible = (
+            ("inter", e.inter_a, e.inter_v, None, weights.inter),
+            ("intra_audio", e.intra_a, e.aug_a, e.plain_a, weights.intra_a),
+            ("intra_image", e.intra_v, e.aug_v, e.plain_v, weights.intra_v),
+        )
+        pairs = [(name, p, q, plain, w) for name, p, q, plain, w in possible if p is not None and q is not None]
+        own = unit(*(z for _, p, q, _, _ in pairs for z in (p, q)))  # (2 or 6, b, d)
         everyone, first = gather(own)  # (2 or 6, N, d)
         N, loss, terms = everyone.shape[1], own.new_zeros(()), {}
-        for k, (name, weight, plain) in enumerate(zip(names, lambdas, plains, strict=True)):
+        for k, (name, _, _, plain, weight) in enumerate(pairs):
             mine, all_of_it = own[2 * k : 2 * k + 2], everyone[2 * k : 2 * k + 2]
             if name == "inter":
                 part, correct = info_nce(mine, all_of_it, first, temperature)
             else:
                 part, correct = nt_xent(mine, all_of_it, first, temperature, config.intra_positive_in_denominator)
-            loss = loss + weight * part.squeeze()
-            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach().squeeze(), correct / (2 * N)
+            loss = loss + weight * part
+            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct / (2 * N)
             if plain is not None:
                 side = name.removeprefix("intra_")
                 with torch.no_grad():

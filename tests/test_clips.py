@@ -1,6 +1,7 @@
 """What cannot be used is refused by name; nothing is put in its place."""
 
 import io
+import wave
 
 import numpy as np
 import pytest
@@ -118,3 +119,29 @@ def test_damaged_bytes_never_escape_without_the_sample():
                 refused.append(str(error))
     assert len(refused) > 300
     assert all(message.startswith("sample clip-17: ") for message in refused)
+
+
+def test_edges():
+    full = np.tile([1.0, -1.0], RATE)
+    assert check_audio(full, RATE, "s", DATA).max() == 32767
+    check_audio(np.tile(np.int16([0, 7]), RATE), RATE, "s", DATA)  # 3.5 / 32767 from its middle: just not silent
+    with pytest.raises(BadClipError, match="silent"):
+        check_audio(np.tile(np.int16([0, 5]), RATE), RATE, "s", DATA)
+    stereo = io.BytesIO()
+    with wave.open(stereo, "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(noise(channels=2).tobytes())
+    with pytest.raises(BadClipError, match=r"shape \(24000, 2\)"):
+        decode_wav(stereo.getvalue(), "s", DATA)
+    dot = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(dot, "PNG")
+    with pytest.raises(BadClipError, match="1 x 1 pixels"):
+        decode_frame(dot.getvalue(), "s")
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadClipError, match="cannot be decoded"):
+        decode_frame(picture(), "s")

@@ -24,6 +24,17 @@ def test_defaults_are_the_papers():
     config = read()
     assert (config.model.width, config.model.depth, config.model.heads) == (768, 12, 12)
     assert (config.objective.temperature, config.objective.centroid_size) == (0.07, 16)
+    assert (config.train.warmup_steps, config.train.weight_decay, config.train.clip) == (
+        config.train.steps // 10,
+        1e-5,
+        1.0,
+    )
+    assert (config.model.head_hidden, config.model.head_width, config.model.aug_width) == (2048, 512, 256)
+    a = config.augment
+    assert (a.jitter_p, a.blur_p, a.flip_p, a.gray_p, a.mask_p) == (0.8, 0.5, 0.5, 0.2, 0.8)
+    assert (a.crop_scale, a.image_crop_ratio, a.audio_crop_ratio) == ((0.08, 1.0), (3 / 4, 4 / 3), (0.8, 1.5))
+    assert (a.jitter_factor, a.jitter_hue, a.blur_sigma) == (0.4, 0.1, (0.1, 2.0))
+    assert (a.max_mask_frames, a.max_mask_mels) == (192, 48)
     assert (config.train.lr, config.train.lr_start, config.train.betas) == (1e-4, 1e-6, (0.9, 0.95))
     assert (config.data.audio_mean, config.data.audio_std) == (-4.346, 4.332)
     assert config.train.steps == 20 * (1_893_278 // 256)  # 20 epochs of Appendix C's AudioSet-2M
@@ -108,7 +119,9 @@ def test_missing_config_names_the_recipes():
 
 
 @pytest.mark.parametrize(("section", "field", "value"), [
-    ("model", "depth", 0), ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
+    ("model", "depth", 0), ("model", "predictor_heads", 0), ("model", "predictor_width", -8), ("model", "width", 66),
+    ("augment", "blur_p", -0.1), ("augment", "blur_sigma", [0.0, 2.0]), ("train", "lr_start", 0.0), ("train", "clip", 0.0),
+    ("train", "warmup_steps", -1), ("model", "heads", 3), ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
     ("augment", "blur_p", 1.5), ("augment", "crop_scale", [0.5, 1.5]), ("augment", "crop_scale", [0.5, 0.1]),
     ("augment", "jitter_factor", 1.0), ("augment", "jitter_hue", 0.6), ("augment", "max_mask_frames", 256),
     ("augment", "max_mask_mels", 64), ("augment", "max_mask_mels", -1),
@@ -122,6 +135,12 @@ def test_values_out_of_range_are_named(section, field, value):
     values.setdefault(section, {})[field] = value
     with pytest.raises(ConfigError, match=rf"{section}\.{field} is .*, expected"):
         from_dict(Config, values, "test")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_named(seed):
+    with pytest.raises(ConfigError, match="seed is"):
+        from_dict(Config, {"seed": seed}, "test")
 
 
 def test_an_empty_section_is_its_defaults(yaml_file):

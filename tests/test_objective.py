@@ -193,3 +193,33 @@ def test_the_loss_of_chance_is_the_log_of_the_candidates():
     assert inter(z, z, TAU)[0] == pytest.approx(math.log(N))
     assert intra(z, z, TAU)[0] == pytest.approx(math.log(2 * N - 1))
     assert intra(z, z, TAU, with_positive=False)[0] == pytest.approx(math.log(2 * N - 2))
+
+
+def test_an_anchors_own_kind_counts_against_it():
+    """The two p are nearer to each other than to their partners; the two q are not."""
+    p = torch.tensor([[1.0, 0.1, 0.0], [1.0, -0.1, 0.0]])
+    q = torch.tensor([[0.2, 1.0, 0.0], [0.2, -1.0, 0.0]])
+    assert intra(p, q, 0.1)[1] == 2
+
+
+def test_one_gather_carries_everything():
+    calls = []
+
+    def gather(own):
+        calls.append(own.shape)
+        return own, 0
+
+    equiav_loss(embeddings(), weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig(), gather)
+    assert calls == [(6, N, d)]
+
+
+def test_image_side_of_the_report_and_the_denominator_switch():
+    e, config = embeddings(), ObjectiveConfig(intra_positive_in_denominator=False, temperature=0.3)
+    loss, terms = equiav_loss(e, weights_at(0, 1, config), config)
+    plain = (plain_info_nce(e.inter_a, e.inter_v, 0.3) + plain_nt_xent(e.intra_a, e.aug_a, 0.3, False)
+             + plain_nt_xent(e.intra_v, e.aug_v, 0.3, False))  # fmt: skip
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-9)
+    cosine = torch.nn.functional.cosine_similarity
+    similarity = cosine(e.intra_v, e.aug_v).mean().item()
+    assert terms["similarity_image"].item() == pytest.approx(similarity)
+    assert terms["gain_image"].item() == pytest.approx(similarity - cosine(e.plain_v, e.aug_v).mean().item())

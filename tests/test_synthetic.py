@@ -7,7 +7,7 @@ from torchaudio.functional import spectrogram as stft
 
 from equiav.clips import check_audio, decode_frame, encode_frame
 from equiav.config import DataConfig
-from equiav.synthetic import ATTRIBUTES, CLASSES, World
+from equiav.synthetic import ATTRIBUTES, CLASSES, SHAPES, World
 
 WORLD = World(seconds=2.56)
 CLIPS = [WORLD.clip(i) for i in range(200)]
@@ -131,3 +131,45 @@ def test_hue_is_decay():
 def test_other_settings_keep_the_attributes(change):
     other = World(**{"seconds": 2.56, change: {"frames": 3, "seconds": 1.0, "size": 32}[change]})
     assert np.array_equal(other.clip(5).attributes, CLIPS[5].attributes)
+
+
+def test_labels_are_shapes_in_order():
+    for clip in CLIPS[:20]:
+        left, right = (SHAPES[int(k)] for k in clip.attributes[:, SHAPE])
+        assert CLASSES[clip.label] == f"{left} and {right}"
+
+
+def before_the_first_note(clip):
+    return clip.audio[: int(0.75 * clip.attributes[0, X] * len(clip.audio))].astype(float)
+
+
+def test_scene_is_ambience():
+    """Light is the level of the noise, tint how dull it is; both are seen in the corners, where no object comes."""
+    quiet = [clip for clip in CLIPS if clip.attributes[0, X] > 0.05]
+    level = [np.log(before_the_first_note(clip).std()) for clip in quiet]
+    assert correlation([clip.scene[0] for clip in quiet], level) > 0.9
+    loud = [clip for clip in quiet if clip.scene[0] > 0.4]
+    roughness = [np.diff(before_the_first_note(clip)).std() / before_the_first_note(clip).std() for clip in loud]
+    assert correlation([clip.scene[1] for clip in loud], roughness) < -0.8
+    corners = [clip.frames[:, -6:].mean(axis=(0, 1, 2)) for clip in CLIPS]
+    assert correlation([clip.scene[0] for clip in CLIPS], [corner[1] for corner in corners]) > 0.9
+    assert correlation([clip.scene[1] for clip in CLIPS], [(c[0] - c[2]) / c.sum() for c in corners]) > 0.8
+
+
+def test_motion_is_tremolo():
+    """Objects move up and down 1 to 4 times, their sound swells 2 to 8 times a second."""
+    swell, motion = [], []
+    for clip in CLIPS:
+        note = only_first_note(clip)
+        if len(note) < 16000 or clip.attributes[0, HUE] < 0.5:
+            continue
+        envelope = np.abs(note[1000:15000]).reshape(-1, 100).mean(axis=1)  # 160 values a second
+        log = np.log(envelope + 1e-5)
+        log = log - np.polyval(np.polyfit(np.arange(len(log)), log, 1), np.arange(len(log)))
+        spectrum = np.abs(np.fft.rfft(log * np.hanning(len(log)), 2048))
+        frequency = np.fft.rfftfreq(2048, 1 / 160)
+        spectrum[(frequency < 1.5) | (frequency > 9)] = 0
+        swell.append(frequency[spectrum.argmax()])
+        motion.append(clip.attributes[0, MOTION])
+    assert len(swell) >= 10
+    assert correlation(swell, motion) > 0.9

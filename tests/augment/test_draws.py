@@ -53,3 +53,10 @@ def test_uniform_and_uncorrelated():
     columns = torch.cat([u, u.roll(1, 0), following], dim=1)
     correlation = torch.corrcoef(columns.T) - torch.eye(columns.shape[1])
     assert correlation.abs().max() < 5 / n**0.5
+
+
+def test_purposes_keep_their_numbers():
+    """They are part of every run's result."""
+    assert {p.name: p.value for p in Purpose.__members__.values()} == {
+        "VIEW_IMAGE": 1, "VIEW_AUDIO": 2, "CENTROID_IMAGE": 3, "CENTROID_AUDIO": 4, "FRAME": 5, "ORDER": 6}  # fmt: skip
+    assert len(Purpose.__members__) == len(set(Purpose)) == 6

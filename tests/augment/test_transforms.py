@@ -203,3 +203,30 @@ def test_a_spectrogram_of_another_size_is_named(make_config):
     vectors = AudioVectors(config.model, config.augment)
     with pytest.raises(ValueError, match=r"spectrogram is \(2, 100, 64\), expected \(B, 256, 64\)"):
         augment_spectrogram(torch.zeros(2, 100, 64), vectors.identity().expand(2, -1), vectors)
+
+
+def test_normalisation_is_imagenets():
+    assert (IMAGE_MEAN, IMAGE_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    red, white = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    red[:, 0] = 255
+    torch.testing.assert_close(
+        original_image(red, 64)[0, :, 5, 5], torch.tensor([0.515 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
+    )
+    torch.testing.assert_close(
+        original_image(white, 64)[0, :, 5, 5], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225])
+    )
+
+
+def test_identity_of_a_portrait_frame(make_config):
+    config = make_config()
+    vectors = ImageVectors(config.model, config.augment)
+    frames = natural_frames(120, 80, 4)
+    view = augment_image(frames, vectors.identity().expand(4, -1), vectors)
+    torch.testing.assert_close(view, original_image(frames, 64), atol=1e-5, rtol=0)
+
+
+def test_a_blur_wider_than_the_picture(make_config):
+    config = make_config(augment={"blur_sigma": [0.1, 20.0]})
+    vectors = ImageVectors(config.model, config.augment)
+    t = vectors.draw(0, 0, torch.arange(4), Purpose.VIEW_IMAGE)[:, 0]
+    assert augment_image(natural_frames(64, 64, 4), t, vectors).isfinite().all()

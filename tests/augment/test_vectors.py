@@ -183,3 +183,38 @@ def test_a_crop_of_the_whole_is_the_whole(make_config, kind):
 def test_sample_ids_of_another_type_are_named(make_config):
     with pytest.raises(ValueError, match=r"sample ids are torch.int32 \(3,\), expected int64 \(B,\)"):
         draw(make_config(), ImageVectors, torch.arange(3, dtype=torch.int32))
+
+
+def correlation(*rows):
+    return torch.corrcoef(torch.stack([row.double().flatten() for row in rows])) - torch.eye(len(rows))
+
+
+def test_crops_are_placed_uniformly_and_drawn_again_where_they_do_not_fit(make_config):
+    _, _, p = draw(make_config(model={"size": "vit_b16"}), ImageVectors)
+    x, y, width, height = (p[name].double().flatten() for name in ("left", "top", "width", "height"))
+    small = (width < 112) & (height < 112)
+    share = x[small] / (224 - width[small]), y[small] / (224 - height[small])
+    assert correlation(*share)[0, 1].abs() < 0.05
+    for place in share:
+        assert abs(place.mean() - 0.5) < 0.02
+    assert ((x + width == 224) & (width < 200)).any()
+    assert ((y + height == 224) & (height < 200)).any()
+    compact = width * height / 224**2 < 0.4  # every shape fits: log-uniform, as often wide as tall
+    assert (width / height)[compact].log().mean().abs() < 0.01
+    assert (width == 224).float().mean() < 0.02  # clamping in place of drawing again would pile up here
+
+
+def test_switches_are_independent(make_config):
+    _, _, p = draw(make_config(), ImageVectors)
+    assert correlation(p["flip"], p["gray"], p["jitter_on"], p["blur_on"]).abs().max() < 0.05
+    on = p["blur_on"] > 0
+    assert abs(p["sigma"][on].mean() - 1.05) < 0.03
+    assert correlation(p["brightness"], p["contrast"], p["saturation"], p["hue"]).abs().max() < 0.05
+
+
+def test_masks_reach_both_ends(make_config):
+    _, _, p = draw(make_config(model={"size": "vit_b16"}), AudioVectors)
+    on = p["mask_on"] > 0
+    for low, high, size in (("t0", "t1", 1024), ("f0", "f1", 128)):
+        assert p[low][on].min() == 0
+        assert p[high][on].max() >= size - 2

@@ -305,3 +305,59 @@ def test_temperature(make_config):
     fixed = build(make_config(objective={"centroid_size": S}))
     fixed.clamp_temperature()
     assert Embeddings(*fixed(*x)).temperature is None
+
+
+def test_encoder_is_its_equation(config):
+    """Patches one by one, positions where they belong, then timm's blocks."""
+    encoder, x = randomised(build(config)).audio.encoder, torch.randn(2, 1, 64, 256)
+    rows, columns = config.model.audio_grid
+    assert (rows, columns) == (4, 16)
+    assert torch.equal(encoder.positions, sincos_positions(64, rows, columns))
+    weight, bias = encoder.patch_embed.weight, encoder.patch_embed.bias
+    patches = [x[..., 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] for r in range(rows) for c in range(columns)]
+    tokens = torch.stack([torch.einsum("bcij,dcij->bd", patch, weight) + bias for patch in patches], dim=1)
+    tokens = tokens + encoder.positions + encoder.modality
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(encoder(x)[0], encoder.norm(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_audio_side_of_forward(config):
+    """The spectrogram's two views, its own vectors, and every output in its place."""
+    model, x = randomised(build(config)), inputs(config)
+    e = Embeddings(*model(*x))
+    h, h_aug = model.audio.encoder(x[0].transpose(1, 2)[:, None], x[2].transpose(1, 2)[:, None])
+    predicted = model.predict_audio(h, x[4])
+    expected = {"intra_a": heads(model, "audio", "intra", predicted[:, 0]), "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
+                "plain_a": heads(model, "audio", "intra", h.mean(1)),
+                "inter_a": heads(model, "audio", "inter", predicted[:, 1:].mean(1))}  # fmt: skip
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(e, name), value, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.attention_audio(x[0], x[4]), model.audio.predictor.attention(h, x[4]), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_head_is_its_equation(config):
+    head, y = randomised(build(config)).audio.intra_head, torch.randn(3, 64)
+    expected = y
+    for linear, norm, last in ((0, 1, False), (3, 4, False), (6, 7, True)):
+        layer = head.layers[linear]
+        expected = plain_layer_norm(expected @ layer.weight.T + layer.bias, head.layers[norm])
+        expected = expected if last else expected.relu()
+    torch.testing.assert_close(head(y), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rival_predictors_are_their_equations(make_config):
+    h, t = torch.randn(2, 6, 64), torch.randn(2, 3, 18)
+    pooled = h.mean(1)
+    hyper = randomised(build(make_config(model={"predictor": "hypernet"}))).image.predictor
+    maps = hyper.weights(hyper.encode_t(t)).view(2, 3, 2, 64, -1)
+    for b in range(2):
+        for q in range(3):
+            down, up = maps[b, q]
+            torch.testing.assert_close(hyper(h, t)[b, q], pooled[b] + up @ (down.T @ pooled[b]), atol=1e-4, rtol=1e-3)
+    linear = randomised(build(make_config(model={"predictor": "linear"}))).image.predictor
+    joined = torch.cat([pooled, linear.encode_t(t)[:, 1]], dim=1)
+    expected = linear.out(joined @ linear.inner.weight.T + linear.inner.bias)
+    torch.testing.assert_close(linear(h, t)[:, 1], expected, atol=1e-5, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from equiav.augment import Batch
 from equiav.config import TrainConfig
 from equiav.synthetic import World
-from equiav.train import train
+from equiav.train import loop, train
 from equiav.train.schedule import learning_rate
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(8)]
@@ -109,3 +109,55 @@ def test_what_is_not_finite_stops_the_run_with_its_samples(make_config):
         FloatingPointError, match=r"step \d+: .*loss.* not finite .* samples \[0, 1, 2, 3, 4, 5, 6, 7\]"
     ):
         run(config)
+
+
+def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
+    config = settings(make_config, objective={"schedule": "alternating"},
+                      train={"betas": [0.8, 0.9], "weight_decay": 0.3, "warmup_steps": 2})  # fmt: skip
+    weights, epochs, rates, options = [], [], [], []
+    real_loss, real_views, real_optimizer = loop.equiav_loss, loop.make_views, torch.optim.AdamW
+
+    def loss(e, w, *rest):
+        weights.append(w)
+        return real_loss(e, w, *rest)
+
+    def views(c, batch):
+        epochs.append(batch.epoch)
+        return real_views(c, batch)
+
+    class Watched(real_optimizer):
+        def __init__(self, *args, **kwargs):
+            options.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+        def step(self, *args, **kwargs):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "equiav_loss", loss)
+    monkeypatch.setattr(loop, "make_views", views)
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    _, rows = run(config)
+    assert weights == [(0, 1, 1), (1, 0, 0)] * 2
+    assert epochs == [0, 1, 2, 3]
+    assert rates == [row["lr"] for row in rows] == [learning_rate(step, config.train) for step in range(4)]
+    assert options[0]["betas"] == (0.8, 0.9)
+    assert options[0]["weight_decay"] == 0.3
+
+
+def test_precision(make_config):
+    first = {
+        p: run(settings(make_config, train={"precision": p, "steps": 1}))[1][0]["loss"]
+        for p in ("auto", "float32", "bfloat16")
+    }
+    assert first["auto"] == first["float32"]
+    assert first["bfloat16"] != first["float32"]
+    assert first["bfloat16"] == pytest.approx(first["float32"], rel=0.02)
+
+
+def test_gradients_do_not_accumulate(make_config):
+    """With no learning rate to speak of, the same batch gives the same gradient again."""
+    config = settings(make_config, steps=2, train={"lr": 1e-30, "lr_start": 1e-30})
+    batch = next(batches())
+    _, rows = run(config, [batch, batch])
+    assert rows[1]["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-3)
