@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import sys
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"equiav: no command {command!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    gc.disable()  # until everything is imported
     problem = _environment_problem()
     if problem:
         print(f"equiav: {problem}", file=sys.stderr)
@@ -35,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from equiav.clips import BadClipError
     from equiav.config import ConfigError
+    from equiav.model.importers import CheckpointError
 
     try:
         _run(command, rest)
     except (FloatingPointError, BadClipError) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -53,29 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, argv: list[str]) -> None:
     from equiav.config import ConfigError, load, to_yaml
 
+    recipe = None
     match command:
         case "smoke":
             try:
-                from equiav.smoke import SmokeConfig, run_smoke
+                from equiav.smoke import SmokeConfig as Settings
+                from equiav.smoke import run_smoke as run
             except ModuleNotFoundError as error:
                 raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
-
-            config, show = load(SmokeConfig, command, argv, recipe="smoke")
-            print(to_yaml(config), end="") if show else run_smoke(config)
+            recipe = "smoke"
         case "plan":
-            from equiav.plan import PlanConfig, run_plan
+            from equiav.plan import PlanConfig as Settings
+            from equiav.plan import run_plan as run
+        case _:
+            from equiav.weights import ImportConfig as Settings
+            from equiav.weights import run_import as run
 
-            config, show = load(PlanConfig, command, argv)
-            print(to_yaml(config), end="") if show else run_plan(config)
-        case "import":
-            from equiav.model.importers import CheckpointError
-            from equiav.weights import ImportConfig, run_import
-
-            config, show = load(ImportConfig, command, argv)
-            try:
-                print(to_yaml(config), end="") if show else run_import(config)
-            except CheckpointError as error:
-                raise ConfigError(str(error)) from None
+    config, show = load(Settings, command, argv, recipe)
+    # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.
+    gc.freeze()
+    gc.enable()
+    print(to_yaml(config), end="") if show else run(config)  # type: ignore[arg-type]
 
 
 def _environment_problem() -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -59,40 +59,34 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    with FakeTensorMode():  # shapes and types without data
-        model = EquiAV(config.model, config.objective)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
-        kept: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with counter, hooks, torch.autocast("cpu", torch.bfloat16):
-            embeddings = model(*_inputs(config))
-        # Of what autograd keeps, weights are there once, activations for every sample: no weight's size is a multiple of SAMPLES.
-        activations = sum(size for size in kept.values() if size % SAMPLES == 0) // SAMPLES
-        forward = counter.get_total_flops() // 2 // SAMPLES
-        by_module = {name: sum(ops.values()) // 2 // SAMPLES for name, ops in counter.get_flop_counts().items()}
+    """Counts a model of two blocks to an encoder; every further block costs what the second did."""
+    two, further = replace(config, model=replace(config.model, depth=2)), config.model.depth - 2
+    with torch.device("meta"):
+        model, flops = EquiAV(two.model, two.objective), FlopCounterMode(display=False)
+        with flops:
+            embeddings = model(*_inputs(two, batch=1))
+        forward = flops.get_total_flops() // 2
+        by_module = {name: sum(ops.values()) // 2 for name, ops in flops.get_flop_counts().items()}
         trained = [z for z in embeddings[:6] if z is not None]
-        with counter:
+        with flops:
             torch.autograd.backward(trained, [torch.empty_like(z) for z in trained])
-        backward = counter.get_total_flops() // 2 // SAMPLES
-        sides = [_count_side(model, name, by_module, config) for name in ("audio", "image")]
+        backward = flops.get_total_flops() // 2
+        audio, image = (_count_side(model, name, by_module, two, further) for name in ("audio", "image"))
+    blocks = further * sum(by_module[f"EquiAV.{name}.encoder.blocks.1"] for name in ("audio", "image"))
+    activations = _activation_bytes(two)
+    activations += further * (activations - _activation_bytes(replace(config, model=replace(config.model, depth=1))))
 
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = " ".join(name.split(".")[:2]) if "." in name else name
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        parts[part] = parts.get(part, 0) + parameter.numel() * (1 + further * (".blocks.1." in name))
     total, W, G = sum(parts.values()), config.world_size, config.train.batch_size
     return Plan(
         parameters=parts,
-        audio=sides[0],
-        image=sides[1],
-        forward=forward,
-        forward_backward=forward + backward,
+        audio=audio,
+        image=image,
+        forward=forward + blocks,
+        forward_backward=forward + backward + 3 * blocks,  # a product's backward pass is two products
         local_batch=math.ceil(G / W),
         activation_bytes=activations,
         state_bytes=total * FLOAT32 * 4,
@@ -101,35 +95,16 @@ def make_plan(config: PlanConfig) -> Plan:
     )
 
 
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: object, **kwargs: object) -> int:
-    """Two products, q k^T and its weights with v; q (B, heads, Q, d_H), k and v (B, heads, N, d_H)."""
-    B, heads, Q, d_H = q
-    return 2 * B * heads * Q * k[2] * (d_H + v[3])
-
-
-def _attention_backward_flops(gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *args: object,
-                              **kwargs: object) -> int:  # fmt: skip
-    """Four products: the gradients of the weights, of v, q and k. That kernels form the weights again is not counted."""
-    B, heads, Q, d_H = q
-    return 2 * B * heads * Q * k[2] * (2 * d_H + 2 * v[3])
-
-
-ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-def _inputs(config: Config) -> list[torch.Tensor | None]:
-    m, Q, B = config.model, 1 + config.objective.sampled, SAMPLES
+def _inputs(config: Config, batch: int) -> list[torch.Tensor | None]:
+    m, Q = config.model, 1 + config.objective.sampled
     inputs: list[torch.Tensor | None] = []
     for view in (True, config.objective.needs_augmented):
-        inputs.append(torch.empty(B, m.spectrogram_frames, m.spectrogram_mels) if view else None)
-        inputs.append(torch.empty(B, 3, m.image_size, m.image_size) if view else None)
-    return [*inputs, torch.empty(B, Q, AUDIO_VECTOR), torch.empty(B, Q, IMAGE_VECTOR)]
+        inputs.append(torch.empty(batch, m.spectrogram_frames, m.spectrogram_mels) if view else None)
+        inputs.append(torch.empty(batch, 3, m.image_size, m.image_size) if view else None)
+    return [*inputs, torch.empty(batch, Q, AUDIO_VECTOR), torch.empty(batch, Q, IMAGE_VECTOR)]
 
 
-def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Config) -> Side:
+def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Config, further: int) -> Side:
     branch = model.audio if name == "audio" else model.image
 
     def part(*names: str) -> int:
@@ -138,20 +113,43 @@ def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Con
     def predict(queries: int) -> int:
         """Multiply-adds of the predictor for this many queries, key and value included."""
         h = torch.empty(1, math.prod(branch.encoder.grid), config.model.width)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+        counter = FlopCounterMode(display=False)
         with counter:
             branch.predictor(h, torch.empty(1, queries, AUDIO_VECTOR if name == "audio" else IMAGE_VECTOR))
         return counter.get_total_flops() // 2
 
     one = predict(1)
+    query = predict(2) - one  # each further query costs the same
+    encoder = part("encoder") + further * part("encoder.blocks.1")
     heads = part("intra_head", "inter_head")
     sizes = sorted({*TABLE_B, config.objective.centroid_size})
     return Side(
-        encoder=part("encoder"), predictor=part("predictor"), heads=heads,
-        baseline=part("encoder") + one + heads,
-        centroid={S: predict(1 + S) - one for S in sizes},
-        separate={S: predict(S) for S in sizes},
+        encoder=encoder, predictor=part("predictor"), heads=heads,
+        baseline=encoder + one + heads,
+        centroid={S: S * query for S in sizes},
+        separate={S: one + (S - 1) * query for S in sizes},
     )  # fmt: skip
+
+
+def _activation_bytes(config: Config) -> int:
+    """What autograd keeps of one sample for the backward pass, on tensors that hold no data (on meta proper, attention would
+    keep its weights, which fused kernels do not)."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with FakeTensorMode():
+        model = EquiAV(config.model, config.objective)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            embeddings = model(*_inputs(config, SAMPLES))
+        # Weights are kept once, activations for every sample: no weight's size is a multiple of SAMPLES.
+        total = sum(size for size in kept.values() if size % SAMPLES == 0) // SAMPLES
+        del embeddings  # held until here, so that no storage was used twice
+    return total
 
 
 def run_plan(config: PlanConfig) -> None:
