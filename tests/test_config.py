@@ -121,7 +121,8 @@ def test_missing_config_names_the_recipes():
 @pytest.mark.parametrize(("section", "field", "value"), [
     ("model", "depth", 0), ("model", "predictor_heads", 0), ("model", "predictor_width", -8), ("model", "width", 66),
     ("augment", "blur_p", -0.1), ("augment", "blur_sigma", [0.0, 2.0]), ("train", "lr_start", 0.0), ("train", "clip", 0.0),
-    ("train", "warmup_steps", -1), ("model", "heads", 3), ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
+    ("train", "warmup_steps", -1),
+    ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
     ("augment", "blur_p", 1.5), ("augment", "crop_scale", [0.5, 1.5]), ("augment", "crop_scale", [0.5, 0.1]),
     ("augment", "jitter_factor", 1.0), ("augment", "jitter_hue", 0.6), ("augment", "max_mask_frames", 256),
     ("augment", "max_mask_mels", 64), ("augment", "max_mask_mels", -1),

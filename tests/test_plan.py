@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from equiav.config import from_dict
+from equiav.config import ConfigError, from_dict
 from equiav.model import EquiAV
 from equiav.plan import PlanConfig, make_plan
 
@@ -92,3 +93,28 @@ def test_activations_are_what_autograd_really_keeps():
         return sum(storages.values())
 
     assert make_plan(config).activation_bytes == pytest.approx(kept(9) - kept(8), rel=0.02)
+
+
+@pytest.mark.parametrize("world_size", [0, 257])
+def test_more_processes_than_samples_are_refused(world_size):
+    with pytest.raises(ConfigError, match=f"world_size is {world_size}, expected 1 to train.batch_size=256"):
+        plan("tiny", world_size=world_size)
+
+
+def test_the_baseline_has_one_query(vit_b):
+    for side in (vit_b.audio, vit_b.image):
+        assert side.baseline == side.encoder + side.heads + side.predictor - side.centroid[16]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_depth_extends_what_two_blocks_cost(depth):
+    config = from_dict(PlanConfig, {"model": {"size": "tiny", "depth": depth}}, "test")
+    model = EquiAV(config.model, config.objective)
+    counted = make_plan(config)
+    assert sum(counted.parameters.values()) == sum(p.numel() for p in model.parameters())
+    m, flops = config.model, FlopCounterMode(display=False)
+    x = [torch.zeros(1, *shape) for shape in ((256, 64), (3, m.image_size, m.image_size)) * 2]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), flops:
+        embeddings = model(*x, torch.zeros(1, 17, 24), torch.zeros(1, 17, 18))
+        sum(z.sum() for z in embeddings[:6]).backward()
+    assert counted.forward_backward == flops.get_total_flops() // 2

@@ -32,7 +32,8 @@ def plot_run(
                 _curve(axis, [row[name] for row in rows], name.partition("_")[2] if title != panels[2][1] else name)
         axis.set(title=title, xlabel="step", xlim=(0, len(rows)))
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=9)
     _bars(axes[1, 1], retrieval, candidates)
     figure.savefig(path, dpi=110)
     plt.close(figure)

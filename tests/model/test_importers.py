@@ -209,6 +209,37 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
         run(tmp_path, checkpoint)
 
 
+@pytest.mark.parametrize(("layout", "key", "ours"), [
+    (cavmae_layout, "module.blocks_u.0.attn.qkv.bias", r"audio.encoder.blocks.2.attn.qkv.bias"),
+    (cavmae_layout, "module.norm_v.weight", "image.encoder.norm.weight"),
+    (mae_layout, "norm.bias", "audio.encoder.norm.bias"),
+    (mae_layout, "patch_embed.proj.weight", "audio.encoder.patch_embed.weight"),
+])  # fmt: skip
+def test_incomplete_sources_are_named(tmp_path, layout, key, ours):
+    checkpoint = layout()
+    checkpoint.get("model", checkpoint).pop(key)
+    with pytest.raises(CheckpointError, match=f"no value for {ours}"):
+        run(tmp_path, checkpoint)
+
+
+def test_unknown_formats_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of the released EquiAV .* it begins with x\.weight"):
+        run(tmp_path, {"x.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="unknown key"):
+        run(tmp_path, equiav_layout(), format="mae")
+    with pytest.raises(ConfigError, match=r"nowhere\.pth: no such file"):
+        import_checkpoint(ImportConfig(checkpoint=tmp_path / "nowhere.pth", out=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="no checkpoint named"):
+        import_checkpoint(ImportConfig(out=tmp_path / "out"))
+
+
+def test_settings_come_back_with_the_weights(tmp_path):
+    objective = ObjectiveConfig(centroid_size=4)
+    model, settings, _ = run(tmp_path, mae_layout(), objective=objective)
+    save_model(tmp_path / "out", model, settings)
+    assert load_model(tmp_path / "out")[1].objective == objective
+
+
 def test_wrong_model_size_is_named(tmp_path):
     torch.save(equiav_layout(), tmp_path / "source.pth")
     with pytest.raises(CheckpointError, match=r"patch_embed_a.proj.weight: shape .* choose the model.size"):

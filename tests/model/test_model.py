@@ -328,7 +328,8 @@ def test_audio_side_of_forward(config):
     e = Embeddings(*model(*x))
     h, h_aug = model.audio.encoder(x[0].transpose(1, 2)[:, None], x[2].transpose(1, 2)[:, None])
     predicted = model.predict_audio(h, x[4])
-    expected = {"intra_a": heads(model, "audio", "intra", predicted[:, 0]), "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
+    expected = {"intra_a": heads(model, "audio", "intra", predicted[:, 0]),
+                "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
                 "plain_a": heads(model, "audio", "intra", h.mean(1)),
                 "inter_a": heads(model, "audio", "inter", predicted[:, 1:].mean(1))}  # fmt: skip
     for name, value in expected.items():
