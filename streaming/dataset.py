@@ -1,0 +1,215 @@
+"""A dataset is a folder of shards with one index. The index is written last: a dataset is whole, or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from xxhash import xxh3_64_hexdigest
+
+from streaming.shards import Offsets, encode_offsets, file_checksum, scan
+from streaming.store import Missing, Store
+
+INDEX, FORMAT = "index", 1
+COLUMNS = {"samples": 10, "bytes": 13, "checksum": 16, "offsets": 16}  # widths, characters
+LONGEST_NAME = 120
+PIECE = 16 << 20
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be used as it is; the message names it and says what to do."""
+
+
+class Shard(NamedTuple):
+    """A line of the index."""
+
+    name: str
+    samples: int
+    bytes: int
+    checksum: str  # of the tar
+    offsets: str  # checksum of the offsets file
+
+    @property
+    def offsets_name(self) -> str:
+        return f"{self.name}.offsets"
+
+
+def encode_index(shards: list[Shard]) -> bytes:
+    shards = sorted(shards)
+    width = max(len(s.name.encode()) for s in shards)
+    if width > LONGEST_NAME:
+        raise DatasetError(
+            f"shard name {max(shards, key=lambda s: len(s.name)).name} is longer than {LONGEST_NAME} characters"
+        )
+    lines = b"".join(b" ".join([s.name.encode().ljust(width), *(str(value).encode().rjust(COLUMNS[column]) for column, value
+                                in zip(COLUMNS, s[1:], strict=True))]) + b"\n" for s in shards)  # fmt: skip
+    head = {"format": FORMAT, "shards": len(shards), "samples": sum(s.samples for s in shards),
+            "bytes": sum(s.bytes for s in shards), "name_width": width, "fingerprint": hashlib.sha256(lines).hexdigest()}  # fmt: skip
+    return json.dumps(head).encode() + b"\n" + lines
+
+
+class Dataset:
+    """An index, opened. It lies in a mapped file that has no name, so it costs address space and leaves nothing behind."""
+
+    def __init__(self, store: Store, scratch: Path | None = None):
+        self.store, url = store, store.url
+        if scratch:
+            scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            try:
+                size = store.size(INDEX)
+                for start in range(0, size, PIECE):
+                    file.write(store.read(INDEX, start, min(start + PIECE, size)))
+            except Missing as error:
+                raise DatasetError(f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes the index of "
+                                   "shards that are there already") from None  # fmt: skip
+            file.flush()
+            if not size:
+                raise DatasetError(f"{url}/{INDEX} is empty")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        end = self._map.find(b"\n") + 1
+        try:
+            head = json.loads(self._map[:end])
+            if head["format"] != FORMAT:
+                raise DatasetError(f"{url}/{INDEX} has format {head['format']}, this program reads {FORMAT}")
+            width = int(head["name_width"])
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(
+                f"{url}/{INDEX} is not an index of shards: its first line is no JSON object with format and name_width"
+            ) from None
+        fields: list[tuple[str, str]] = [("name", f"S{width}")]
+        for column, characters in COLUMNS.items():
+            fields += [(f"_{column}", "S1"), (column, f"S{characters}")]
+        row = np.dtype([*fields, ("_end", "S1")])
+        digest = hashlib.sha256(memoryview(self._map)[end:]).hexdigest()
+        if digest != head["fingerprint"] or len(self._map) - end != head["shards"] * row.itemsize:
+            raise DatasetError(f"{url}/{INDEX} is damaged: its lines do not have the fingerprint that its first line says; "
+                               "`equiav index` makes it anew")  # fmt: skip
+        self._rows = np.frombuffer(self._map, row, offset=end)
+        self.fingerprint: str = digest
+        self.samples: int = head["samples"]
+        self.bytes: int = head["bytes"]
+        if not self.samples:
+            raise DatasetError(f"{url} has no samples")
+
+    def __len__(self) -> int:
+        """Shards."""
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Shard:
+        row = self._rows[number]
+        return Shard(row["name"].decode().rstrip(), int(row["samples"]), int(row["bytes"]),
+                     row["checksum"].decode(), row["offsets"].decode())  # fmt: skip
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[k] for k in range(len(self)))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(shards,) int32, samples of each."""
+        return self._numbers("samples").astype(np.int32)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(shards,) int64: sample ids count through the shards in the order of the index."""
+        starts = np.zeros(len(self), np.int64)
+        np.cumsum(self.sizes[:-1], out=starts[1:])
+        return starts
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest shard."""
+        return int(self._numbers("bytes").max())
+
+    def _numbers(self, column: str) -> np.ndarray:
+        """A column of right-aligned decimals -> int64, in parts: the characters of all rows at once would be large."""
+        numbers = np.empty(len(self), np.int64)
+        powers = 10 ** np.arange(COLUMNS[column] - 1, -1, -1)
+        for start in range(0, len(self), 1 << 16):
+            text = np.ascontiguousarray(self._rows[column][start : start + (1 << 16)])
+            digits = text.view(np.uint8).reshape(len(text), -1).astype(np.int64) - ord("0")
+            numbers[start : start + len(text)] = np.maximum(digits, 0) @ powers  # a blank is below zero
+        return numbers
+
+
+# ---- making and checking ------------------------------------------------------------------------------------------------
+
+
+def describe(path: Path, name: str) -> tuple[Shard, bytes]:
+    """A tar on local disk -> its line in the index, its offsets file."""
+    samples = scan(path, name)
+    offsets = encode_offsets(samples)
+    return Shard(name, len(samples), path.stat().st_size, file_checksum(path), xxh3_64_hexdigest(offsets)), offsets
+
+
+def write_index(store: Store, shards: Iterable[Shard]) -> None:
+    shards = list(shards)
+    if not shards:
+        raise DatasetError(f"{store.url}: there are no shards to make an index of")
+    store.write(INDEX, encode_index(shards))
+
+
+def index_shard(store: Store, name: str) -> Shard:
+    """Writes the offsets file of a shard that is in the store already."""
+    with local_copy(store, name) as path:
+        shard, offsets = describe(path, name)
+    store.write(shard.offsets_name, offsets)
+    return shard
+
+
+def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
+    """What is wrong with a shard, down to its samples; nothing, if every byte is as the index says."""
+
+    def problem(reason: str, key: str = "") -> dict[str, Any]:
+        return {"shard": shard.name, "key": key, "reason": reason}
+
+    try:
+        content = store.read(shard.offsets_name)
+    except Missing:
+        return [problem("its offsets file is missing")]
+    if xxh3_64_hexdigest(content) != shard.offsets:
+        return [problem("its offsets file is not the one that the index was made with")]
+    try:
+        with local_copy(store, shard.name) as path:
+            if path.stat().st_size == shard.bytes and file_checksum(path) == shard.checksum:
+                return []
+            found = [
+                problem(
+                    f"has {path.stat().st_size} bytes, expected {shard.bytes}, or other content than it was indexed with"
+                )
+            ]
+            offsets = Offsets(content)
+            with path.open("rb") as file:
+                for k in range(len(offsets)):
+                    for extension, member in offsets[k].members.items():
+                        file.seek(member.offset)
+                        data = file.read(member.length)
+                        if len(data) < member.length or xxh3_64_hexdigest(data) != member.checksum:
+                            found.append(problem(f"member {extension} is damaged", offsets[k].key))
+            return found
+    except Missing:
+        return [problem("is missing")]
+
+
+@contextmanager
+def local_copy(store: Store, name: str) -> Iterator[Path]:
+    """The path of an object on local disk while inside: itself where the store is local, else a copy that is removed after."""
+    size = store.size(name)
+    if store.local:
+        yield Path(store.path(name))
+        return
+    with tempfile.NamedTemporaryFile(prefix="shard-") as copy:
+        for start in range(0, size, PIECE):
+            copy.write(store.read(name, start, min(start + PIECE, size)))
+        copy.flush()
+        yield Path(copy.name)

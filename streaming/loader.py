@@ -1,0 +1,477 @@
+"""Batches, in their order: tasks go out to decoding processes, decoded samples come back in shared memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from xxhash import xxh3_64_hexdigest
+
+from streaming.cache import CacheError
+from streaming.dataset import Dataset
+from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
+from streaming.order import Epoch, Order, share
+from streaming.processes import Child
+from streaming.quarantine import BadSample, Quarantine
+from streaming.shards import Member, Offsets, Sample
+
+KNOWN_SHARDS = 128  # whose offsets a decoding process keeps, a few hundred kB each
+TASK = 16  # rows at most
+
+
+class Decoder(Protocol):
+    """What the user of this package brings. It is pickled into the decoding processes."""
+
+    fields: dict[str, tuple[tuple[int, ...], str]]
+    """What a sample becomes: name -> shape and dtype."""
+
+    def members(self, names: Sequence[str], draw: float) -> Sequence[str]:
+        """Which members to read, of those that the sample has. Raises BadSample where one lacks."""
+        ...
+
+    def decode(self, key: str, members: dict[str, bytes], out: dict[str, np.ndarray]) -> None:
+        """Fills `out`. Raises BadSample."""
+        ...
+
+
+class Batch(NamedTuple):
+    """A rank's share of a step."""
+
+    epoch: int
+    step: int  # in the epoch
+    samples: np.ndarray  # (b,) int64 ids; -1: the epoch has ended before this slot
+    valid: np.ndarray  # (b,) bool; false: quarantined, or no sample
+    fields: dict[str, np.ndarray]  # (b, ...) each; zero where not valid
+
+
+class Stats(NamedTuple):
+    """Since the loader began."""
+
+    fetch: dict[str, int]  # requests, retries, bytes, hits, misses
+    decode_seconds: list[float]  # by process
+    decoded: list[int]  # samples, by process
+    wait_seconds: float  # in which the consumer waited
+    queue_depth: int  # batches that are ready now
+    quarantined: Counter[str]  # samples by reason
+
+
+class Task(NamedTuple):
+    """Some rows of a batch, for one decoding process."""
+
+    step: int
+    buffer: int
+    rows: list[tuple[int, Files, int, float]]  # row, file, place in the shard, draw
+
+
+class Result(NamedTuple):
+    step: int
+    rows: int
+    bad: list[tuple[int, str, str, str]]  # row, key, reason, detail
+    damaged: list[tuple[int, str, Member]]  # row, key, the member whose local bytes are not what they should be
+    seconds: float
+
+
+@dataclass
+class _Step:
+    """A step in flight."""
+
+    samples: np.ndarray  # (b,) int64
+    valid: np.ndarray  # (b,) bool
+    windows: tuple[int, int]
+    buffer: int
+    rows: dict[int, tuple[int, int, float]] = field(default_factory=dict)  # row -> shard number, place, draw
+    left: int = 0  # rows not finished
+    repaired: set[int] = field(default_factory=set)
+
+
+def no_draw(epoch: int, samples: np.ndarray) -> np.ndarray:
+    return np.zeros(len(samples))
+
+
+class Loader:
+    """The samples of one rank. Iterate `batches(epoch, step)`; close it, or use it as a context."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        decoder: Decoder,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 4,
+        ahead: int = 2,
+        cache: Path | None = None,
+        cache_bytes: int = 64 << 30,
+        sharers: int = 1,
+        draw: Callable[[int, np.ndarray], np.ndarray] = no_draw,
+        quarantine: Quarantine | None = None,
+    ):
+        """workers: decoding processes; 0: everything in threads of this one. ahead: batches prepared beyond the one being
+        used. cache: folder for shards of a remote store, `cache_bytes` of it shared by the loaders of `sharers` ranks.
+        draw: a number for each sample of an epoch, handed to the decoder."""
+        if order.fingerprint != dataset.fingerprint:
+            raise ValueError(
+                f"the order is of dataset {order.fingerprint[:16]}, this one is {dataset.fingerprint[:16]}"
+            )
+        self.dataset, self.order, self.decoder, self.draw = dataset, order, decoder, draw
+        self.first, self.stop = share(order.batch, rank, ranks)
+        self.quarantine = quarantine if quarantine is not None else Quarantine(dataset.samples)
+        self._epoch = Epoch(order, dataset.sizes, 0)
+        self._folder = dataset.fingerprint[:16]
+        if dataset.store.local:
+            cache = None
+        elif cache is None:
+            raise CacheError(f"{dataset.store.url} is not local, and no cache folder is set for its shards")
+        else:
+            self._check_room(cache_bytes, sharers)
+        self.cache = cache
+        self._known = {0: self._epoch}
+        self._windows: dict[
+            tuple[int, int], dict[int, Files | Unusable] | None
+        ] = {}  # (epoch, window), None: not ready
+        self._flight: OrderedDict[int, _Step] = OrderedDict()
+        self._pending: tuple[int, _Step] | None = None
+        self._free = list(range(ahead + 1))
+        self._wait_seconds = 0.0
+        self._fetch_stats: dict[str, int] = {}
+        self._buffers = _Buffers(decoder.fields, self.stop - self.first, ahead + 1)
+        settings = FetchSettings(
+            dataset.store.url, self._folder, cache, cache_bytes, dataset.store.patience, dataset.store.options
+        )
+        self._fetcher = Child("the fetching process", run_fetcher, (settings,), threads=not workers)
+        self._workers = [
+            Child(f"decoding process {k}", run_worker, (decoder, self._buffers), threads=not workers)
+            for k in range(max(1, workers))
+        ]
+        self._busy = [0] * len(self._workers)
+        self._seconds, self._decoded = [0.0] * len(self._workers), [0] * len(self._workers)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for child in (*self._workers, self._fetcher):
+            child.stop()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._epoch.steps
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """From step `start`, counted over all epochs, without end."""
+        self._next, self._pending = start, None
+        try:
+            while True:
+                begun = time.perf_counter()
+                while not self._flight or next(iter(self._flight.values())).left:
+                    if not self._schedule():
+                        self._receive()
+                self._wait_seconds += time.perf_counter() - begun
+                yield self._deliver()
+        except GeneratorExit:
+            self._drain()
+            raise
+
+    def stats(self) -> Stats:
+        ready = sum(not step.left for step in self._flight.values())
+        return Stats(
+            self._fetch_stats,
+            list(self._seconds),
+            list(self._decoded),
+            self._wait_seconds,
+            ready,
+            self.quarantine.counts(),
+        )
+
+    # ---- scheduling
+
+    def _schedule(self) -> bool:
+        """Moves on what can be moved on without waiting; false where nothing can."""
+        moved = False
+        while self._free:
+            if self._pending is None:
+                self._pending = self._plan(self._next)
+            number, step = self._pending
+            windows = [(number // self.steps_per_epoch, w) for w in range(step.windows[0], step.windows[1] + 1)]
+            for key in windows:
+                self._want(key)
+            if not all(self._windows[key] is not None for key in windows):
+                break
+            self._dispatch(number, step)
+            self._pending, self._next, moved = None, self._next + 1, True
+        if self._windows and len(self._windows) < 2:  # the one after, while this one is used
+            epoch, w = next(reversed(self._windows))
+            self._want((epoch, w + 1) if w + 1 < self._epochs(epoch).windows else (epoch + 1, 0))
+        return moved
+
+    def _plan(self, number: int) -> tuple[int, _Step]:
+        e, k = divmod(number, self.steps_per_epoch)
+        slots = self._epochs(e).slots(k, self.first, self.stop)
+        b = self.stop - self.first
+        samples = np.full(b, -1, np.int64)
+        samples[: len(slots.shards)] = self.dataset.starts[slots.shards] + slots.places
+        step = _Step(samples, samples >= 0, slots.windows, -1)
+        draws = self.draw(e, samples[: len(slots.shards)])
+        for row, (shard, place, draw) in enumerate(
+            zip(slots.shards.tolist(), slots.places.tolist(), draws.tolist(), strict=True)
+        ):
+            if int(samples[row]) in self.quarantine:
+                step.valid[row] = False
+            else:
+                step.rows[row] = (shard, place, draw)
+        return number, step
+
+    def _dispatch(self, number: int, step: _Step) -> None:
+        step.buffer = self._free.pop()
+        self._flight[number] = step
+        epoch, rows = number // self.steps_per_epoch, []
+        for row, (shard, place, draw) in step.rows.items():
+            files = self._files(epoch, step, shard)
+            if isinstance(files, Unusable):
+                self._set_aside(step, row, "", *files)
+            else:
+                rows.append((row, files, place, draw))
+        step.left = len(rows)
+        size = max(1, min(TASK, -(-len(rows) // (2 * len(self._workers)))))
+        for begin in range(0, len(rows), size):
+            self._hand_out(Task(number, step.buffer, rows[begin : begin + size]))
+
+    def _hand_out(self, task: Task) -> None:
+        worker = min(range(len(self._workers)), key=lambda k: self._busy[k])
+        self._busy[worker] += len(task.rows)
+        self._workers[worker].send(task)
+
+    def _want(self, key: tuple[int, int]) -> None:
+        if key in self._windows:
+            return
+        self._windows[key] = None
+        pieces = []
+        for number, places in self._epochs(key[0]).needs(key[1], self.first, self.stop).items():
+            shard = self.dataset[number]
+            pieces.append(Piece(number, shard, None if len(places) == shard.samples else places))
+        self._fetcher.send(("want", key, pieces, self._ranking(key)))
+
+    def _ranking(self, now: tuple[int, int]) -> dict[str, float]:
+        """The whole shards in the cache -> in how many windows they are next used: what is least useful is evicted first."""
+        if self.cache is None or not (self.cache / self._folder).is_dir():
+            return {}
+        names = [
+            name for name in os.listdir(self.cache / self._folder) if name.endswith(".tar") and name.count(".") == 1
+        ]
+        epoch, window = now
+        numbers = np.array([int(name[:8]) for name in names], np.int64)
+        uses = self._epochs(epoch).next_use(numbers, window).astype(np.float64)
+        over = uses < 0
+        if over.any():
+            uses[over] = self._epochs(epoch).windows - window + self._epochs(epoch + 1).next_use(numbers[over], 0)
+        return {f"{self._folder}/{name}": use for name, use in zip(names, uses.tolist(), strict=True)}
+
+    def _epochs(self, epoch: int) -> Epoch:
+        if epoch not in self._known:
+            self._known[epoch] = Epoch(self.order, self.dataset.sizes, epoch)
+            for old in sorted(self._known)[:-2]:
+                del self._known[old]
+        return self._known[epoch]
+
+    # ---- what comes back
+
+    def _receive(self) -> None:
+        """Waits for one message at least, and takes what is there."""
+        children = {child.connection: k for k, child in enumerate((*self._workers, self._fetcher))}
+        for connection in wait(list(children)):
+            k = children[connection]  # type: ignore[index]
+            if k < len(self._workers):
+                self._finished(k, self._workers[k].receive())
+                continue
+            kind, *rest = self._fetcher.receive()
+            if kind == "ready":
+                if rest[0] in self._windows:
+                    self._windows[rest[0]] = rest[1]
+            elif kind == "repaired":
+                self._repaired(*rest)
+            else:
+                self._fetch_stats = rest[0]
+
+    def _finished(self, worker: int, result: Result) -> None:
+        self._seconds[worker] += result.seconds
+        self._decoded[worker] += result.rows - len(result.bad) - len(result.damaged)
+        self._busy[worker] -= result.rows
+        step = self._flight[result.step]
+        step.left -= result.rows - len(result.damaged)
+        for row, key, reason, detail in result.bad:
+            self._set_aside(step, row, key, reason, detail)
+        for row, key, member in result.damaged:
+            shard = self.dataset[step.rows[row][0]]
+            if row in step.repaired:
+                step.left -= 1
+                self._set_aside(step, row, key, "checksum", "right in the store, wrong on the local disk, twice")
+            else:
+                step.repaired.add(row)
+                files = self._files(result.step // self.steps_per_epoch, step, step.rows[row][0])
+                self._fetcher.send(("repair", (result.step, row, key), shard.name, member, files[0]))
+
+    def _repaired(self, key: tuple[int, int, str], unusable: Unusable | None) -> None:
+        number, row, name = key
+        step = self._flight[number]
+        if unusable is None:
+            shard, place, draw = step.rows[row]
+            files = self._files(number // self.steps_per_epoch, step, shard)
+            self._hand_out(Task(number, step.buffer, [(row, files, place, draw)]))  # type: ignore[list-item]
+        else:
+            step.left -= 1
+            self._set_aside(step, row, name, *unusable)
+
+    def _set_aside(self, step: _Step, row: int, key: str, reason: str, detail: str) -> None:
+        shard, place, _ = step.rows[row]
+        step.valid[row] = False
+        where = f"{self.dataset.store.url}/{self.dataset[shard].name}, sample {place}" + (f" ({key})" if key else "")
+        self.quarantine.add(int(step.samples[row]), reason, where, detail)
+
+    def _deliver(self) -> Batch:
+        number, step = self._flight.popitem(last=False)
+        fields = self._buffers.copy(step.buffer, step.valid)
+        self._free.append(step.buffer)
+        if self._flight:
+            oldest, windows = next((n, s.windows) for n, s in self._flight.items())
+        else:
+            self._pending = self._pending or self._plan(self._next)
+            oldest, windows = self._pending[0], self._pending[1].windows
+        self._release((oldest // self.steps_per_epoch, windows[0]))
+        epoch, k = divmod(number, self.steps_per_epoch)
+        return Batch(epoch, k, step.samples, step.valid, fields)
+
+    def _release(self, before: tuple[float, float]) -> None:
+        for key in [key for key in self._windows if key < before]:
+            del self._windows[key]
+            self._fetcher.send(("release", key))
+
+    def _drain(self) -> None:
+        """The consumer has left: what is under way ends, and nothing is held."""
+        while any(step.left for step in self._flight.values()):
+            self._receive()
+        self._free += [step.buffer for step in self._flight.values()]
+        self._flight.clear()
+        self._release((np.inf, np.inf))
+
+    def _files(self, epoch: int, step: _Step, shard: int) -> Files | Unusable:
+        return next(ready[shard] for w in range(step.windows[0], step.windows[1] + 1)
+                    if shard in (ready := self._windows[epoch, w] or {}))  # fmt: skip
+
+    def _check_room(self, limit: int, sharers: int) -> None:
+        """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever."""
+        edges = np.array([self._epoch.bounds(w)[0] for w in range(self._epoch.windows)])
+        held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
+        shards = (
+            -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
+        )  # that a rank's part of a window touches
+        needed = (
+            sharers * min(held * shards * self.dataset.largest, 2 * self.dataset.bytes) * 51 // 50
+        )  # 2% for offsets and blocks
+        if limit < needed:
+            raise CacheError(f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of {self.order.window} shards of up "
+                             f"to {self.dataset.largest} bytes, for {sharers} rank(s) on this node. Raise it, or lower the window, "
+                             "or pack smaller shards")  # fmt: skip
+
+
+class _Buffers:
+    """Places for `count` batches in memory that processes share and that has no name: it is gone when they are."""
+
+    def __init__(self, fields: dict[str, tuple[tuple[int, ...], str]], rows: int, count: int):
+        self.fields, self.rows, self.count = fields, rows, count
+        self._fd = os.memfd_create("batches")
+        os.ftruncate(self._fd, max(1, count * self._size))
+        self._map = mmap.mmap(self._fd, 0)
+
+    @property
+    def _size(self) -> int:
+        return sum(self._bytes(*kind) for kind in self.fields.values())
+
+    def _bytes(self, shape: tuple[int, ...], dtype: str) -> int:
+        return -(-self.rows * int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64  # aligned
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"fields": self.fields, "rows": self.rows, "count": self.count, "fd": DupFd(self._fd)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.fields, self.rows, self.count = state["fields"], state["rows"], state["count"]
+        self._fd = state["fd"].detach()
+        self._map = mmap.mmap(self._fd, 0)
+
+    def views(self, buffer: int) -> dict[str, np.ndarray]:
+        """name -> (rows, ...)"""
+        offset, views = buffer * self._size, {}
+        for name, (shape, dtype) in self.fields.items():
+            views[name] = np.ndarray((self.rows, *shape), dtype, self._map, offset)
+            offset += self._bytes(shape, dtype)
+        return views
+
+    def copy(self, buffer: int, valid: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch's own arrays: the buffer is written again while the batch is used."""
+        fields = {name: view.copy() for name, view in self.views(buffer).items()}
+        if not valid.all():
+            for values in fields.values():
+                values[~valid] = 0
+        return fields
+
+
+# ---- in a decoding process ----------------------------------------------------------------------------------------------
+
+
+def run_worker(connection: Connection, decoder: Decoder, buffers: _Buffers) -> None:
+    known: OrderedDict[Files, Offsets] = OrderedDict()
+    views = [buffers.views(k) for k in range(buffers.count)]
+    while True:
+        task: Task = connection.recv()
+        begun = time.perf_counter()
+        bad, damaged = [], []
+        for row, files, place, draw in task.rows:
+            sample = _offsets(files, known)[place]
+            out = {name: view[row, ...] for name, view in views[task.buffer].items()}
+            try:
+                found = _decode(decoder, files.tar, sample, draw, out)
+            except BadSample as error:
+                bad.append((row, sample.key, error.reason, error.detail))
+            else:
+                if found is not None:
+                    damaged.append((row, sample.key, found))
+        connection.send(Result(task.step, len(task.rows), bad, damaged, time.perf_counter() - begun))
+
+
+def _offsets(files: Files, known: OrderedDict[Files, Offsets]) -> Offsets:
+    if files not in known:
+        with open(files.offsets, "rb") as file:
+            file.seek(files.offsets_start)
+            known[files] = Offsets(file.read())
+        if len(known) > KNOWN_SHARDS:
+            known.popitem(last=False)
+    known.move_to_end(files)
+    return known[files]
+
+
+def _decode(decoder: Decoder, tar: str, sample: Sample, draw: float, out: dict[str, np.ndarray]) -> Member | None:
+    """Fills `out`; or returns the member whose bytes on the local disk are not the ones that were packed."""
+    contents = {}
+    file = os.open(tar, os.O_RDONLY)
+    try:
+        for name in decoder.members(list(sample.members), draw):
+            member = sample.members[name]
+            contents[name] = os.pread(file, member.length, member.offset)
+            if len(contents[name]) != member.length or xxh3_64_hexdigest(contents[name]) != member.checksum:
+                return member
+    finally:
+        os.close(file)
+    decoder.decode(sample.key, contents, out)
+    return None

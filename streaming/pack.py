@@ -1,0 +1,239 @@
+"""Items -> shards, in several processes. Killed and started again, it goes on: what is finished is kept, nothing is half-written.
+
+Items are divided into parts of a fixed number; a part becomes one shard, or more where it exceeds the size limit, so that a
+shard's content depends on the items and not on which process was faster. A part's record is written after its shards, and the
+index after all records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import webdataset
+
+from streaming.dataset import INDEX, DatasetError, Shard, describe, write_index
+from streaming.processes import Child, ChildDied
+from streaming.quarantine import BadSample
+from streaming.store import Store
+
+RECORDS = "packing"  # folder of what is finished, removed at the end
+REJECTED = "rejected.jsonl"
+BLOCK = 512  # of a tar
+
+Item = tuple[str, Any]  # the sample's key, and whatever `encode` makes its members of
+Encode = Callable[[Any], dict[str, bytes]]
+
+
+class Progress(NamedTuple):
+    items: int  # looked at
+    rejected: Counter[str]  # by reason
+    shards: int  # finished
+    bytes: int  # in them
+
+
+class Settings(NamedTuple):
+    url: str
+    options: dict[str, Any]
+    max_shard_bytes: int
+
+
+class Record(NamedTuple):
+    """A finished part."""
+
+    shards: list[Shard]
+    rejected: list[dict[str, str]]
+    items: int
+
+    @classmethod
+    def decode(cls, content: bytes) -> Record:
+        record = json.loads(content)
+        return cls([Shard(*shard) for shard in record["shards"]], record["rejected"], record["items"])
+
+
+def pack(items: Sequence[Item], encode: Encode, store: Store, *, processes: int, max_shard_bytes: int = 256 << 20,
+         part_items: int = 512, settings: str = "", timeout: float = 600.0,
+         report: Callable[[Progress], None] = lambda progress: None) -> Progress:  # fmt: skip
+    """Writes a dataset into an empty place, or goes on with what an earlier call with the same items and `settings` began.
+
+    `encode` raises BadSample for what cannot be used. An item over which its process dies, or that takes longer than
+    `timeout` seconds, is rejected as such. processes=0: in a thread of this process.
+    """
+    _check_keys(items)
+    if store.exists(INDEX):
+        raise DatasetError(f"{store.url} already holds a dataset; remove it, or pack into another folder")
+    digest = hashlib.sha256(
+        json.dumps([part_items, max_shard_bytes, settings, [repr(item) for item in items]]).encode()
+    ).hexdigest()
+    plan = f"{RECORDS}/plan.json"
+    begun = json.loads(store.read(plan)) if store.exists(plan) else None
+    if begun and begun != {"items": len(items), "digest": digest}:
+        raise DatasetError(f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
+                           "go on with those, or remove the folder")  # fmt: skip
+    if not begun:
+        store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
+
+    parts = -(-len(items) // part_items)
+    finished = {int(name[:-5]) for name in store.list(RECORDS) if name[:-5].isdigit()}
+    records = {k: Record.decode(store.read(f"{RECORDS}/{k:06d}.json")) for k in finished}
+    todo = [k for k in range(parts) if k not in records]
+    destination = Settings(store.url, store.options, max_shard_bytes)
+    packers = [_Packer(k, encode, destination, not processes) for k in range(min(max(1, processes), len(todo)))]
+    try:
+        while todo or any(packer.part is not None for packer in packers):
+            for packer in packers:
+                if packer.part is None and todo:
+                    k = todo.pop(0)
+                    packer.start(k, list(items[k * part_items : (k + 1) * part_items]))
+            for packer in packers:
+                packer.check(timeout)
+            for connection in wait([packer.child.connection for packer in packers], timeout=1.0):
+                packer = next(p for p in packers if p.child.connection is connection)
+                if record := packer.receive():
+                    records[record[0]] = record[1]
+            report(_progress(records, sum(packer.done for packer in packers)))
+    finally:
+        for packer in packers:
+            packer.child.stop()
+
+    shards = [shard for record in records.values() for shard in record.shards]
+    rejected = [line for k in sorted(records) for line in records[k].rejected]
+    store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
+    if not shards:
+        raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
+    write_index(store, shards)
+    store.remove(RECORDS)
+    return _progress(records, 0)
+
+
+def _progress(records: dict[int, Record], under_way: int) -> Progress:
+    shards = [shard for record in records.values() for shard in record.shards]
+    rejected = Counter(line["reason"] for record in records.values() for line in record.rejected)
+    return Progress(
+        sum(r.items for r in records.values()) + under_way, rejected, len(shards), sum(s.bytes for s in shards)
+    )
+
+
+def _check_keys(items: Sequence[Item]) -> None:
+    if not items:
+        raise DatasetError("there is nothing to pack")
+    seen: dict[str, Any] = {}
+    for key, content in items:
+        if "." in key.rpartition("/")[2] or not key.rpartition("/")[2]:
+            raise DatasetError(f"key {key!r} cannot name a sample: its last part is empty or has a dot")
+        if key in seen:
+            raise DatasetError(f"key {key!r} comes twice, for {seen[key]} and for {content}")
+        seen[key] = content
+
+
+class _Packer:
+    """A packing process, replaced when it dies."""
+
+    def __init__(self, number: int, encode: Encode, settings: Settings, threads: bool):
+        self.number, self.encode, self.settings, self.threads = number, encode, settings, threads
+        self.part: int | None = None
+        self.done = 0  # items of the part
+        self._spawn()
+
+    def _spawn(self) -> None:
+        self.child = Child(f"packing process {self.number}", run_packer, (self.encode, self.settings), self.threads)
+
+    def start(self, part: int, items: list[Item], fatal: dict[int, tuple[str, str]] | None = None) -> None:
+        self.part, self.items, self.fatal = part, items, fatal or {}
+        self.done, self.current, self.since = 0, -1, time.monotonic()
+        self.child.send((part, items, self.fatal))
+
+    def receive(self) -> tuple[int, Record] | None:
+        """A finished part, where the message is that."""
+        try:
+            kind, value = self.child.receive()
+        except ChildDied as error:
+            self._replace("kills the decoder", str(error))
+            return None
+        if kind == "item":
+            self.current, self.done, self.since = value, value, time.monotonic()
+            return None
+        part, self.part, self.done = self.part, None, 0
+        assert part is not None
+        return part, value
+
+    def check(self, timeout: float) -> None:
+        if self.child.process and self.part is not None and time.monotonic() - self.since > timeout and 0 <= self.current < len(self.items):
+            self.child.process.kill()
+            self._replace("takes too long", f"more than {timeout:g} s")
+
+    def _replace(self, reason: str, detail: str) -> None:
+        """A new process takes the part from its beginning, without the item that ended the old one."""
+        if self.part is None or not 0 <= self.current < len(self.items) or self.current in self.fatal:
+            raise ChildDied(f"packing process {self.number} ended outside any item: {detail}")
+        self.child.stop()
+        self._spawn()
+        self.start(self.part, self.items, {**self.fatal, self.current: (reason, detail)})
+
+
+# ---- in a packing process -----------------------------------------------------------------------------------------------
+
+
+def run_packer(connection: Connection, encode: Encode, settings: Settings) -> None:
+    store = Store(settings.url, options=settings.options)
+    while True:
+        part, items, fatal = connection.recv()
+        connection.send(("done", _pack_part(connection, encode, store, settings, part, items, fatal)))
+
+
+def _pack_part(connection: Connection, encode: Encode, store: Store, settings: Settings, part: int, items: list[Item],
+               fatal: dict[int, tuple[str, str]]) -> Record:  # fmt: skip
+    shards: list[Shard] = []
+    rejected: list[dict[str, str]] = []
+    writer = None
+    for k, (key, content) in enumerate(items):
+        connection.send(("item", k))
+        try:
+            if k in fatal:
+                raise BadSample(*fatal[k])
+            members = encode(content)
+        except BadSample as error:
+            rejected.append({"key": key, "reason": error.reason, "detail": error.detail})
+            continue
+        size = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
+        if writer and writer.size + size > settings.max_shard_bytes:
+            shards.append(writer.finish(store))
+            writer = None
+        writer = writer or _ShardWriter(f"{part:06d}-{len(shards):02d}.tar")
+        writer.add(key, members, size)
+    connection.send(("item", len(items)))
+    if writer:
+        shards.append(writer.finish(store))
+    record = Record(shards, rejected, len(items))
+    store.write(f"{RECORDS}/{part:06d}.json", json.dumps(record._asdict()).encode())
+    return record
+
+
+class _ShardWriter:
+    def __init__(self, name: str):
+        self.name, self.size = name, 2 * BLOCK
+        self.file = tempfile.NamedTemporaryFile(prefix="shard-")  # noqa: SIM115
+        self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)  # type: ignore[attr-defined]
+
+    def add(self, key: str, members: dict[str, bytes], size: int) -> None:
+        self.tar.write({"__key__": key, **members})
+        self.size += size
+
+    def finish(self, store: Store) -> Shard:
+        """The shard, then its offsets, in the store."""
+        self.tar.close()
+        self.file.flush()
+        os.chmod(self.file.name, 0o644)
+        shard, offsets = describe(Path(self.file.name), self.name)
+        store.upload(self.name, Path(self.file.name))
+        store.write(shard.offsets_name, offsets)
+        self.file.close()
+        return shard

@@ -1,0 +1,105 @@
+"""Child processes that are spawned, never forked, talk over a pipe, and do not outlive their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class ChildDied(RuntimeError):  # noqa: N818
+    """A child process ended without being asked to."""
+
+
+class Child:
+    """`target(connection, *args)` in a process of its own; in a thread of this one, the same code, where `threads` says so."""
+
+    def __init__(self, name: str, target: Callable[..., None], args: tuple[Any, ...], threads: bool = False):
+        self.name = name
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = None
+        if threads:
+            threading.Thread(target=_in_thread, args=(target, theirs, args), name=name, daemon=True).start()
+        else:
+            self.process = multiprocessing.get_context("spawn").Process(
+                target=_in_process, args=(target, theirs, args), name=name, daemon=True
+            )
+            self.process.start()
+            theirs.close()
+
+    def receive(self) -> Any:
+        """Its next message; an exception that ended it is raised here."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self.died() from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def send(self, message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionError):
+            raise self.died() from None
+
+    def died(self) -> ChildDied:
+        how = "ended"
+        if self.process:
+            self.process.join(5)
+            code = self.process.exitcode
+            if code is not None and code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+                how += " (out of memory?)" if code == -signal.SIGKILL else ""
+            else:
+                how = f"ended with exit code {code}"
+        return ChildDied(f"{self.name} {how}; what it wrote to stderr says more")
+
+    def stop(self) -> None:
+        """It sees the end of the pipe and leaves."""
+        self.connection.close()
+        if self.process:
+            self.process.join(5)
+            if self.process.is_alive():
+                self.process.kill()
+                self.process.join()
+
+
+def _in_thread(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
+    with connection, contextlib.suppress(EOFError, ConnectionError):  # the parent closed its end
+        try:
+            target(connection, *args)
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            connection.send(portable(error))
+
+
+def _in_process(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and stops us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _in_thread(target, connection, args)
+
+
+def portable(error: Exception) -> Exception:
+    """The error, to be raised in the parent, with the way that led to it here."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

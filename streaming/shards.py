@@ -1,0 +1,96 @@
+"""A shard: a plain WebDataset tar, and beside it the offsets file that says where each member lies and what its checksum is."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from xxhash import xxh3_64, xxh3_64_hexdigest
+
+CHUNK = 1 << 20
+
+
+class ShardError(ValueError):
+    """A tar cannot serve as a shard; the message names it, the member and the reason."""
+
+
+class Member(NamedTuple):
+    offset: int  # of the content, in the tar
+    length: int
+    checksum: str  # XXH3-64, hex
+
+
+class Sample(NamedTuple):
+    key: str
+    members: dict[str, Member]  # by extension: `0.jpg`, `wav`, `json`
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First byte and the one after the last, of all its members."""
+        places = self.members.values()
+        return min(m.offset for m in places), max(m.offset + m.length for m in places)
+
+
+def scan(path: Path, name: str) -> list[Sample]:
+    """Every sample of a tar, in its order. A sample is a run of members that share a path up to the first dot."""
+    samples: list[Sample] = []
+    seen: set[str] = set()
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+            for info in tar:
+                if not info.isfile():
+                    continue
+                if info.offset_data + info.size > size:
+                    raise ShardError(f"shard {name}: truncated in member {info.name}: it ends at byte "
+                                     f"{info.offset_data + info.size}, the file at {size}")  # fmt: skip
+                folder, _, base = info.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not dot or not stem:
+                    continue  # as webdataset does: not part of a sample
+                key = f"{folder}/{stem}" if folder else stem
+                if not samples or samples[-1].key != key:
+                    if key in seen:
+                        raise ShardError(f"shard {name}: sample {key} comes twice, or its members are not side by side")
+                    seen.add(key)
+                    samples.append(Sample(key, {}))
+                if extension in samples[-1].members:
+                    raise ShardError(f"shard {name}: member {info.name} comes twice")
+                raw.seek(info.offset_data)
+                checksum = xxh3_64_hexdigest(raw.read(info.size))
+                samples[-1].members[extension] = Member(info.offset_data, info.size, checksum)
+    except tarfile.TarError as error:
+        raise ShardError(f"shard {name}: not a plain tar file ({error})") from None
+    if not samples:
+        raise ShardError(f"shard {name}: holds no samples")
+    return samples
+
+
+def file_checksum(path: Path) -> str:
+    state = xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def encode_offsets(samples: Iterable[Sample]) -> bytes:
+    lines = (json.dumps([s.key, s.members], separators=(",", ":"), ensure_ascii=False) for s in samples)
+    return "".join(line + "\n" for line in lines).encode()
+
+
+class Offsets:
+    """An offsets file in memory. A line is parsed when it is asked for: most of a shard's samples are another process's."""
+
+    def __init__(self, content: bytes):
+        self._lines = content.splitlines()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, number: int) -> Sample:
+        key, members = json.loads(self._lines[number])
+        return Sample(key, {extension: Member(*place) for extension, place in members.items()})

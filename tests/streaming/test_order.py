@@ -1,0 +1,182 @@
+"""Pure arithmetic: the order of samples, for every number of ranks, lanes, windows, and any shard sizes."""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from streaming import Epoch, Order
+from streaming.order import permutation, share
+
+FINGERPRINT = "5f" * 32
+
+
+def random_epoch(rng, epoch=None):
+    sizes = rng.integers(1, 30, rng.integers(1, 25)).astype(np.int32)
+    order = Order(FINGERPRINT, 5, int(rng.integers(1, 40)), int(rng.integers(1, 12)), int(rng.integers(1, 9)))
+    return Epoch(order, sizes, int(rng.integers(0, 5)) if epoch is None else epoch), sizes
+
+
+def pairs(slots):
+    return list(zip(slots.shards.tolist(), slots.places.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_every_sample_once_and_only_the_last_step_is_short(seed):
+    epoch, sizes = random_epoch(np.random.default_rng(seed))
+    G, N = epoch.order.batch, int(sizes.sum())
+    steps = [pairs(epoch.slots(k, 0, G)) for k in range(epoch.steps)]
+    assert [len(s) for s in steps[:-1]] == [G] * (epoch.steps - 1)
+    assert len(steps[-1]) == N - G * (epoch.steps - 1) > 0
+    everything = [pair for step in steps for pair in step]
+    assert sorted(everything) == [(s, p) for s, size in enumerate(sizes) for p in range(size)]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_ranks_take_contiguous_parts_of_the_same_steps(seed):
+    rng = np.random.default_rng(seed)
+    epoch, _ = random_epoch(rng)
+    G = epoch.order.batch
+    for W in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64):
+        parts = [share(G, r, W) for r in range(W)]
+        assert {b - a for a, b in parts} <= {G // W, G // W + 1}
+        for k in range(epoch.steps):
+            assert [pair for a, b in parts for pair in pairs(epoch.slots(k, a, b))] == pairs(epoch.slots(k, 0, G))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_needs_are_what_the_slots_take(seed):
+    rng = np.random.default_rng(seed)
+    epoch, _ = random_epoch(rng)
+    W = int(rng.integers(1, 12))
+    for r in range(W):
+        first, stop = share(epoch.order.batch, r, W)
+        needed = [
+            (s, p)
+            for w in range(epoch.windows)
+            for s, places in epoch.needs(w, first, stop).items()
+            for p in places.tolist()
+        ]
+        taken = [pair for k in range(epoch.steps) for pair in pairs(epoch.slots(k, first, stop))]
+        assert sorted(needed) == sorted(taken)
+        for k in range(epoch.steps):
+            slots = epoch.slots(k, first, stop)
+            within = [epoch.needs(w, first, stop) for w in range(slots.windows[0], slots.windows[1] + 1)]
+            assert all(any(p in need.get(s, []) for need in within) for s, p in pairs(slots))
+
+
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+def test_while_ranks_read_whole_lanes_they_share_at_most_the_shards_at_their_edges(W):
+    epoch = Epoch(Order(FINGERPRINT, 0, 64, lanes=8, window=8), np.full(40, 100, np.int32), 0)
+    for w in range(epoch.windows):
+        needs = [epoch.needs(w, *share(64, r, W)) for r in range(W)]
+        assert sum(len(need) for need in needs) <= 8 + W - 1
+        assert all(
+            np.array_equal(p, np.arange(p[0], p[-1] + 1)) for need in needs for p in need.values()
+        )  # runs, not scattered samples
+
+
+def test_order_depends_on_each_of_its_inputs_and_on_nothing_else():
+    sizes = np.full(20, 10, np.int32)
+
+    def order(fingerprint=FINGERPRINT, seed=1, epoch=0, **arguments):
+        e = Epoch(Order(fingerprint, seed, 16, **arguments), sizes, epoch)
+        return [pair for k in range(e.steps) for pair in pairs(e.slots(k, 0, 16))]
+
+    one = order()
+    assert order() == one
+    for other in (order("60" * 32), order(seed=2), order(epoch=1), order(lanes=4), order(window=4)):
+        assert other != one
+        assert sorted(other) == sorted(one)
+
+
+def test_order_is_the_same_in_another_process():
+    program = ("import numpy as np; from streaming import Epoch, Order; e = Epoch(Order('5f' * 32, 3, 7), np.arange(1, 30), 2); "
+               "print([(e.slots(k, 0, 7).shards.tolist(), e.slots(k, 0, 7).places.tolist()) for k in range(e.steps)])")  # fmt: skip
+    here = Epoch(Order(FINGERPRINT, 3, 7), np.arange(1, 30), 2)
+    mine = [(s.shards.tolist(), s.places.tolist()) for k in range(here.steps) for s in [here.slots(k, 0, 7)]]
+    assert subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.strip() == str(mine)
+
+
+GOLDEN = [
+    [(1, 2), (1, 3), (3, 0), (3, 2), (3, 1)],
+    [(1, 0), (1, 1), (3, 4), (3, 3), (0, 2)],
+    [(0, 1), (0, 0), (2, 1), (2, 0)],
+]
+
+
+def test_the_order_of_a_fixed_case_never_changes():
+    """Runs in progress depend on it: a change here is a change of every run's result."""
+    epoch = Epoch(Order(FINGERPRINT, 3, 5, lanes=2, window=2), np.array([3, 4, 2, 5], np.int32), 1)
+    assert [pairs(epoch.slots(k, 0, 5)) for k in range(epoch.steps)] == GOLDEN
+
+
+def test_ten_thousand_kills_and_resizes_lose_nothing_and_repeat_nothing():
+    """A run is killed at random, goes on from its last checkpoint with another number of ranks; only what a checkpoint covers counts."""
+    rng = random.Random(0)
+    kills = 0
+    while kills < 10_000:
+        epoch, sizes = random_epoch(np.random.default_rng(rng.randrange(2**32)))
+        G, done, kept = epoch.order.batch, 0, []
+        while done < epoch.steps:
+            W = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64])
+            ran = rng.randint(1, 6)
+            for k in range(done, min(done + ran, epoch.steps)):
+                kept.append([pair for r in range(W) for pair in pairs(epoch.slots(k, *share(G, r, W)))])
+            killed_before = rng.randint(0, ran)  # steps since the checkpoint are lost and done again
+            kept = kept[: done + killed_before]
+            done, kills = len(kept), kills + 1
+        assert sorted(pair for step in kept for pair in step) == [
+            (s, p) for s, size in enumerate(sizes) for p in range(size)
+        ]
+
+
+def test_permutations_are_permutations_and_look_random():
+    for count in (0, 1, 2, 3, 255, 256, 257, 1000):
+        assert sorted(permutation(count, count).tolist()) == list(range(count))
+    first = np.array([permutation(key, 16)[0] for key in range(4000)])
+    assert np.abs(np.bincount(first, minlength=16) - 250).max() < 5 * 250**0.5
+    x = permutation(1, 100_000)
+    assert abs(np.corrcoef(x, np.arange(len(x)))[0, 1]) < 0.02
+    assert abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.02
+
+
+def test_next_use_counts_windows():
+    epoch = Epoch(Order(FINGERPRINT, 0, 8, window=3), np.full(12, 10, np.int32), 0)
+    uses = epoch.next_use(np.arange(12), 2)
+    for w in range(4):
+        for shard in epoch.needs(w, 0, 8):
+            assert uses[shard] == (w - 2 if w >= 2 else -1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch", 0), ("lanes", 0), ("window", -1)])
+def test_impossible_orders_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        Order(**{"fingerprint": FINGERPRINT, "seed": 0, "batch": 1, name: value})
+
+
+def test_steps_outside_the_epoch_are_refused():
+    epoch = Epoch(Order(FINGERPRINT, 0, 8), np.full(2, 8, np.int32), 0)
+    with pytest.raises(IndexError, match="has 2"):
+        epoch.slots(2, 0, 8)
+
+
+def test_a_billion_samples():
+    """Planned in little memory (the benchmark says in how much time). Two million shards, as large as the default makes them."""
+    program = """if True:
+        import resource, numpy as np
+        from streaming import Epoch, Order
+        from streaming.order import share
+        sizes = np.full(2_000_000, 500, np.int32)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        epoch = Epoch(Order("5f" * 32, 0, 65536, lanes=256, window=2048), sizes, 3)
+        slots = epoch.slots(epoch.steps - 1, *share(65536, 0, 256))
+        assert len(slots.shards) == 256 and epoch.samples == 10**9
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """
+    grown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert float(grown) < 64
