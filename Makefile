@@ -27,7 +27,7 @@ bench: .venv/installed ## every speed claim, measured here
 	@$(BIN)/python -m benchmarks
 
 clean: ## remove .venv and what runs wrote
-	rm -rf .venv runs
+	rm -rf .venv .venv-rivals runs
 
 .venv/installed: pyproject.toml constraints.txt install.sh
 	@PYTHON='$(PYTHON)' bash install.sh

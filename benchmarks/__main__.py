@@ -109,7 +109,8 @@ def step() -> Iterator[Row]:
     samples = torch.arange(B, device=DEVICE)
     frames = torch.randint(0, 256, (B, 3, m.image_size, m.image_size), dtype=torch.uint8, device=DEVICE)
     waveform = torch.randint(-3000, 3000, (B, 160 * m.spectrogram_frames), device=DEVICE).short()
-    batch = Batch(0, samples, frames, waveform, torch.full((B,), waveform.shape[1], device=DEVICE))
+    batch = Batch(0, samples, frames, waveform, torch.full((B,), waveform.shape[1], device=DEVICE),
+                  torch.ones(B, dtype=torch.bool))  # fmt: skip
 
     def views() -> None:
         make_views(config, batch)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {
     "smoke": "generate clips, pretrain the tiny model, retrieve, write a report: everything works here",
+    "pack": "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",
+    "index": "make the index of shards that somebody else packed",
+    "verify": "compare every byte of a dataset with its index",
     "plan": "parameters, multiply-adds, memory and traffic of a configuration",
     "import": "turn a published checkpoint (EquiAV, CAV-MAE, MAE) into a model folder",
 }
@@ -38,13 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.clips import BadClipError
     from equiav.config import ConfigError
     from equiav.model.importers import CheckpointError
+    from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
     try:
         _run(command, rest)
-    except (FloatingPointError, BadClipError) as error:
+    except (
+        FloatingPointError,
+        BadClipError,
+        ChildDied,
+        DatasetError,
+        ShardError,
+        StoreError,
+        TooManyBadSamples,
+    ) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, CacheError) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,6 +79,15 @@ def _run(command: str, argv: list[str]) -> None:
             except ModuleNotFoundError as error:
                 raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
             recipe = "smoke"
+        case "pack":
+            from equiav.pack import PackConfig as Settings
+            from equiav.pack import run_pack as run
+        case "index":
+            from equiav.pack import IndexConfig as Settings
+            from equiav.pack import run_index as run
+        case "verify":
+            from equiav.pack import VerifyConfig as Settings
+            from equiav.pack import run_verify as run
         case "plan":
             from equiav.plan import PlanConfig as Settings
             from equiav.plan import run_plan as run
@@ -80,7 +103,7 @@ def _run(command: str, argv: list[str]) -> None:
 
 
 def _environment_problem() -> str | None:
-    """What is wrong with the installed torch family, in one line; None where nothing is.
+    """What is wrong with what is installed, in one line; None where nothing is.
 
     torchaudio's last release, 2.11, loads only beside torch 2.11 to 2.13 built for CUDA 13 (on machines without a GPU too).
     """
@@ -91,6 +114,12 @@ def _environment_problem() -> str | None:
     major, minor = (int(part) for part in version.split(".")[:2])
     if not (2, 11) <= (major, minor) <= (2, 13):
         return f"torch {version} is installed, expected 2.11 to 2.13 (torchaudio 2.11 does not load beside others); {advice}"
+    ours = Path(__file__).parent.parent / "streaming"
+    found = importlib.util.find_spec("streaming")
+    if found is None or found.origin is None or Path(found.origin).parent != ours:
+        where = found.origin if found else "nowhere"
+        return (f"`import streaming` finds {where}, expected {ours}: another distribution (mosaicml-streaming?) has a package "
+                "of that name; install EquiAV into an environment of its own")  # fmt: skip
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError) as error:

@@ -7,6 +7,8 @@ import struct
 import wave
 
 import numpy as np
+import simplejpeg
+import soundfile
 from PIL import Image, UnidentifiedImageError
 
 from equiav.config import DataConfig
@@ -37,6 +39,16 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     """JPEG (or another format that Pillow reads) -> (H, W, 3) uint8."""
     if not data:
         raise BadClipError(sample, "has no image")
+    if data[:2] == b"\xff\xd8":  # JPEG, in half of Pillow's time
+        try:
+            colours = simplejpeg.decode_jpeg_header(data)[2]
+            if colours in ("Gray", "CMYK", "YCCK"):
+                raise BadClipError(sample, f"image has colours {colours}, expected RGB")
+            return check_frame(simplejpeg.decode_jpeg(data), sample)
+        except ValueError as error:
+            if isinstance(error, BadClipError):
+                raise
+            raise BadClipError(sample, f"image cannot be decoded: {error}") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, frame = image.mode, np.asarray(image)
@@ -52,6 +64,16 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     if mode != "RGB":
         raise BadClipError(sample, f"image has mode {mode}, expected RGB")
     return check_frame(frame, sample)
+
+
+def central_square(frame: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (side, side, 3), resized where the square has another side."""
+    H, W = frame.shape[:2]
+    own = min(H, W)
+    square = frame[(H - own) // 2 : (H - own) // 2 + own, (W - own) // 2 : (W - own) // 2 + own]
+    if own == side:
+        return square
+    return np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConfig) -> np.ndarray:
@@ -108,11 +130,29 @@ def decode_wav(content: bytes | None, sample: str, data: DataConfig) -> np.ndarr
     return check_audio(audio if channels == 1 else audio.reshape(-1, channels), rate, sample, data)
 
 
+def decode_flac(content: bytes | None, sample: str, data: DataConfig) -> np.ndarray:
+    """FLAC -> (L,) int16."""
+    if not content:
+        raise BadClipError(sample, "has no audio")
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            count, rate, kind = file.frames, file.samplerate, f"{file.format} {file.subtype}"
+            audio = file.read(dtype="int16")
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError) as error:
+        raise BadClipError(sample, f"audio is not a FLAC file: {error}") from None
+    if kind != "FLAC PCM_16":
+        raise BadClipError(sample, f"audio is {kind}, expected FLAC PCM_16")
+    if len(audio) != count:
+        raise BadClipError(sample, f"audio is truncated: {len(audio)} of {count} samples")
+    return check_audio(audio, rate, sample, data)
+
+
+DECODE_AUDIO = {"wav": decode_wav, "flac": decode_flac}
+
+
 def encode_frame(frame: np.ndarray, quality: int = 90) -> bytes:
     """(H, W, 3) uint8 -> JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=quality, colorsubsampling="420")
 
 
 def encode_wav(audio: np.ndarray, rate: int) -> bytes:
@@ -124,3 +164,13 @@ def encode_wav(audio: np.ndarray, rate: int) -> bytes:
         file.setframerate(rate)
         file.writeframes(audio.astype("<i2").tobytes())
     return buffer.getvalue()
+
+
+def encode_flac(audio: np.ndarray, rate: int) -> bytes:
+    """(L,) int16 -> 16-bit FLAC."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+ENCODE_AUDIO = {"wav": encode_wav, "flac": encode_flac}

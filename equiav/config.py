@@ -41,6 +41,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "aug_width": 64, "predictor_heads": 2, "head_hidden": 128, "head_width": 64,
         },
         "augment": {"max_mask_frames": 48, "max_mask_mels": 24},
+        "data": {"frame_size": 64},
     },
     "vit_s16": {"model": {"width": 384, "depth": 12, "heads": 6}},
     "vit_b16": {"model": {"width": 768, "depth": 12, "heads": 12}},
@@ -216,6 +217,8 @@ class DataConfig:
     """Mean of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
     audio_std: float = 4.332
     """Standard deviation of the log-mel spectrogram over the dataset (AudioSet's, Table D)."""
+    frame_size: int = 256
+    """Side of the central square of a frame that training reads, pixels; frames of another size are resized to it."""
     min_seconds: float = 1.0
     """Shorter audio is refused."""
     silence: float = 1e-4
@@ -224,9 +227,42 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.min_seconds >= 0.025, "data.min_seconds", self.min_seconds, "at least one window, 0.025 s")
         require(0 <= self.silence < 1, "data.silence", self.silence, "0 to below 1")
+        require(self.frame_size >= 2, "data.frame_size", self.frame_size, "2 or more")
         require(self.sample_rate > 0, "data.sample_rate", self.sample_rate, "a positive number of Hz")
         require(math.isfinite(self.audio_mean), "data.audio_mean", self.audio_mean, "a finite number")
         require(0 < self.audio_std < math.inf, "data.audio_std", self.audio_std, "a positive number")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Where clips come from and how they get here. Only `url`, `lanes` and `window` have a part in the order of samples."""
+
+    url: str = ""
+    """Folder that `equiav pack` or `equiav index` filled: s3://..., or any other that fsspec reads. Credentials and endpoint
+    come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; AWS_NO_SIGN_REQUEST=1: none)."""
+    lanes: int = 8
+    """Parts of a batch that are mixed by themselves. Reads are longest where nodes divide it."""
+    window: int = 16
+    """Shards that are mixed at a time, over all nodes. Local disk holds two windows."""
+    workers: int = 4
+    """Decoding processes of each training process; 0: threads."""
+    ahead: int = 2
+    """Batches prepared beyond the one in use."""
+    cache: Path = Path("~/.cache/equiav")
+    """Local folder for shards of a remote dataset; all processes of a node share it."""
+    cache_bytes: int = 64 << 30
+    """What the cache may take on disk, never exceeded."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer is asked again before the run gives up."""
+    max_bad: float = 0.01
+    """Share of the dataset that may turn out unusable before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "window"):
+            require(getattr(self, name) >= 1, f"stream.{name}", getattr(self, name), "1 or more")
+        for name in ("workers", "ahead", "cache_bytes", "patience"):
+            require(getattr(self, name) >= 0, f"stream.{name}", getattr(self, name), "0 or more")
+        require(0 <= self.max_bad <= 1, "stream.max_bad", self.max_bad, "a share")
 
 
 @dataclass(frozen=True)
@@ -290,6 +326,7 @@ class Config(ModelSettings):
     """Of every draw: initial weights, order, augmentations."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the run computes."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,16 @@ class Embeddings(NamedTuple):
     plain_v: Tensor | None
     temperature: Tensor | None = None  # (1,) where it is learned
 
+    def only(self, valid: Tensor) -> Embeddings:
+        """Those of the rows where valid (B,), on the host, is true: the others are neither anchors nor negatives."""
+        if valid.all():
+            return self
+        rows = valid.nonzero()[:, 0].to(self.inter_a.device, non_blocking=True)
+        kept: dict[str, Tensor] = {
+            name: z[rows] for name, z in self._asdict().items() if z is not None and name != "temperature"
+        }
+        return self._replace(**kept)
+
 
 def alone(z: Tensor) -> tuple[Tensor, int]:
     """The gather of a single process."""

@@ -1,4 +1,4 @@
-"""`equiav smoke`: clips from nothing, pretraining, zero-shot retrieval, a report. One process, no files needed."""
+"""`equiav smoke`: clips from nothing, packed, served from S3, streamed; pretraining, zero-shot retrieval, a report."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.augment import Batch
-from equiav.augment.draws import Purpose, uniforms
-from equiav.clips import check_audio, decode_frame, encode_frame
 from equiav.config import Config, require, to_yaml
+from equiav.decoder import ClipDecoder
 from equiav.evaluate.report import plot_run
 from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
+from equiav.local_s3 import LocalS3
+from equiav.sources import EncodeSynthetic, Shape
+from equiav.stream import batches, open_stream
 from equiav.synthetic import World
 from equiav.train import train
 from equiav.weights import save_model
+from streaming import Dataset, Loader, Order, Stats, Store
+from streaming.pack import Progress as Packed
+from streaming.pack import pack
 
+BUCKET, SHARD = "smoke", 128  # clips in a shard
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 
 
@@ -56,14 +58,6 @@ class SmokeConfig(Config):
         require(self.held_out >= 10, "held_out", self.held_out, "10 or more")
 
 
-class StoredClip(NamedTuple):
-    """As a shard would hold it: frames compressed, audio as it is."""
-
-    name: str
-    frames: list[bytes]
-    audio: np.ndarray  # (L,) int16
-
-
 def run_smoke(config: SmokeConfig) -> None:
     console, started = Console(), time.perf_counter()
     require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
@@ -71,81 +65,76 @@ def run_smoke(config: SmokeConfig) -> None:
         keep_freed_memory()
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "config.yaml").write_text(to_yaml(config))
+    for left in ("metrics.jsonl", "quarantine.jsonl"):
+        (config.out / left).unlink(missing_ok=True)
 
-    clock = {}
-    columns = [TextColumn("{task.description:11s}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-               TextColumn("{task.fields[note]}")]  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        clips = generate(config, progress)
-        clock["generate"] = time.perf_counter() - started
-        training, held_out = clips[: config.clips], clips[config.clips :]
+    with tempfile.TemporaryDirectory(prefix="equiav-smoke-") as scratch, LocalS3(Path(scratch, "store")) as s3:
+        config = replace(
+            config, stream=replace(config.stream, url=f"s3://{BUCKET}/train", cache=Path(scratch, "cache"))
+        )
+        clock, rows = {}, []
+        columns = [TextColumn("{task.description:11s}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                   TextColumn("{task.fields[note]}")]  # fmt: skip
+        with Progress(*columns, console=console) as progress:
+            pack_clips(config, s3, progress)
+            clock["pack"] = time.perf_counter() - started
 
-        steps, rows = config.train.steps, []
-        bar = progress.add_task("pretraining", total=steps, note="")
-        with (config.out / "metrics.jsonl").open("w") as log:
+            bar = progress.add_task("pretraining", total=config.train.steps, note="")
+            with (config.out / "metrics.jsonl").open("w") as log:
 
-            def report(step: int, metrics: dict[str, float]) -> None:
-                rows.append(metrics)
-                log.write(json.dumps({"step": step, **metrics}) + "\n")
-                note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
-                progress.update(bar, advance=1, note=note)
+                def report(step: int, metrics: dict[str, float]) -> None:
+                    rows.append(metrics)
+                    log.write(json.dumps({"step": step, **metrics}) + "\n")
+                    note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
+                    progress.update(bar, completed=step + 1, note=note)
 
-            begun = time.perf_counter()
-            model = train(config, batches(training, config), report)
-            clock["pretrain"] = time.perf_counter() - begun
+                begun = time.perf_counter()
+                with open_stream(config, quarantine=config.out / "quarantine.jsonl", options=s3.options) as loader:
+                    model = train(config, batches(loader), report)
+                    stats = loader.stats()
+                clock["pretrain"] = time.perf_counter() - begun
 
-    begun = time.perf_counter()
-    middle = len(held_out[0].frames) // 2
-    retrieval = zero_shot_retrieval(model, config, decode(held_out, [middle] * len(held_out), config))
-    clock["retrieve"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
+        clock["retrieve"] = time.perf_counter() - begun
     save_model(config.out / "model", model, config)
     clock["in all"] = time.perf_counter() - started
-    text = write_report(config, rows, retrieval, clock)
+    text = write_report(config, rows, retrieval, clock, stats)
     console.print(text, highlight=False, markup=False)
     console.print(f"report: {config.out / 'report.md'} and report.png")
 
 
-def generate(config: SmokeConfig, progress: Progress) -> list[StoredClip]:
-    """The training clips, then the held-out ones, on all cores."""
-    indices = [*range(config.clips), *range(HELD_OUT_FROM, HELD_OUT_FROM + config.held_out)]
+def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:
+    """The clips to train on and those held out, as two datasets of shards on the store."""
     seconds = 0.01 * config.model.spectrogram_frames  # as long as the model hears
-    world = World(config.seed, config.model.image_size, seconds=seconds, sample_rate=config.data.sample_rate)
-    bar = progress.add_task("generating", total=len(indices), note="clips")
-    clips = []
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("forkserver")) as pool:
-        for clip in pool.map(partial(generate_one, world), indices, chunksize=32):
-            clips.append(clip)
-            progress.update(bar, advance=1)
-    return clips
+    side = config.model.image_size
+    world = World(config.seed, side, seconds=seconds, sample_rate=config.data.sample_rate)
+    encode = EncodeSynthetic(world, Shape(world.frames, side, 90, "wav", seconds, False, config.data))
+    (s3.folder / BUCKET).mkdir(parents=True, exist_ok=True)
+    bar = progress.add_task("packing", total=config.clips + config.held_out, note="")
+    packed = 0
+    for name, first, count in (("train", 0, config.clips), ("held-out", HELD_OUT_FROM, config.held_out)):
+
+        def report(done: Packed, before: int = packed) -> None:
+            progress.update(bar, completed=before + done.items, note=f"{done.bytes / 2**20:.0f} MiB")
+
+        items = [(f"synthetic-{config.seed}-{k}", k) for k in range(first, first + count)]
+        done = pack(items, encode, Store(f"s3://{BUCKET}/{name}", options=s3.options),
+                    processes=len(os.sched_getaffinity(0)), part_items=SHARD, report=report)  # fmt: skip
+        report(done)
+        packed += count
 
 
-def generate_one(world: World, index: int) -> StoredClip:
-    clip = world.clip(index)
-    return StoredClip(f"synthetic-{world.seed}-{index}", [encode_frame(frame) for frame in clip.frames], clip.audio)
-
-
-def decode(clips: list[StoredClip], frame: list[int], config: Config) -> Pairs:
-    """One frame and the sound of each clip; a clip that cannot be used is an error that names it."""
-    images = [decode_frame(clip.frames[k], clip.name) for clip, k in zip(clips, frame, strict=True)]
-    audio = [check_audio(clip.audio, config.data.sample_rate, clip.name, config.data) for clip in clips]
-    lengths = torch.tensor([len(sound) for sound in audio])
-    waveform = torch.zeros(len(audio), int(lengths.max()), dtype=torch.int16)
-    for row, sound in zip(waveform, audio, strict=True):
-        row[: len(sound)] = torch.from_numpy(sound)
-    return Pairs(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), waveform, lengths)
-
-
-def batches(clips: list[StoredClip], config: Config) -> Iterator[Batch]:
-    """Epoch after epoch, each in an order of its own; every clip with one of its frames, drawn for that epoch."""
-    everyone, size = torch.arange(len(clips)), config.train.batch_size
-    epoch = 0
-    while True:
-        order = uniforms(config.seed, epoch, everyone, Purpose.ORDER, 1)[:, 0].argsort()
-        frame = (uniforms(config.seed, epoch, everyone, Purpose.FRAME, 1)[:, 0] * len(clips[0].frames)).long()
-        for start in range(0, len(clips) - size + 1, size):
-            samples = order[start : start + size]
-            yield Batch(epoch, samples, *decode([clips[k] for k in samples], frame[samples].tolist(), config))
-        epoch += 1
+def held_out_pairs(config: SmokeConfig, s3: LocalS3) -> Pairs:
+    """The middle frame and the sound of each held-out clip."""
+    store = Store(f"s3://{BUCKET}/held-out", options=s3.options)
+    dataset = Dataset(store, config.stream.cache)
+    order = Order(dataset.fingerprint, config.seed, batch=64)
+    with Loader(dataset, order, ClipDecoder(config.model, config.data), workers=1, cache=config.stream.cache,
+                draw=lambda epoch, samples: np.full(len(samples), 0.5)) as loader:  # fmt: skip
+        parts = [Pairs(b.frames[b.valid], b.waveform[b.valid], b.lengths[b.valid])
+                 for b in islice(batches(loader), loader.steps_per_epoch)]  # fmt: skip
+    return Pairs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def keep_freed_memory() -> None:
@@ -162,12 +151,14 @@ def write_report(
     rows: list[dict[str, float]],
     retrieval: dict[str, tuple[float, float]],
     clock: dict[str, float],
+    stats: Stats,
 ) -> str:
     """report.md and report.png -> the Markdown."""
     plot_run(rows, retrieval, config.held_out, config.out / "report.png")
     last = rows[-max(1, len(rows) // 20) :]
     mean = {name: sum(row[name] for row in last) / len(last) for name in rows[-1]}
     chance = 100 / config.held_out
+    decoded = sum(stats.decoded)
     lines = [
         "# EquiAV smoke run", "",
         f"{config.clips} synthetic clips, {config.train.steps} steps of {config.train.batch_size} on {config.device}, "
@@ -188,6 +179,10 @@ def write_report(
     lines += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in mean.items() if name != "lr"]
     lines += ["", "Similarity is the cosine of the predicted and the augmented embedding; gain is that less the cosine of the",
               "unpredicted one: a predictor that does nothing gains nothing.", "",
+              "## Stream", "",
+              f"{decoded} clips decoded, {1000 * sum(stats.decode_seconds) / decoded:.2f} ms each; {stats.quarantined.total()} "
+              f"quarantined. {stats.fetch['requests']} requests to S3, {stats.fetch['retries']} retries, "
+              f"{stats.fetch['bytes'] / 2**20:.1f} MiB. Training waited {stats.wait_seconds:.1f} s for data.", "",
               "## Seconds", "", "| " + " | ".join(clock) + " |", "|" + "---|" * len(clock),
               "| " + " | ".join(f"{value:.1f}" for value in clock.values()) + " |", "", "![curves](report.png)", ""]  # fmt: skip
     text = "\n".join(lines)

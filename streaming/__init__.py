@@ -4,9 +4,26 @@ from streaming.cache import CacheError
 from streaming.dataset import Dataset, DatasetError
 from streaming.loader import Batch, Decoder, Loader, Stats
 from streaming.order import Epoch, Order
+from streaming.processes import ChildDied
 from streaming.quarantine import BadSample, Quarantine, TooManyBadSamples
 from streaming.shards import ShardError
 from streaming.store import Store, StoreError
 
-__all__ = ["BadSample", "Batch", "CacheError", "Dataset", "DatasetError", "Decoder", "Epoch", "Loader", "Order", "Quarantine",
-           "ShardError", "Stats", "Store", "StoreError", "TooManyBadSamples"]  # fmt: skip
+__all__ = [
+    "BadSample",
+    "Batch",
+    "CacheError",
+    "ChildDied",
+    "Dataset",
+    "DatasetError",
+    "Decoder",
+    "Epoch",
+    "Loader",
+    "Order",
+    "Quarantine",
+    "ShardError",
+    "Stats",
+    "Store",
+    "StoreError",
+    "TooManyBadSamples",
+]

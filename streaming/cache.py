@@ -7,6 +7,7 @@ without a lock is nobody's, and a whole file without a lock may be evicted. What
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -33,7 +34,7 @@ class Entry:
 
     def read(self, start: int) -> bytes:
         """From there to the end."""
-        return os.pread(self.file, os.fstat(self.file).st_size - start, start)
+        return os.pread(self.file, max(0, os.fstat(self.file).st_size - start), start)
 
     def release(self) -> None:
         os.close(self.file)
@@ -61,6 +62,10 @@ class Cache:
 
     def used(self) -> int:
         """Bytes on disk."""
+        with self._locked():
+            return self._used()
+
+    def _used(self) -> int:
         return sum(status.st_blocks * 512 for _, status in self._files())
 
     def use(self, name: str) -> Entry | None:
@@ -85,17 +90,24 @@ class Cache:
                 return None
             if not self._make_room(_on_disk(ranges), evict_first):
                 return None
-            part.parent.mkdir(exist_ok=True)
-            file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            file = None
             try:
+                part.parent.mkdir(exist_ok=True)
+                file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 fcntl.flock(file, fcntl.LOCK_EX)
                 os.ftruncate(file, size)
                 for start, stop in ranges:
                     if stop > start:
                         os.posix_fallocate(file, start, stop - start)
+                # A file in many pieces takes blocks for the list of them, too; how many only the file system knows.
+                if not self._make_room(0, evict_first):
+                    os.unlink(part)
+                    os.close(file)
+                    return None
             except OSError as error:
-                os.unlink(part)
-                os.close(file)
+                if file is not None:
+                    os.unlink(part)
+                    os.close(file)
                 raise CacheError(f"the cache folder {self.root} has no room within its limit of {self.limit} bytes: {error}; "
                                  "free space on that disk or lower the limit") from None  # fmt: skip
             return Entry(path, file)
@@ -115,7 +127,9 @@ class Cache:
     def discard(self, entry: Entry) -> None:
         """A whole file that turned out damaged. Others who have it open keep what they have."""
         with self._locked():
-            entry.path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(entry.path.stat(), os.fstat(entry.file)):  # and not a new one in its place
+                    entry.path.unlink()
             entry.release()
 
     def _make_room(self, needed: int, evict_first: Callable[[str], float]) -> bool:

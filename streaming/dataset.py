@@ -51,8 +51,14 @@ def encode_index(shards: list[Shard]) -> bytes:
         )
     lines = b"".join(b" ".join([s.name.encode().ljust(width), *(str(value).encode().rjust(COLUMNS[column]) for column, value
                                 in zip(COLUMNS, s[1:], strict=True))]) + b"\n" for s in shards)  # fmt: skip
-    head = {"format": FORMAT, "shards": len(shards), "samples": sum(s.samples for s in shards),
-            "bytes": sum(s.bytes for s in shards), "name_width": width, "fingerprint": hashlib.sha256(lines).hexdigest()}  # fmt: skip
+    head = {
+        "format": FORMAT,
+        "shards": len(shards),
+        "samples": sum(s.samples for s in shards),
+        "bytes": sum(s.bytes for s in shards),
+        "name_width": width,
+        "fingerprint": hashlib.sha256(lines).hexdigest(),
+    }
     return json.dumps(head).encode() + b"\n" + lines
 
 
@@ -69,8 +75,8 @@ class Dataset:
                 for start in range(0, size, PIECE):
                     file.write(store.read(INDEX, start, min(start + PIECE, size)))
             except Missing as error:
-                raise DatasetError(f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes the index of "
-                                   "shards that are there already") from None  # fmt: skip
+                raise DatasetError(f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes "
+                                   "the index of shards that are there already") from None  # fmt: skip
             file.flush()
             if not size:
                 raise DatasetError(f"{url}/{INDEX} is empty")

@@ -2,7 +2,8 @@
 with the training loop for its interpreter.
 
 Messages in: ("want", key, pieces, ranking), ("release", key), ("repair", key, shard name, member, path).
-Messages out: ("ready", key, {shard number: Files or Unusable}), ("repaired", key, Unusable or None), ("stats", counts); or an exception that ends the run.
+Messages out: ("ready", key, {shard number: Files or Unusable}), ("repaired", key, Unusable or None),
+("stats", counts); or an exception that ends the run.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Loader:
         self._flight: OrderedDict[int, _Step] = OrderedDict()
         self._pending: tuple[int, _Step] | None = None
         self._free = list(range(ahead + 1))
-        self._wait_seconds = 0.0
+        self._wait_seconds, self._closed = 0.0, False
         self._fetch_stats: dict[str, int] = {}
         self._buffers = _Buffers(decoder.fields, self.stop - self.first, ahead + 1)
         settings = FetchSettings(
@@ -163,6 +163,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
+        self._closed = True
         for child in (*self._workers, self._fetcher):
             child.stop()
 
@@ -282,8 +283,8 @@ class Loader:
     def _epochs(self, epoch: int) -> Epoch:
         if epoch not in self._known:
             self._known[epoch] = Epoch(self.order, self.dataset.sizes, epoch)
-            for old in sorted(self._known)[:-2]:
-                del self._known[old]
+            if len(self._known) > 2:
+                del self._known[next(iter(self._known))]
         return self._known[epoch]
 
     # ---- what comes back
@@ -360,6 +361,8 @@ class Loader:
 
     def _drain(self) -> None:
         """The consumer has left: what is under way ends, and nothing is held."""
+        if self._closed:
+            return
         while any(step.left for step in self._flight.values()):
             self._receive()
         self._free += [step.buffer for step in self._flight.values()]
@@ -374,16 +377,16 @@ class Loader:
         """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever."""
         edges = np.array([self._epoch.bounds(w)[0] for w in range(self._epoch.windows)])
         held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
-        shards = (
-            -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
-        )  # that a rank's part of a window touches
-        needed = (
-            sharers * min(held * shards * self.dataset.largest, 2 * self.dataset.bytes) * 51 // 50
-        )  # 2% for offsets and blocks
+        # Shards that a rank's part of a window touches:
+        shards = -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
+        beside = 1 << 16  # of a shard: blocks that are not full
+        whole = self.dataset.bytes + len(self.dataset) * beside
+        needed = sharers * min(held * shards * (self.dataset.largest + beside), 2 * whole)
+        needed += needed // 50  # offsets files
         if limit < needed:
-            raise CacheError(f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of {self.order.window} shards of up "
-                             f"to {self.dataset.largest} bytes, for {sharers} rank(s) on this node. Raise it, or lower the window, "
-                             "or pack smaller shards")  # fmt: skip
+            raise CacheError(f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of "
+                             f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
+                             "node. Raise it, or lower the window, or pack smaller shards")  # fmt: skip
 
 
 class _Buffers:
@@ -397,7 +400,7 @@ class _Buffers:
 
     @property
     def _size(self) -> int:
-        return sum(self._bytes(*kind) for kind in self.fields.values())
+        return sum(self._bytes(shape, dtype) for shape, dtype in self.fields.values())
 
     def _bytes(self, shape: tuple[int, ...], dtype: str) -> int:
         return -(-self.rows * int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64  # aligned

@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import webdataset
-
 from streaming.dataset import INDEX, DatasetError, Shard, describe, write_index
 from streaming.processes import Child, ChildDied
 from streaming.quarantine import BadSample
@@ -166,7 +164,12 @@ class _Packer:
         return part, value
 
     def check(self, timeout: float) -> None:
-        if self.child.process and self.part is not None and time.monotonic() - self.since > timeout and 0 <= self.current < len(self.items):
+        if (
+            self.child.process
+            and self.part is not None
+            and time.monotonic() - self.since > timeout
+            and 0 <= self.current < len(self.items)
+        ):
             self.child.process.kill()
             self._replace("takes too long", f"more than {timeout:g} s")
 
@@ -220,6 +223,8 @@ def _pack_part(connection: Connection, encode: Encode, store: Store, settings: S
 class _ShardWriter:
     def __init__(self, name: str):
         self.name, self.size = name, 2 * BLOCK
+        import webdataset  # it imports torch: seconds that only the process which writes should spend
+
         self.file = tempfile.NamedTemporaryFile(prefix="shard-")  # noqa: SIM115
         self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)  # type: ignore[attr-defined]
 

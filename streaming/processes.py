@@ -50,7 +50,13 @@ class Child:
         except (BrokenPipeError, ConnectionError):
             raise self.died() from None
 
-    def died(self) -> ChildDied:
+    def died(self) -> Exception:
+        """Why it did: the exception that it sent before, or how the process ended."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, Exception):
+                    return message
         how = "ended"
         if self.process:
             self.process.join(5)

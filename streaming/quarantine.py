@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class BadSample(ValueError):  # noqa: N818
@@ -27,11 +29,15 @@ class Quarantine:
         self._reasons: dict[int, str] = {}
         self._listed: set[int] = set()
         if path and path.exists():  # of an earlier start of this run: not to be listed twice
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            for line in text.splitlines():
                 try:
                     self._listed.add(json.loads(line)["sample"])
                 except ValueError:
                     continue  # a line cut by a crash; it will be listed again
+            if text and not text.endswith("\n"):
+                with path.open("a") as file:
+                    file.write("\n")
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -49,10 +55,10 @@ class Quarantine:
             line = json.dumps({"sample": sample, "where": where, "reason": reason, "detail": detail}) + "\n"
             with self.path.open("a") as file:  # one write to the end: processes may share the file
                 file.write(line)
-        if len(self) > self.max_bad * self.total:
+        if len(self) > self.max_bad * self.total + 1e-6:
             counts = ", ".join(f"{count} {name}" for name, count in self.counts().most_common())
-            raise TooManyBadSamples(f"{len(self)} of {self.total} samples cannot be used ({counts}), more than max_bad={self.max_bad:g} allows; "
-                                    f"the last was sample {sample}, {where}: {detail or reason}"
+            raise TooManyBadSamples(f"{len(self)} of {self.total} samples cannot be used ({counts}), more than "
+                                    f"max_bad={self.max_bad:g} allows; the last was sample {sample}, {where}: {detail or reason}"
                                     + (f". All are listed in {self.path}" if self.path else ""))  # fmt: skip
 
     def counts(self) -> Counter[str]:
@@ -61,5 +67,6 @@ class Quarantine:
     def state(self) -> dict[int, str]:
         return dict(self._reasons)
 
-    def load(self, state: dict[int, str]) -> None:
-        self._reasons.update(state)
+    def load(self, state: Mapping[Any, str]) -> None:
+        """What `state()` was, at a checkpoint; JSON makes its keys text."""
+        self._reasons.update({int(sample): reason for sample, reason in state.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -9,11 +10,13 @@ import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
 
 FIRST_DELAY, LONGEST_DELAY = 0.05, 10.0  # seconds between attempts
 
@@ -22,15 +25,15 @@ class StoreError(OSError):
     """The store cannot be used; the message names the URL, what it answered and what to check."""
 
 
-class Missing(StoreError):
+class Missing(StoreError):  # noqa: N818
     """The object is not there."""
 
 
-class Denied(StoreError):
+class Denied(StoreError):  # noqa: N818
     """The store knows who asks, or does not, and refuses."""
 
 
-class Short(StoreError):
+class Short(StoreError):  # noqa: N818
     """The object ends before the range that was asked for, at byte `size`."""
 
     size: int = 0
@@ -43,20 +46,24 @@ class Store:
         self.url, self.patience, self.options = url.rstrip("/"), patience, dict(options or {})
         self.counts: Counter[str] = Counter()  # requests, retries, bytes
         self._lock = threading.Lock()
-        protocol = fsspec.utils.get_protocol(url)
+        protocol = get_protocol(url)
         options = dict(self.options)
         if protocol in ("s3", "s3a"):
             # The retries are ours: one place that counts them, waits, and knows when to give up.
+            # So are the checksums: those of the protocol are not the same thing on every store that speaks it.
             client = {
                 "retries": {"max_attempts": 0},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
                 "connect_timeout": 5,
                 "read_timeout": 20,
                 "max_pool_connections": 64,
             }
             options["config_kwargs"] = {**client, **options.get("config_kwargs", {})}
+            options.setdefault("skip_instance_cache", True)  # another store may have come with other credentials
             options.setdefault("anon", os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes"))
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)
+            self.fs, self.root = url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url}: {error}") from None
         if protocol in ("s3", "s3a"):
@@ -69,6 +76,7 @@ class Store:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The whole object, or bytes start to stop of it: all of them, or an error."""
         if stop is None:
+            assert start == 0, "a range has an end"
             content = self._retry(name, lambda: self.fs.cat_file(self.path(name)))
         else:
             content = self._retry(name, lambda: self._range(name, start, stop))
@@ -123,24 +131,31 @@ class Store:
     def upload(self, name: str, source: Path) -> None:
         self._publish(name, lambda path: self.fs.put_file(str(source), path))
 
-    def _publish(self, name: str, put: Any) -> None:
+    def _publish(self, name: str, put: Callable[[str], None]) -> None:
         path = self.path(name)
-        if self.local:
+
+        def put_in_place() -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = f"{path}.part"
-            put(temporary)
-            os.replace(temporary, path)
-        else:
-            self._retry(name, lambda: put(path))
+            try:
+                put(temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+        self._retry(name, put_in_place if self.local else lambda: put(path))
 
     def remove(self, folder: str) -> None:
         if self.local:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         elif self.list(folder):
-            self._retry(folder, lambda: self.fs.rm(self.path(folder), recursive=True))
+            with contextlib.suppress(Missing):  # an earlier attempt's answer was lost
+                self._retry(folder, lambda: self.fs.rm(self.path(folder), recursive=True))
 
     def _retry(self, name: str, attempt: Any) -> Any:
-        """Until it succeeds, is refused for good, or patience ends. Waits are random, so that many clients do not return as one."""
+        """Until it succeeds, is refused for good, or patience ends. Waits are random: many clients do not return as one."""
         url, begun, delay = f"{self.url}/{name}".rstrip("/"), time.monotonic(), FIRST_DELAY
         while True:
             with self._lock:
@@ -166,18 +181,32 @@ class Store:
         if status == 404 or isinstance(error, FileNotFoundError | NotADirectoryError):
             raise Missing(f"{url} does not exist ({error})") from None
         if "Credentials" in name:
-            raise Denied(f"{url}: no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or "
-                         "a service account, or AWS_NO_SIGN_REQUEST=1 for a public bucket") from None  # fmt: skip
+            raise Denied(f"{url}: no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+                         "profile or a service account, or AWS_NO_SIGN_REQUEST=1 for a public bucket") from None  # fmt: skip
         if status in (401, 403) or isinstance(error, PermissionError):
             raise Denied(f"{url}: access is refused ({error}); check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                          "a profile or a service account) and what they may do there") from None  # fmt: skip
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise StoreError(f"{url}: {error}") from error
         if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
             raise StoreError(f"{url}: the store rejects the request ({error})") from error
+        if (
+            self.local
+            and isinstance(error, OSError)
+            and error.errno not in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+        ):
+            raise StoreError(f"{url}: {error}") from error
         kind = type(error).__module__.split(".")[0]
+        if kind == "botocore" and not isinstance(error, _passing()):
+            raise StoreError(f"{url}: the client of the store refuses its settings: {error}") from error
         if not isinstance(error, OSError) and kind not in ("botocore", "aiobotocore", "aiohttp", "asyncio", "fsspec"):
             raise error
+
+
+def _passing() -> tuple[type[Exception], ...]:
+    """What botocore raises for trouble on the way; its other errors are about how it was called."""
+    from botocore import exceptions, parsers
+
+    return (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError,
+            exceptions.FlexibleChecksumError, parsers.ResponseParserError)  # fmt: skip
 
 
 def _status(error: BaseException | None) -> int | None:

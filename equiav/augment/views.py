@@ -22,9 +22,14 @@ class Batch(NamedTuple):
     frames: Tensor  # (B, 3, H, W) uint8, one frame of each clip
     waveform: Tensor  # (B, L) int16
     lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
+    valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it is quarantined)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.epoch, *(x.to(device, non_blocking=True) for x in self[1:]))
+        """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
+        tensors = self[1:5]
+        if device.type == "cuda":
+            tensors = (x.pin_memory() for x in tensors)
+        return Batch(self.epoch, *(x.to(device, non_blocking=True) for x in tensors), valid=self.valid)
 
 
 class Views(NamedTuple):

@@ -29,9 +29,11 @@ def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[
 
     step = -1
     for step, batch in zip(range(settings.steps), batches, strict=False):
+        if int(batch.valid.sum()) < 2:
+            continue  # the end of an epoch, or quarantined: nothing to contrast with
         views = make_views(config, batch.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-            embeddings = Embeddings(*model(*views))
+            embeddings = Embeddings(*model(*views)).only(batch.valid)
         loss, terms = equiav_loss(embeddings, weights_at(step, settings.steps, config.objective), config.objective)
 
         for group in optimizer.param_groups:

@@ -24,7 +24,8 @@ CLIPS = [World(seconds=2.56).clip(index) for index in range(6)]
 def batch(epoch=0, first=0):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS]))
-    return Batch(epoch, torch.arange(first, first + 6), frames, waveform, torch.full((6,), waveform.shape[1]))
+    return Batch(epoch, torch.arange(first, first + 6), frames, waveform, torch.full((6,), waveform.shape[1]),
+                 torch.ones(6, dtype=torch.bool))  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -26,7 +26,8 @@ class FaultProxy:
         self.log: list[Request] = []
         started = threading.Event()
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._run, args=(started,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self._thread.start()
         started.wait()
 
     def _run(self, started):
@@ -35,9 +36,16 @@ class FaultProxy:
         self.port = server.sockets[0].getsockname()[1]
         started.set()
         self._loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
 
     def close(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
 
     def options(self):
         return {"endpoint_url": f"http://127.0.0.1:{self.port}"}

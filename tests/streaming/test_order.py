@@ -93,10 +93,11 @@ def test_order_depends_on_each_of_its_inputs_and_on_nothing_else():
 
 
 def test_order_is_the_same_in_another_process():
-    program = ("import numpy as np; from streaming import Epoch, Order; e = Epoch(Order('5f' * 32, 3, 7), np.arange(1, 30), 2); "
-               "print([(e.slots(k, 0, 7).shards.tolist(), e.slots(k, 0, 7).places.tolist()) for k in range(e.steps)])")  # fmt: skip
+    program = ("import numpy as np; from streaming import Epoch, Order; "
+               "e = Epoch(Order('5f' * 32, 3, 7), np.arange(1, 30), 2); "
+               "print([[x.tolist() for x in e.slots(k, 0, 7)[:2]] for k in range(e.steps)])")  # fmt: skip
     here = Epoch(Order(FINGERPRINT, 3, 7), np.arange(1, 30), 2)
-    mine = [(s.shards.tolist(), s.places.tolist()) for k in range(here.steps) for s in [here.slots(k, 0, 7)]]
+    mine = [[x.tolist() for x in here.slots(k, 0, 7)[:2]] for k in range(here.steps)]
     assert subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.strip() == str(mine)
@@ -116,15 +117,15 @@ def test_the_order_of_a_fixed_case_never_changes():
 
 
 def test_ten_thousand_kills_and_resizes_lose_nothing_and_repeat_nothing():
-    """A run is killed at random, goes on from its last checkpoint with another number of ranks; only what a checkpoint covers counts."""
+    """A run is killed at random and goes on from its last checkpoint, with another number of ranks."""
     rng = random.Random(0)
     kills = 0
     while kills < 10_000:
         epoch, sizes = random_epoch(np.random.default_rng(rng.randrange(2**32)))
         G, done, kept = epoch.order.batch, 0, []
         while done < epoch.steps:
-            W = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 64])
-            ran = rng.randint(1, 6)
+            W = rng.choice([1, 1, 2, 3, 4, 5, 6, 7, 8, 9, rng.choice([16, 64])])
+            ran = rng.randint(1, 3)
             for k in range(done, min(done + ran, epoch.steps)):
                 kept.append([pair for r in range(W) for pair in pairs(epoch.slots(k, *share(G, r, W)))])
             killed_before = rng.randint(0, ran)  # steps since the checkpoint are lost and done again

@@ -20,7 +20,8 @@ def batches(size=8, epochs=1000):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS[:size]])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS[:size]]))
     for epoch in range(epochs):
-        yield Batch(epoch, torch.arange(size), frames, waveform, torch.full((size,), waveform.shape[1]))
+        yield Batch(epoch, torch.arange(size), frames, waveform, torch.full((size,), waveform.shape[1]),
+                    torch.ones(size, dtype=torch.bool))  # fmt: skip
 
 
 def run(config, source=None):

@@ -1,0 +1,195 @@
+"""`equiav pack`, `equiav index`, `equiav verify`: datasets, from clips to shards on object storage."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from equiav.config import ConfigError, DataConfig, require
+from equiav.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
+from equiav.synthetic import World
+from streaming import Dataset, DatasetError, Store
+from streaming.dataset import index_shard, verify_shard, write_index
+from streaming.pack import REJECTED, Item, pack
+from streaming.pack import Progress as Packed
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Packs clips into shards. Killed and started again with the same settings, it goes on where it was."""
+
+    source: tyro.conf.Positional[str] = ""
+    """A folder of videos, a text file with a video's path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
+    to: str = ""
+    """Folder for the dataset: s3://bucket/name, or any other that fsspec writes."""
+    frames: int = 10
+    """Frames of a clip, from the middles of as many equal parts."""
+    short_side: int = 256
+    """Of a frame, pixels. Frames of a list are packed as they are."""
+    quality: int = 90
+    """Of the JPEGs, 1 to 100."""
+    audio: Literal["wav", "flac"] = "wav"
+    """flac takes about half the space, and ten times as long to decode."""
+    max_seconds: float = 30.0
+    """Longer clips are rejected: training hears only the beginning, and frames from later would not belong to it."""
+    keep_frozen: bool = False
+    """Pack clips whose frames all show the same picture, too."""
+    max_shard_bytes: int = 256 << 20
+    """Size of a shard, at most."""
+    shard_samples: int = 512
+    """Clips of a shard, at most. What is finished survives a kill shard by shard."""
+    processes: int = CORES
+    """That decode and encode."""
+    timeout: float = 600.0
+    """Seconds after which a clip is given up."""
+    seed: int = 0
+    """Of the synthetic world."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "short_side", "shard_samples", "processes", "max_seconds", "timeout"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
+        require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Makes the index of shards (*.tar) that somebody else packed, and the offsets file of each."""
+
+    url: tyro.conf.Positional[str] = ""
+    """Folder of the shards; it must be writable."""
+    processes: int = CORES
+    """Shards that are read at a time."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Reads every byte of a dataset and compares it with its index."""
+
+    url: tyro.conf.Positional[str] = ""
+    """Folder of the dataset."""
+    processes: int = CORES
+    """Shards that are read at a time."""
+
+
+def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
+    require(bool(config.source), "source", "not given", "what to pack: a folder, a list, or synthetic:COUNT")
+    require(bool(config.to), "to", "not set", "the folder to pack into (--to s3://bucket/name)")
+    console = Console()
+    shape = Shape(
+        config.frames,
+        config.short_side,
+        config.quality,
+        config.audio,
+        config.max_seconds,
+        config.keep_frozen,
+        config.data,
+    )
+    items, encode = open_source(config, shape)
+    store = Store(config.to, options=options)
+    with _bar(console) as progress:
+        bar = progress.add_task("packing", total=len(items), note="")
+
+        def report(packed: Packed) -> None:
+            note = f"{packed.shards} shards, {packed.bytes / 2**20:,.0f} MiB, {packed.rejected.total()} rejected"
+            progress.update(bar, completed=packed.items, note=note)
+
+        done = pack(items, encode, store, processes=config.processes, max_shard_bytes=config.max_shard_bytes,
+                    part_items=config.shard_samples, settings=repr(shape), timeout=config.timeout, report=report)  # fmt: skip
+        report(done)
+    kept = len(items) - done.rejected.total()
+    console.print(
+        f"{kept} of {len(items)} clips in {done.shards} shards, {done.bytes / 2**20:,.1f} MiB, at {config.to}",
+        highlight=False,
+    )
+    for reason, count in done.rejected.most_common():
+        console.print(f"  rejected: {count} {reason}", highlight=False)
+    if done.rejected:
+        console.print(f"  each with its reason in {config.to.rstrip('/')}/{REJECTED}", highlight=False)
+
+
+def open_source(config: PackConfig, shape: Shape) -> tuple[list[Item], Callable[[Any], dict[str, bytes]]]:
+    kind, _, count = config.source.partition(":")
+    if kind == "synthetic":
+        require(count.isdigit() and int(count) > 0, "source", config.source, "synthetic:COUNT with a positive number")
+        world = World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate)
+        return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape)
+    source = Path(config.source).expanduser()
+    require(source.exists(), "source", config.source, "a folder, a file, or synthetic:COUNT; this path does not exist")
+    if source.suffix == ".json":
+        return list_frames(source), EncodeFrames(shape)
+    try:
+        import av  # noqa: F401
+    except ModuleNotFoundError:
+        raise ConfigError("av is not installed; `pip install 'equiav[prep]'` brings it") from None
+    return list_videos(source), EncodeVideo(shape)
+
+
+def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
+    require(bool(config.url), "url", "not given", "the folder of the shards")
+    console, store = Console(), Store(config.url, options=options)
+    names = [name for name in store.list() if name.endswith(".tar")]
+    if not names:
+        raise DatasetError(f"{config.url} has no shards: no file there ends in .tar")
+    shards = _each(console, "indexing", names, lambda name: index_shard(store, name), config.processes)
+    write_index(store, shards)
+    console.print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}", highlight=False)
+
+
+def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> None:
+    require(bool(config.url), "url", "not given", "the folder of a dataset")
+    console, store = Console(), Store(config.url, options=options)
+    dataset = Dataset(store)
+    found = _each(console, "verifying", list(dataset), lambda shard: verify_shard(store, shard), config.processes)
+    problems = [problem for of_shard in found for problem in of_shard]
+    for p in problems:
+        console.print(f"{p['shard']}{', sample ' + p['key'] if p['key'] else ''}: {p['reason']}", highlight=False)
+    if problems:
+        kinds = Counter("damaged samples" if p["key"] else "damaged shards" for p in problems)
+        raise DatasetError(f"{config.url}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    console.print(
+        f"{dataset.samples} samples in {len(dataset)} shards, {dataset.bytes:,} bytes: every byte is as the index says",
+        highlight=False,
+    )
+
+
+def _each(console: Console, what: str, items: list[Any], call: Callable[[Any], Any], threads: int) -> list[Any]:
+    with _bar(console) as progress, ThreadPoolExecutor(threads) as pool:
+        bar, results = progress.add_task(what, total=len(items), note="shards"), []
+        for result in pool.map(call, items):
+            results.append(result)
+            progress.update(bar, advance=1)
+    return results
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description:9s}"), BarColumn(16), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
+                    TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"), console=console)  # fmt: skip

@@ -1,0 +1,44 @@
+"""The stream of a run: `streaming` with EquiAV's decoder, and its batches as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from equiav.augment import Batch
+from equiav.augment.draws import Purpose, uniforms
+from equiav.config import Config, require
+from equiav.decoder import ClipDecoder
+from streaming import Dataset, Loader, Order, Quarantine, Store
+
+
+def open_stream(config: Config, *, rank: int = 0, ranks: int = 1, sharers: int = 1, quarantine: Path | None = None,
+                options: dict[str, Any] | None = None) -> Loader:  # fmt: skip
+    """The loader of one rank. `sharers`: ranks on this node. `quarantine`: file for what cannot be used.
+    `options`: for the file system, beside what the environment says."""
+    s = config.stream
+    require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
+    cache = s.cache.expanduser()
+    store = Store(s.url, s.patience, options)
+    dataset = Dataset(store, None if store.local else cache)
+    order = Order(dataset.fingerprint, config.seed, config.train.batch_size, s.lanes, s.window)
+
+    def frame_draw(epoch: int, samples: np.ndarray) -> np.ndarray:
+        return uniforms(config.seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
+
+    return Loader(dataset, order, ClipDecoder(config.model, config.data), rank=rank, ranks=ranks, workers=s.workers,
+                  ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw,
+                  quarantine=Quarantine(dataset.samples, s.max_bad, quarantine))  # fmt: skip
+
+
+def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:
+    """From step `start`, counted over all epochs, without end."""
+    for batch in loader.batches(start):
+        fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
+        frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
+        yield Batch(batch.epoch, torch.from_numpy(batch.samples), frames, fields["waveform"], fields["lengths"],
+                    torch.from_numpy(batch.valid))  # fmt: skip

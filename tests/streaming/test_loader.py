@@ -1,0 +1,468 @@
+"""The stream as its users see it: the same batches whatever happens, every sample once, nothing wrong delivered."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streaming import CacheError, ChildDied, Dataset, DatasetError, Epoch, Loader, Order, Store, TooManyBadSamples
+from streaming.order import share
+from streaming.shards import Offsets
+from tests.streaming.fault_proxy import FaultProxy
+from tests.streaming.toys import FRAMES, ToyDecoder, content, make_dataset, open_loader, take, toy_draw
+
+EPOCH = 13  # steps of 8 in 103 samples
+
+
+def ids(batches):
+    return [batch.samples.tolist() for batch in batches]
+
+
+def global_steps(url, W, count, start=0, **arguments):
+    """The steps of all ranks, put together."""
+    parts = []
+    for rank in range(W):
+        with open_loader(url, rank=rank, ranks=W, **arguments) as loader:
+            parts.append(take(loader, count, start))
+    for rows in zip(*parts, strict=True):
+        assert len({(b.epoch, b.step) for b in rows}) == 1
+    return [
+        {
+            "samples": np.concatenate([b.samples for b in rows]).tolist(),
+            "frames": np.concatenate([b.fields["frame"] for b in rows]).tolist(),
+            "numbers": np.concatenate([b.fields["number"] for b in rows]).tolist(),
+            "valid": np.concatenate([b.valid for b in rows]).tolist(),
+        }
+        for rows in zip(*parts, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(local):
+    return global_steps(local, 1, 2 * EPOCH)
+
+
+def test_every_sample_of_an_epoch_comes_once_and_is_itself(local):
+    with open_loader(local) as loader:
+        assert loader.steps_per_epoch == EPOCH
+        for epoch in (0, 1):
+            batches = take(loader, EPOCH, start=epoch * EPOCH)
+            assert [(b.epoch, b.step) for b in batches] == [(epoch, k) for k in range(EPOCH)]
+            seen = [int(s) for b in batches for s in b.samples[b.valid]]
+            assert sorted(seen) == list(range(103))
+            for b in batches:
+                draws = toy_draw(epoch, b.samples)
+                for row in np.flatnonzero(b.valid):
+                    assert b.fields["number"][row] == b.samples[row]
+                    assert b.fields["frame"][row] == int(draws[row] * FRAMES)
+                    expected = content(f"s{b.samples[row]:05d}", b.fields["frame"][row])
+                    assert bytes(b.fields["bytes"][row]) == expected
+            last = batches[-1]
+            assert last.valid.tolist() == [True] * 7 + [False]
+            assert last.samples[-1] == -1
+            assert not last.fields["bytes"][-1].any()
+
+
+@pytest.mark.parametrize("W", [2, 3, 4, 5, 6, 7, 8, 9, 16, 64])
+def test_any_number_of_ranks_delivers_the_same_steps(local, reference, W):
+    assert global_steps(local, W, EPOCH + 2) == reference[: EPOCH + 2]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_any_number_of_processes_delivers_the_same_steps(local, reference, workers):
+    assert global_steps(local, 1, EPOCH, workers=workers) == reference[:EPOCH]
+
+
+def test_a_remote_dataset_delivers_the_same_steps(remote, reference, tmp_path):
+    url, options = remote
+    assert global_steps(url, 1, EPOCH + 2, cache=tmp_path / "a", options=options) == reference[: EPOCH + 2]
+    assert global_steps(url, 3, EPOCH + 2, cache=tmp_path / "b", options=options) == reference[: EPOCH + 2]
+    assert global_steps(url, 2, EPOCH, cache=tmp_path / "c", options=options, workers=2) == reference[:EPOCH]
+
+
+@pytest.mark.parametrize("start", [1, 5, 12, 13, 20])
+def test_resuming_is_arithmetic(local, reference, start):
+    assert global_steps(local, 2, 5, start=start) == reference[start : start + 5]
+
+
+def test_a_loader_can_be_iterated_again(local, reference):
+    with open_loader(local) as loader:
+        for start in (3, 0, 7):
+            assert ids(take(loader, 3, start)) == [step["samples"] for step in reference[start : start + 3]]
+
+
+def test_batches_stay_as_they_are_while_others_are_made(local):
+    with open_loader(local) as loader:
+        batches = loader.batches()
+        first = next(batches)
+        before = first.fields["bytes"].copy()
+        for _ in range(8):
+            next(batches)
+        assert (first.fields["bytes"] == before).all()
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("W", [1, 2, 3, 4, 8])
+def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3, tmp_path, W):
+    """Every rank with a disk of its own; ranks cut shards, and W = 3 and 8 cut lanes."""
+    url, options = remote
+    dataset = Dataset(Store(url, options=options), tmp_path)
+    epoch = Epoch(Order(dataset.fingerprint, 1, 8, lanes=2, window=2), dataset.sizes, 0)
+    proxy = FaultProxy(s3.port)
+    needed = 0
+    for rank in range(W):
+        slots = share(8, rank, W)
+        needed += sum(len(places) for w in range(epoch.windows) for places in epoch.needs(w, *slots).values())
+        # So far that the last window is fetched, and not yet the first of the next epoch:
+        steps = sum(epoch.slots(k, *slots).windows[1] < epoch.windows - 1 for k in range(epoch.steps))
+        with open_loader(url, tmp_path / str(rank), options=proxy.options(), rank=rank, ranks=W, ahead=0) as loader:
+            batches = loader.batches()
+            for _ in range(steps):
+                next(batches)
+            while loader._windows.get((0, epoch.windows - 1), ()) is None:
+                loader._receive()
+            assert (1, 0) not in loader._windows
+            batches.close()
+    proxy.close()
+    reads = {}
+    for request in proxy.log:
+        if request.method == "GET" and request.path.endswith(".tar"):
+            reads.setdefault(request.path, []).append((request.start, request.stop))
+    assert needed == 103
+    assert len(reads) == 11
+    for ranges in reads.values():
+        assert all(later[0] >= earlier[1] for earlier, later in pairwise(sorted(ranges)))
+
+
+def test_a_second_epoch_comes_from_the_cache(remote, tmp_path):
+    url, options = remote
+    with open_loader(url, tmp_path, options=options) as loader:
+        take(loader, 3 * EPOCH)
+        time.sleep(1.2)
+        take(loader, 1)
+        stats = loader.stats()
+    assert stats.fetch["misses"] == 11
+    assert stats.fetch["hits"] >= 22
+    assert stats.fetch["requests"] == 22  # a shard and its offsets, each once
+    assert sum(stats.decoded) >= 3 * 103
+    assert stats.wait_seconds > 0
+
+
+def test_a_cache_of_two_windows_is_enough_and_never_exceeded(remote, tmp_path):
+    url, options = remote
+    with pytest.raises(CacheError, match=r"cache_bytes is 1000, expected (\d+) or more") as error:
+        open_loader(url, tmp_path, options=options, cache_bytes=1000)
+    needed = int(re.search(r"expected (\d+)", str(error.value))[1])
+    limit = min(needed, 8 * 72_000)  # shards of 61 kB, windows of two
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "_check_room", lambda *_: None)
+        loader = open_loader(url, tmp_path, options=options, cache_bytes=limit)
+    with loader:
+        batches = loader.batches()
+        seen = []
+        for _ in range(3 * EPOCH):
+            seen += next(batches).samples.tolist()
+            used = sum(p.stat().st_blocks * 512 for p in tmp_path.rglob("*") if p.is_file())
+            assert used <= limit
+    assert sorted(s for s in seen if s >= 0) == sorted([*range(103)] * 3)
+
+
+# ---- what can go wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(local, tmp_path):
+    """A copy of the dataset, to be damaged: (folder, offsets of a shard)."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(local, folder)
+    return folder
+
+
+def offsets_of(folder, shard):
+    return Offsets((folder / f"{shard}.offsets").read_bytes())
+
+
+def flip(path, position):
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+def run_epoch(url, **arguments):
+    arguments.setdefault("max_bad", 1.0)
+    with open_loader(str(url), **arguments) as loader:
+        batches = take(loader, EPOCH)
+        delivered = [int(s) for b in batches for s in b.samples[b.valid]]
+        quarantined = loader.quarantine.state()
+        for b in batches:
+            assert not b.fields["bytes"][~b.valid].any()
+    assert sorted([*delivered, *quarantined]) == list(range(103))  # delivered + quarantined = total, always
+    return quarantined, loader
+
+
+def test_a_flipped_bit_is_quarantined_and_only_its_sample(damaged):
+    for extension in ("0.bin", "1.bin", "2.bin"):
+        flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members[extension].offset + 100)
+    quarantined, loader = run_epoch(damaged, quarantine_path=damaged / "quarantine.jsonl")
+    assert quarantined == {34: "checksum"}
+    line = json.loads((damaged / "quarantine.jsonl").read_text())
+    assert line["sample"] == 34
+    assert "000003-00.tar, sample 4 (s00034)" in line["where"]
+    assert "checksum" in line["detail"]
+    assert loader.stats().quarantined == {"checksum": 1}
+
+
+def test_a_bit_in_a_member_that_is_not_used_does_no_harm(damaged):
+    """Epoch 0 reads one of the three frames."""
+    frame = int(toy_draw(0, np.array([34]))[0] * FRAMES)
+    other = (frame + 1) % FRAMES
+    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members[f"{other}.bin"].offset)
+    assert run_epoch(damaged)[0] == {}
+
+
+def test_of_a_truncated_shard_the_whole_samples_are_delivered(damaged):
+    offsets = offsets_of(damaged, "000005-00.tar")
+    os.truncate(damaged / "000005-00.tar", offsets[7].members["json"].offset + 3)
+    assert run_epoch(damaged)[0] == dict.fromkeys([57, 58, 59], "shard truncated")
+
+
+def test_the_same_from_a_store(damaged, s3, tmp_path):
+    offsets = offsets_of(damaged, "000005-00.tar")
+    os.truncate(damaged / "000005-00.tar", offsets[7].members["json"].offset + 3)
+    (damaged / "000001-00.tar").unlink()
+    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
+    flip(damaged / "000008-00.tar.offsets", 30)
+    shutil.copytree(damaged, s3.folder / "damaged" / "toys")
+    expected = (dict.fromkeys(range(10, 20), "shard missing") | dict.fromkeys([57, 58, 59], "shard truncated")
+                | {34: "checksum"} | dict.fromkeys(range(80, 90), "offsets damaged"))  # fmt: skip
+    arguments = {"options": s3.options(), "cache": tmp_path / "cache"}
+    assert run_epoch("s3://damaged/toys", **arguments)[0] == expected
+    assert run_epoch("s3://damaged/toys", workers=2, **arguments)[0] == expected
+    for rank in range(3):  # and the same samples, whoever meets them
+        with open_loader("s3://damaged/toys", max_bad=1.0, rank=rank, ranks=3, **arguments) as loader:
+            batches = take(loader, EPOCH)
+            bad = {int(s) for b in batches for s in b.samples[~b.valid] if s >= 0}
+            assert bad == set(expected) & {int(s) for b in batches for s in b.samples}
+
+
+def test_a_missing_shard_and_missing_offsets_are_quarantined(damaged):
+    (damaged / "000001-00.tar").unlink()
+    (damaged / "000002-00.tar.offsets").unlink()
+    expected = dict.fromkeys(range(10, 20), "shard missing") | dict.fromkeys(range(20, 30), "offsets missing")
+    assert run_epoch(damaged)[0] == expected
+
+
+def test_what_the_decoder_refuses_is_quarantined(damaged):
+    class Picky(ToyDecoder):
+        def members(self, names, draw):
+            return super().members([n for n in names if n != "json"], draw)
+
+    dataset = Dataset(Store(str(damaged)))
+    with (
+        pytest.raises(TooManyBadSamples, match=r"2 of 103 samples .*2 member missing.* max_bad=0.01"),
+        Loader(dataset, Order(dataset.fingerprint, 1, 8), Picky(), workers=0) as loader,
+    ):
+        take(loader, EPOCH)
+
+
+def test_a_replay_leaves_out_what_was_left_out_though_it_is_whole_again(damaged):
+    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
+    quarantined, first = run_epoch(damaged, quarantine_path=damaged / "quarantine.jsonl")
+    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
+    with open_loader(str(damaged), quarantine_path=damaged / "quarantine.jsonl") as loader:
+        loader.quarantine.load(json.loads(json.dumps(first.quarantine.state())))
+        batches = take(loader, EPOCH)
+        assert {int(s) for b in batches for s in b.samples[~b.valid]} == {34, -1}
+    assert len((damaged / "quarantine.jsonl").read_text().splitlines()) == 1
+    assert quarantined == {34: "checksum"}
+
+
+def test_damage_on_the_local_disk_is_repaired_from_the_store(remote, tmp_path):
+    url, options = remote
+    with open_loader(url, tmp_path, options=options) as loader:
+        take(loader, EPOCH)
+    for path in tmp_path.rglob("0*.tar"):
+        for position in range(600, path.stat().st_size - 6000, 1000):  # the tar, not the offsets behind it
+            flip(path, position)
+    with open_loader(url, tmp_path, options=options) as loader:
+        batches = take(loader, EPOCH)
+        assert not len(loader.quarantine)
+    assert sorted(int(s) for b in batches for s in b.samples[b.valid]) == list(range(103))
+
+
+def test_a_torn_file_in_the_cache_is_fetched_again(remote, tmp_path):
+    """As a crash of the machine leaves one: there, but not what was written."""
+    url, options = remote
+    with open_loader(url, tmp_path, options=options) as loader:
+        take(loader, EPOCH)
+    files = sorted(tmp_path.rglob("0*.tar"))
+    os.truncate(files[0], 5000)
+    files[1].write_bytes(bytes(files[1].stat().st_size))
+    with open_loader(url, tmp_path, options=options) as loader:
+        batches = take(loader, EPOCH)
+    assert sorted(int(s) for b in batches for s in b.samples[b.valid]) == list(range(103))
+
+
+# ---- the store ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [{"503": 0.05}, {"503": 0.2, "reset": 0.1, "truncate": 0.1}], ids=str)
+def test_a_store_that_fails_now_and_then_changes_nothing(remote, s3, reference, tmp_path, shares):
+    proxy = FaultProxy(s3.port)
+    proxy.shares = shares
+    try:
+        with open_loader(remote[0], tmp_path, options=proxy.options()) as loader:
+            steps = ids(take(loader, EPOCH))
+    finally:
+        proxy.close()
+    assert steps == [step["samples"] for step in reference[:EPOCH]]
+    assert any(request.answer != "whole" for request in proxy.log) or shares == {"503": 0.05}
+
+
+def test_a_store_that_is_down_is_waited_for(remote, s3, reference, tmp_path):
+    proxy = FaultProxy(s3.port)
+    try:
+        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=60) as loader:
+            batches = loader.batches()
+            steps = [next(batches) for _ in range(2)]
+            proxy.down = True
+            proxy._loop.call_later(4, setattr, proxy, "down", False)
+            steps += [next(batches) for _ in range(EPOCH - 2)]
+            batches.close()
+            time.sleep(1.1)
+            take(loader, 1)
+            assert loader.stats().fetch["retries"] > 0
+    finally:
+        proxy.close()
+    assert ids(steps) == [step["samples"] for step in reference[:EPOCH]]
+
+
+def test_a_store_that_stays_down_ends_the_run_with_its_name(remote, s3, tmp_path):
+    proxy = FaultProxy(s3.port)
+    try:
+        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=2) as loader:
+            proxy.down = True
+            with pytest.raises(OSError, match=r"s3://clips/toys/.*no answer for .* s"):
+                take(loader, EPOCH)
+    finally:
+        proxy.close()
+
+
+# ---- at the start -------------------------------------------------------------------------------------------------------
+
+
+def test_another_dataset_than_the_orders_is_refused(local, tmp_path):
+    make_dataset(str(tmp_path / "other"), 20)
+    order = Order(Dataset(Store(local)).fingerprint, 0, 8)
+    with pytest.raises(ValueError, match="the order is of dataset"):
+        Loader(Dataset(Store(str(tmp_path / "other"))), order, ToyDecoder(), workers=0)
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), [
+    ("no index", lambda path: path.unlink(), "holds no dataset.*equiav pack"),
+    ("empty", lambda path: path.write_bytes(b""), "is empty"),
+    ("cut", lambda path: os.truncate(path, path.stat().st_size - 10), "is damaged"),
+    ("bit", lambda path: flip(path, path.stat().st_size - 30), "is damaged"),
+    ("text", lambda path: path.write_text("hello\n"), "is not an index of shards"),
+    ("future", lambda path: path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 9')), "has format 9"),
+], ids=lambda x: x if isinstance(x, str) and " " not in x[:3] else "")  # fmt: skip
+def test_a_dataset_without_a_whole_index_is_refused(damaged, name, damage, message):
+    damage(damaged / "index")
+    with pytest.raises(DatasetError, match=message):
+        Dataset(Store(str(damaged)))
+
+
+def test_a_remote_dataset_needs_a_cache(remote):
+    url, options = remote
+    with pytest.raises(CacheError, match="no cache folder"):
+        open_loader(url, None, options=options)
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------------
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+
+
+def test_a_decoding_process_that_is_killed_is_named(local):
+    with open_loader(local, workers=2) as loader:
+        batches = loader.batches()
+        next(batches)
+        os.kill(loader._workers[1].process.pid, signal.SIGKILL)
+        with pytest.raises(ChildDied, match=r"decoding process 1 was killed by SIGKILL \(out of memory\?\)"):
+            list(islice(batches, EPOCH))
+
+
+class Broken(ToyDecoder):
+    def decode(self, key, members, out):
+        raise KeyError("a mistake in the decoder")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_the_decoder_is_raised_where_the_run_is(local, workers):
+    dataset = Dataset(Store(local))
+    with (
+        Loader(dataset, Order(dataset.fingerprint, 1, 8), Broken(), workers=workers) as loader,
+        pytest.raises(KeyError, match="a mistake in the decoder"),
+    ):
+        take(loader, 1)
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from tests.streaming.toys import open_loader
+
+def main():
+    url, cache, log, options, rank, ranks, start, workers = json.loads(sys.argv[1])
+    with open_loader(url, Path(cache), options=options, rank=rank, ranks=ranks, workers=workers, sharers=ranks) as loader:
+        with open(log, "a", buffering=1) as file:
+            for step, batch in enumerate(loader.batches(start), start):
+                file.write(json.dumps([step, rank, batch.samples.tolist(), batch.fields["number"].tolist()]) + "\\n")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def start_rank(script, url, cache, log, options, rank, ranks, start, workers):
+    argument = json.dumps([url, str(cache), str(log), options, rank, ranks, start, workers])
+    return subprocess.Popen([sys.executable, str(script), argument], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+
+
+def test_nothing_is_left_behind_by_a_killed_rank(remote, tmp_path):
+    """No process, no name in shared memory, no lock; what it was writing is reclaimed by the next."""
+    url, options = remote
+    (tmp_path / "run.py").write_text(RUN)
+    shared = set(os.listdir("/dev/shm"))
+    process = start_rank(tmp_path / "run.py", url, tmp_path / "cache", tmp_path / "log", options, 0, 1, 0, 2)
+    while not (tmp_path / "log").exists() or len((tmp_path / "log").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    below = children(process.pid)
+    assert len(below) == 3  # two that decode, one that fetches
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in below):
+        assert time.monotonic() < deadline, "children outlive their parent"
+        time.sleep(0.05)
+    assert set(os.listdir("/dev/shm")) <= shared
+    with open_loader(url, tmp_path / "cache", options=options) as loader:
+        take(loader, EPOCH)
+    assert not list((tmp_path / "cache").rglob("*.part"))

@@ -1,0 +1,430 @@
+"""A store that answers late, wrongly, in part or not at all: the right bytes come back, or one clear error."""
+
+import random
+import re
+import resource
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from streaming import Store
+from streaming.store import Denied, Missing, Short, StoreError
+from tests.streaming.fault_proxy import FaultProxy
+from tests.streaming.toys import KEY_ID, S3, SECRET, free_port, rclone, wait_for_port
+
+BIG = random.Random(0).randbytes(300_000)
+
+
+@pytest.fixture(scope="module")
+def bucket(s3):
+    """A bucket with one object, `big`, which came there as a file."""
+    (s3.folder / "store").mkdir()
+    (s3.folder / "store" / "big").write_bytes(BIG)
+    store, end = Store("s3://store", patience=10, options=s3.options()), time.monotonic() + 20
+    while not store.exists("big"):
+        assert time.monotonic() < end, "the server does not see its own folder"
+        time.sleep(0.05)
+    return "s3://store"
+
+
+@pytest.fixture(scope="module")
+def the_proxy(s3):
+    return FaultProxy(s3.port)  # its thread ends with the process, stalled answers and all
+
+
+@pytest.fixture
+def proxy(the_proxy, bucket):
+    """It behaves, until a test wants otherwise, and has seen nothing."""
+    the_proxy.shares, the_proxy.only, the_proxy.down = {}, re.compile(""), False
+    the_proxy.random.seed(0)
+    the_proxy.log.clear()
+    return the_proxy
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, s3, bucket, tmp_path):
+    """An empty folder."""
+    if request.param == "local":
+        return Store(str(tmp_path / "folder"), patience=5)
+    return Store(f"{bucket}/{tmp_path.name}", patience=5, options=s3.options())
+
+
+@pytest.fixture(params=["local", "s3"])
+def with_big(request, s3, bucket):
+    """A folder with `big` in it."""
+    if request.param == "local":
+        return Store(str(s3.folder / "store"), patience=5)
+    return Store(bucket, patience=5, options=s3.options())
+
+
+def faults(proxy):
+    return sum(request.answer != "whole" for request in proxy.log)
+
+
+def operations(store, source):
+    """Everything that one can ask of a store about one object."""
+    return {
+        "read a range": lambda: store.read("big", 0, 10),
+        "read": lambda: store.read("big"),
+        "size": lambda: store.size("big"),
+        "exists": lambda: store.exists("big"),
+        "list": lambda: store.list(),
+        "write": lambda: store.write("new", b"new"),
+        "upload": lambda: store.upload("new", source),
+    }
+
+
+ABOUT_BIG = ("read a range", "read", "size", "exists")
+
+
+# ---- what passes by waiting
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "truncate", "stall"])
+def test_what_fails_is_retried_until_the_right_bytes_come(proxy, bucket, fault):
+    store = Store(bucket, patience=30, options=proxy.options() | {"config_kwargs": {"read_timeout": 0.5}})
+    proxy.shares = {fault: 0.5}
+    reads = 0
+    while store.counts["retries"] < 3:
+        start = 30_000 * (reads % 9)
+        assert store.read("big", start, start + 50_000) == BIG[start : start + 50_000]
+        reads += 1
+        assert reads < 60, "something else retries, unseen"
+    count = store.counts["retries"]
+    assert dict(store.counts) == {"requests": reads + count, "retries": count, "bytes": 50_000 * reads}
+    if fault == "reset":  # the client itself asks once more after a reset, unseen
+        assert count < faults(proxy) <= 2 * count + reads
+    else:
+        assert count == faults(proxy)
+
+
+def test_a_whole_object_that_was_cut_is_read_again(proxy, bucket):
+    store = Store(bucket, patience=30, options=proxy.options())
+    proxy.shares = {"truncate": 0.5}
+    for _ in range(8):
+        assert store.read("big") == BIG
+    assert store.counts["retries"] > 0
+
+
+def test_every_operation_outlasts_a_store_that_often_fails(proxy, bucket, tmp_path):
+    store = Store(f"{bucket}/often", patience=60, options=proxy.options())
+    (tmp_path / "source").write_bytes(BIG)
+    proxy.shares = {"503": 0.5, "reset": 0.1}
+    for k in range(5):
+        store.write(f"parts/{k}", b"%d" % k)
+    store.upload("whole", tmp_path / "source")
+    assert store.list() == ["parts", "whole"]
+    assert store.list("parts") == ["0", "1", "2", "3", "4"]
+    assert [store.read(f"parts/{k}") for k in range(5)] == [b"0", b"1", b"2", b"3", b"4"]
+    assert store.read("whole") == BIG
+    assert store.size("whole") == len(BIG)
+    assert store.exists("whole")
+    assert not store.exists("nothing")
+    store.remove("parts")
+    assert store.list() == ["whole"]
+    assert 5 < store.counts["retries"] <= faults(proxy)
+
+
+def test_a_removal_whose_answer_is_lost_is_done(proxy, bucket):
+    store = Store(f"{bucket}/lost", patience=5, options=proxy.options())
+    store.write("parts/0", b"0")
+    proxy.shares, proxy.only = {"truncate": 1.0}, re.compile(r"\?delete")
+    store.remove("parts")
+    assert faults(proxy) == 1
+    assert store.list("parts") == []
+
+
+def test_while_the_store_is_down_it_waits_and_then_goes_on(proxy, bucket):
+    store = Store(bucket, patience=60, options=proxy.options())
+    proxy.down = True
+    timer = threading.Timer(2, setattr, (proxy, "down", False))
+    timer.start()
+    assert store.read("big") == BIG
+    assert store.counts["retries"] >= 3
+    timer.join()
+
+
+def test_a_server_that_was_killed_and_started_again_is_found_again(s3, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "big").write_bytes(BIG)
+    server = S3(tmp_path)
+    starting = threading.Timer(1, server.start)
+    try:
+        store = Store("s3://store", patience=60, options=server.options())
+        assert store.read("big", 0, 1000) == BIG[:1000]
+        assert store.counts["retries"] == 0
+        server.stop()
+        starting.start()
+        assert store.read("big", 1000, 2000) == BIG[1000:2000]
+        assert store.counts["retries"] > 0
+        starting.join()
+    finally:
+        server.stop()
+
+
+def test_when_patience_is_over_the_error_names_the_url_and_the_last_trouble(proxy, bucket, tmp_path):
+    (tmp_path / "source").write_bytes(b"new")
+    store = Store(bucket, patience=0.2, options=proxy.options())
+    store.read("big", 0, 10)
+    proxy.down = True
+    for what, ask in operations(store, tmp_path / "source").items():
+        store.counts.clear()
+        with pytest.raises(StoreError, match=r"no answer for \d+ s \(patience\); the last was \w+") as caught:
+            ask()
+        assert type(caught.value) is StoreError, what
+        assert str(caught.value).startswith(f"{bucket}/big:" if what in ABOUT_BIG else bucket)
+        assert store.counts["requests"] == store.counts["retries"] + 1
+
+
+def test_threads_share_a_store_and_each_gets_its_own_bytes(proxy, bucket):
+    store = Store(bucket, patience=60, options=proxy.options())
+    proxy.shares = {"503": 0.1, "reset": 0.1}
+
+    def read(seed):
+        rng = random.Random(seed)
+        for _ in range(15):
+            start = rng.randrange(len(BIG) - 1)
+            stop = rng.randrange(start + 1, len(BIG))
+            assert store.read("big", start, stop) == BIG[start:stop]
+            lengths.append(stop - start)
+
+    lengths = []
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(read, range(16)))
+    assert len(lengths) == 16 * 15
+    assert store.counts["bytes"] == sum(lengths)
+    assert store.counts["retries"] > 0
+    assert store.counts["requests"] == len(lengths) + store.counts["retries"]
+
+
+# ---- what does not pass by waiting
+
+
+REFUSED = {
+    "wrong secret": ({"key": KEY_ID, "secret": "w" * 40}, Denied, "AWS_SECRET_ACCESS_KEY"),
+    "wrong key": ({"key": "AKIAWRONGWRONGWRONG0", "secret": SECRET}, Denied, "AWS_ACCESS_KEY_ID"),
+    # this server's word for a request without a signature is 400
+    "anonymous": ({"anon": True}, StoreError, "rejects"),
+}
+
+
+@pytest.mark.parametrize("who", REFUSED)
+def test_who_is_refused_is_told_at_once_whatever_is_asked(s3, bucket, tmp_path, who):
+    options, kind, hint = REFUSED[who]
+    (tmp_path / "source").write_bytes(b"new")
+    store = Store(bucket, patience=5, options=s3.options() | options)
+    asked = operations(store, tmp_path / "source")
+    for ask in asked.values():
+        with pytest.raises(StoreError, match=hint) as caught:
+            ask()
+        assert type(caught.value) is kind
+        assert bucket in str(caught.value)
+    assert dict(store.counts) == {"requests": len(asked)}
+
+
+def test_a_refusal_is_one_request_to_the_server(proxy, bucket):
+    store = Store(bucket, patience=5, options=proxy.options() | {"key": KEY_ID, "secret": "w" * 40})
+    with pytest.raises(Denied):
+        store.read("big", 0, 10)
+    assert len(proxy.log) == 1
+
+
+@pytest.fixture
+def stranger(monkeypatch, tmp_path):
+    """A user with no credentials anywhere."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def test_without_credentials_the_error_says_what_to_set(proxy, bucket, stranger):
+    # options that no test before used: clients of the same options are shared, and keep the credentials they found
+    store = Store(bucket, patience=5, options=proxy.options() | {"config_kwargs": {"user_agent_extra": "stranger"}})
+    for ask in (lambda: store.read("big", 0, 10), lambda: store.size("big"), lambda: store.list()):
+        with pytest.raises(Denied, match=r"no credentials were found.*AWS_ACCESS_KEY_ID.*AWS_NO_SIGN_REQUEST"):
+            ask()
+    assert dict(store.counts) == {"requests": 3}
+    assert proxy.log == []
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_a_public_bucket_is_read_without_credentials(s3, bucket, stranger, monkeypatch, how):
+    port = free_port()
+    command = [rclone(), "serve", "s3", str(s3.folder), "--addr", f"127.0.0.1:{port}", "--config", "/dev/null"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_port(port)
+        options = s3.options(port)
+        if how == "option":
+            options["anon"] = True
+        else:
+            monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "1")
+        store = Store(bucket, patience=5, options=options)
+        assert store.read("big", 5, 50) == BIG[5:50]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_missing_bucket_is_named_at_once(s3, tmp_path):
+    (tmp_path / "source").write_bytes(b"new")
+    store = Store("s3://no-such-bucket/folder", patience=5, options=s3.options())
+    asked = operations(store, tmp_path / "source")
+    for what in ("read a range", "read", "size", "write", "upload"):
+        with pytest.raises(Missing, match="s3://no-such-bucket/folder"):
+            asked[what]()
+    assert dict(store.counts) == {"requests": 5}
+
+
+def test_a_missing_object_is_named_at_once(with_big):
+    for ask in (lambda: with_big.read("none", 0, 10), lambda: with_big.read("none"), lambda: with_big.size("none")):
+        with pytest.raises(Missing, match=f"{with_big.url}/none does not exist"):
+            ask()
+    assert not with_big.exists("none")
+    assert with_big.exists("big")
+    assert with_big.list("none") == []
+    assert with_big.counts["retries"] == 0
+
+
+@pytest.mark.parametrize("protocol", ["nonsense", "gopher"])
+def test_an_unknown_protocol_is_an_error_of_the_store(protocol):
+    with pytest.raises(StoreError, match=f"{protocol}://somewhere"):
+        Store(f"{protocol}://somewhere")
+
+
+@pytest.mark.parametrize(
+    ("url", "options"), [("s3://Not a bucket!/x", {}), ("s3://store", {"profile": "no-such-profile"})]
+)
+def test_a_setting_that_no_waiting_will_mend_is_an_error_at_once(s3, url, options):
+    store = Store(url, patience=0.3, options=s3.options() | options)
+    with pytest.raises(StoreError, match=re.escape(url)):
+        store.read("big", 0, 10)
+    assert store.counts["retries"] == 0
+
+
+def test_a_local_folder_where_an_object_should_be_is_an_error_at_once(tmp_path):
+    (tmp_path / "folder").mkdir()
+    store = Store(str(tmp_path), patience=0.3)
+    with pytest.raises(StoreError, match="folder"):
+        store.read("folder")
+    assert store.counts["retries"] == 0
+
+
+def test_errors_of_the_program_are_raised_as_they_are(store):
+    store.write("old", b"old")
+    for call in (lambda: store.read("old", "0", "2"), lambda: store.write("new", 5)):
+        with pytest.raises(TypeError):
+            call()
+    assert store.counts["retries"] == 0
+    assert not store.exists("new")
+
+
+# ---- ranges
+
+
+@pytest.mark.parametrize(("start", "stop"), [(299_990, 300_001), (0, 300_001), (300_000, 300_010), (400_000, 400_010)])
+def test_a_range_past_the_end_says_where_the_end_is(with_big, start, stop):
+    with pytest.raises(Short, match=f"{with_big.url}/big ends at byte 300000, expected {stop}") as caught:
+        with_big.read("big", start, stop)
+    assert caught.value.size == 300_000
+    assert dict(with_big.counts) == {"requests": 1}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 300_000), (299_999, 300_000), (0, 1), (7, 7), (300_000, 300_000)])
+def test_a_range_up_to_the_end_is_all_there(with_big, start, stop):
+    assert with_big.read("big", start, stop) == BIG[start:stop]
+    assert dict(with_big.counts) == {"requests": 1, "bytes": stop - start}
+
+
+def test_a_range_of_an_object_that_was_written_here_comes_back(s3, bucket):
+    store = Store(f"{bucket}/own", patience=0.3, options=s3.options())
+    store.write("object", BIG)
+    assert store.read("object") == BIG
+    assert store.read("object", 10, 20) == BIG[10:20]
+
+
+# ---- writing
+
+
+def test_what_is_written_and_uploaded_can_be_listed_read_and_removed(store, tmp_path):
+    (tmp_path / "source").write_bytes(BIG)
+    assert store.list() == []
+    store.write("b", b"")
+    store.write("a", b"text")
+    store.write("parts/2/deep", b"2")
+    store.upload("parts/1", tmp_path / "source")
+    assert store.list() == ["a", "b", "parts"]
+    assert store.list("parts") == ["1", "2"]
+    assert store.list("parts/2") == ["deep"]
+    assert (store.read("a"), store.read("b"), store.read("parts/1")) == (b"text", b"", BIG)
+    assert (store.size("a"), store.size("b"), store.size("parts/1")) == (4, 0, len(BIG))
+    store.remove("parts")
+    assert store.list() == ["a", "b"]
+    assert store.list("parts") == []
+    assert not store.exists("parts/1")
+    store.remove("parts")  # nothing there is no error
+    assert store.read("a") == b"text"
+
+
+def test_what_is_written_again_replaces_what_was_there(store, tmp_path):
+    (tmp_path / "source").write_bytes(b"the third")
+    store.write("a", b"first")
+    assert (store.list(), store.size("a")) == (["a"], 5)
+    store.write("a", b"the second")
+    assert (store.read("a"), store.size("a")) == (b"the second", 10)
+    store.upload("a", tmp_path / "source")
+    assert (store.read("a"), store.size("a")) == (b"the third", 9)
+    assert store.list() == ["a"]
+
+
+def test_what_another_process_wrote_is_seen_though_the_folder_was_listed_before(store, proxy):
+    other = Store(store.url, patience=5, options=None if store.local else proxy.options())  # a client of its own
+    store.write("a", b"first")
+    assert store.list() == ["a"]
+    other.write("a", b"the second")
+    other.write("b", b"new")
+    assert store.list() == ["a", "b"]
+    other.write("a", b"the third one")
+    assert (store.size("a"), store.read("a", 0, 10), store.exists("b")) == (13, b"the third ", True)
+
+
+def test_a_slash_at_the_end_of_the_url_means_nothing(with_big):
+    same = Store(with_big.url + "/", options=with_big.options)
+    assert same.url == with_big.url
+    assert same.size("big") == len(BIG)
+
+
+def write_too_much(store, name, source: Path):
+    """As on a full disk: half of it is written when the system refuses the rest."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(BIG) // 2, old[1]))
+    try:
+        with pytest.raises(OSError):
+            store.upload(name, source) if source else store.write(name, BIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("upload", [False, True])
+def test_a_local_write_that_fails_leaves_what_was_there(tmp_path, upload):
+    (tmp_path / "source").write_bytes(BIG)
+    store = Store(str(tmp_path / "folder"), patience=1)
+    store.write("old", b"old")
+    write_too_much(store, "old", tmp_path / "source" if upload else None)
+    write_too_much(store, "new", tmp_path / "source" if upload else None)
+    assert store.read("old") == b"old"
+    assert not store.exists("new")
+    store.write("new", BIG)
+    assert store.read("new") == BIG
+
+
+def test_a_local_write_that_fails_leaves_nothing_to_be_listed(tmp_path):
+    store = Store(str(tmp_path / "folder"), patience=1)
+    write_too_much(store, "new", None)
+    assert store.list() == []
