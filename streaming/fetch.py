@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,9 +78,13 @@ class Fetcher:
         self.cache = Cache(settings.cache, settings.limit) if settings.cache else None
         self.counts: Counter[str] = Counter()  # hits, misses
         self._sending = threading.Lock()
+        self._holding = threading.Lock()
         self._held: dict[Any, list[Entry]] = {}
+        self._unwanted: set[Any] = set()
         self._stopped = threading.Event()
         self._windows = ThreadPoolExecutor(1, "window")  # windows claim their space one after the other
+        self._finishing = ThreadPoolExecutor(2, "finish")
+        self._offset_requests = ThreadPoolExecutor(4, "offsets")  # they do not wait behind the shards
         self._requests = ThreadPoolExecutor(settings.requests, "request")
 
     def serve(self) -> None:
@@ -90,8 +95,7 @@ class Fetcher:
                 if kind == "want":
                     self._windows.submit(self._guarded, self._want, *rest)
                 elif kind == "release":
-                    for entry in self._held.pop(rest[0], []):
-                        entry.release()
+                    self._release(*rest)
                 elif kind == "repair":
                     self._requests.submit(self._guarded, self._repair, *rest)
             stats = {**self.store.counts, **self.counts}
@@ -101,8 +105,8 @@ class Fetcher:
 
     def close(self) -> None:
         self._stopped.set()
-        self._windows.shutdown(wait=False, cancel_futures=True)
-        self._requests.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._windows, self._finishing, self._offset_requests, self._requests):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def send(self, *message: Any) -> None:
         with self._sending:
@@ -120,46 +124,61 @@ class Fetcher:
     # ---- windows
 
     def _want(self, key: Any, pieces: list[Piece], ranking: dict[str, float]) -> None:
-        """Every piece on local disk, then the word that the window is ready."""
-        held = self._held[key] = []
+        """Claims room for the pieces and asks for their bytes. Meanwhile the next window may do the same."""
         ready: dict[int, Files | Unusable] = {}
+        entries: dict[int, Entry] = {}
+        requests: dict[int, list[Future[Missing | None]]] = {}  # of the entries that are being written
         absent = []
         for piece in pieces:
             if entry := self._cached(piece):
-                held.append(entry)
-                ready[piece.number] = _files(entry, piece)
+                entries[piece.number] = entry
                 self.counts["hits"] += 1
             else:
                 absent.append(piece)
-        writing: list[tuple[Piece, Entry, list[Future[Missing | None]]]] = []
-        for piece, content in zip(absent, self._requests.map(self._offsets, absent), strict=True):
+        for piece, content in zip(absent, self._offset_requests.map(self._offsets, absent), strict=True):
             if isinstance(content, Unusable):
                 ready[piece.number] = content
             elif self.cache is None:
                 ready[piece.number] = self._in_place(piece.shard)
             else:
                 ranges = _ranges(piece, Offsets(content))
-                entry, new = self._claim(
-                    piece, [*ranges, (piece.shard.bytes, piece.shard.bytes + len(content))], ranking
-                )
-                held.append(entry)
-                ready[piece.number] = _files(entry, piece)
+                behind = (piece.shard.bytes, piece.shard.bytes + len(content))
+                entry, new = self._claim(piece, [*ranges, behind], ranking)
+                entries[piece.number] = entry
                 if new:
                     self.counts["misses"] += 1
                     entry.write(piece.shard.bytes, content)
-                    requests = [
-                        self._requests.submit(self._get, piece.shard.name, entry, *r) for r in _requests(ranges)
-                    ]
-                    writing.append((piece, entry, requests))
-        for piece, entry, requests in writing:
-            missing = [failure for request in requests if (failure := request.result())]
+                    get = partial(self._get, piece.shard.name, entry)
+                    requests[piece.number] = [self._requests.submit(get, *r) for r in _requests(ranges)]
+        places = {piece.number: _files(entries[piece.number], piece) for piece in pieces if piece.number in entries}
+        self._finishing.submit(self._guarded, self._finish, key, {**ready, **places}, entries, requests)
+
+    def _finish(self, key: Any, ready: dict[int, Files | Unusable], entries: dict[int, Entry],
+                requests: dict[int, list[Future[Missing | None]]]) -> None:  # fmt: skip
+        """When every byte is there: says that the window is ready."""
+        for number, futures in requests.items():
+            missing = [failure for future in futures if (failure := future.result())]
             if missing:
-                held.remove(entry)
-                self.cache.abandon(entry)  # type: ignore[union-attr]
-                ready[piece.number] = Unusable("shard missing", str(missing[0]))
+                self.cache.abandon(entries.pop(number))  # type: ignore[union-attr]
+                ready[number] = Unusable("shard missing", str(missing[0]))
             else:
-                self.cache.commit(entry)  # type: ignore[union-attr]
+                self.cache.commit(entries[number])  # type: ignore[union-attr]
+        with self._holding:
+            if key in self._unwanted:  # released before it was ready
+                self._unwanted.remove(key)
+                for entry in entries.values():
+                    entry.release()
+            else:
+                self._held[key] = list(entries.values())
         self.send("ready", key, ready)
+
+    def _release(self, key: Any) -> None:
+        with self._holding:
+            if key in self._held:
+                for entry in self._held.pop(key):
+                    entry.release()
+            else:
+                self._unwanted.add(key)
 
     def _cached(self, piece: Piece) -> Entry | None:
         """The whole shard, or exactly this part of it, from the cache; what a crash of the machine left torn is removed."""

@@ -93,6 +93,14 @@ class _Step:
     repaired: set[int] = field(default_factory=set)
 
 
+@dataclass
+class _Window:
+    """A window that is held, or asked for."""
+
+    asked: int  # the fetcher's name of it: a window that is released and wanted again is another
+    files: dict[int, Files | Unusable] | None = None  # None: not ready
+
+
 def no_draw(epoch: int, samples: np.ndarray) -> np.ndarray:
     return np.zeros(len(samples))
 
@@ -136,9 +144,8 @@ class Loader:
             self._check_room(cache_bytes, sharers)
         self.cache = cache
         self._known = {0: self._epoch}
-        self._windows: dict[
-            tuple[int, int], dict[int, Files | Unusable] | None
-        ] = {}  # (epoch, window), None: not ready
+        self._windows: dict[tuple[int, int], _Window] = {}  # (epoch, window) -> what is asked for, in that order
+        self._asked = 0
         self._flight: OrderedDict[int, _Step] = OrderedDict()
         self._pending: tuple[int, _Step] | None = None
         self._free = list(range(ahead + 1))
@@ -209,7 +216,7 @@ class Loader:
             windows = [(number // self.steps_per_epoch, w) for w in range(step.windows[0], step.windows[1] + 1)]
             for key in windows:
                 self._want(key)
-            if not all(self._windows[key] is not None for key in windows):
+            if any(self._windows[key].files is None for key in windows):
                 break
             self._dispatch(number, step)
             self._pending, self._next, moved = None, self._next + 1, True
@@ -258,12 +265,13 @@ class Loader:
     def _want(self, key: tuple[int, int]) -> None:
         if key in self._windows:
             return
-        self._windows[key] = None
+        self._asked += 1
+        self._windows[key] = _Window(self._asked)
         pieces = []
         for number, places in self._epochs(key[0]).needs(key[1], self.first, self.stop).items():
             shard = self.dataset[number]
             pieces.append(Piece(number, shard, None if len(places) == shard.samples else places))
-        self._fetcher.send(("want", key, pieces, self._ranking(key)))
+        self._fetcher.send(("want", self._asked, pieces, self._ranking(key)))
 
     def _ranking(self, now: tuple[int, int]) -> dict[str, float]:
         """The whole shards in the cache -> in how many windows they are next used: what is least useful is evicted first."""
@@ -299,8 +307,9 @@ class Loader:
                 continue
             kind, *rest = self._fetcher.receive()
             if kind == "ready":
-                if rest[0] in self._windows:
-                    self._windows[rest[0]] = rest[1]
+                for window in self._windows.values():
+                    if window.asked == rest[0]:
+                        window.files = rest[1]
             elif kind == "repaired":
                 self._repaired(*rest)
             else:
@@ -356,8 +365,7 @@ class Loader:
 
     def _release(self, before: tuple[float, float]) -> None:
         for key in [key for key in self._windows if key < before]:
-            del self._windows[key]
-            self._fetcher.send(("release", key))
+            self._fetcher.send(("release", self._windows.pop(key).asked))
 
     def _drain(self) -> None:
         """The consumer has left: what is under way ends, and nothing is held."""
@@ -371,7 +379,7 @@ class Loader:
 
     def _files(self, epoch: int, step: _Step, shard: int) -> Files | Unusable:
         return next(ready[shard] for w in range(step.windows[0], step.windows[1] + 1)
-                    if shard in (ready := self._windows[epoch, w] or {}))  # fmt: skip
+                    if shard in (ready := self._windows[epoch, w].files or {}))  # fmt: skip
 
     def _check_room(self, limit: int, sharers: int) -> None:
         """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -125,12 +126,14 @@ def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3,
         slots = share(8, rank, W)
         needed += sum(len(places) for w in range(epoch.windows) for places in epoch.needs(w, *slots).values())
         # So far that the last window is fetched, and not yet the first of the next epoch:
-        steps = sum(epoch.slots(k, *slots).windows[1] < epoch.windows - 1 for k in range(epoch.steps))
+        steps = sum(0 <= epoch.slots(k, *slots).windows[1] < epoch.windows - 1 for k in range(epoch.steps))
+        steps -= not epoch.needs(epoch.windows - 1, *slots)
         with open_loader(url, tmp_path / str(rank), options=proxy.options(), rank=rank, ranks=W, ahead=0) as loader:
             batches = loader.batches()
             for _ in range(steps):
                 next(batches)
-            while loader._windows.get((0, epoch.windows - 1), ()) is None:
+            last = loader._windows.get((0, epoch.windows - 1))
+            while last and last.files is None:
                 loader._receive()
             assert (1, 0) not in loader._windows
             batches.close()
@@ -426,11 +429,13 @@ def test_a_mistake_in_the_decoder_is_raised_where_the_run_is(local, workers):
 RUN = """
 import json, sys
 from pathlib import Path
+from streaming import Loader
 from tests.streaming.toys import open_loader
 
 def main():
-    url, cache, log, options, rank, ranks, start, workers = json.loads(sys.argv[1])
-    with open_loader(url, Path(cache), options=options, rank=rank, ranks=ranks, workers=workers, sharers=ranks) as loader:
+    url, cache, log, options, rank, ranks, start, workers, limit = json.loads(sys.argv[1])
+    with open_loader(url, Path(cache), options=options, rank=rank, ranks=ranks, workers=workers, sharers=ranks,
+                     cache_bytes=limit) as loader:
         with open(log, "a", buffering=1) as file:
             for step, batch in enumerate(loader.batches(start), start):
                 file.write(json.dumps([step, rank, batch.samples.tolist(), batch.fields["number"].tolist()]) + "\\n")
@@ -440,8 +445,23 @@ if __name__ == "__main__":
 """
 
 
-def start_rank(script, url, cache, log, options, rank, ranks, start, workers):
-    argument = json.dumps([url, str(cache), str(log), options, rank, ranks, start, workers])
+EPOCHS = (
+    RUN[: RUN.index("        with open(log")].replace(
+        "def main():", "Loader._check_room = lambda *_: None\n\ndef main():"
+    )
+    + """
+        for batch in loader.batches(start):
+            if batch.step == 0:
+                Path(log).write_text(str(batch.epoch))
+
+if __name__ == "__main__":
+    main()
+"""
+)
+
+
+def start_rank(script, url, cache, log, options, rank, ranks, start, workers, limit=1 << 30):
+    argument = json.dumps([url, str(cache), str(log), options, rank, ranks, start, workers, limit])
     return subprocess.Popen([sys.executable, str(script), argument], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
 
 
@@ -466,3 +486,78 @@ def test_nothing_is_left_behind_by_a_killed_rank(remote, tmp_path):
     with open_loader(url, tmp_path / "cache", options=options) as loader:
         take(loader, EPOCH)
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_and_resizes_lose_nothing_and_repeat_nothing(remote, s3, reference, tmp_path):
+    """Ranks are processes; every few steps all of them are killed, mid-download or not, and another number goes on from the last
+    step that all had finished. The store fails now and then meanwhile."""
+    url, _ = remote
+    (tmp_path / "run.py").write_text(RUN)
+    proxy = FaultProxy(s3.port)
+    proxy.shares = {"503": 0.03, "reset": 0.01}
+    rng = random.Random(0)
+    done: dict[int, list[int]] = {}
+    kills = 0
+    while kills < 200:
+        W, start = rng.choice([1, 2, 3]), len(done)
+        log = tmp_path / f"log{kills}"
+        ranks = [start_rank(tmp_path / "run.py", url, tmp_path / "cache", f"{log}.{r}", proxy.options(), r, W, start, 0)
+                 for r in range(W)]  # fmt: skip
+        wanted = start + rng.randint(0, 3)
+        deadline = time.monotonic() + 120
+
+        def finished(r, log=log):
+            path = Path(f"{log}.{r}")
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            return [json.loads(line) for line in lines]
+
+        while wanted > start and min(len(finished(r)) for r in range(W)) < wanted - start:
+            assert time.monotonic() < deadline
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.5 if wanted == start else 0)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        kills += W
+        rows = [finished(r) for r in range(W)]
+        for k in range(min(map(len, rows))):
+            assert len({row[k][0] for row in rows}) == 1
+            done[rows[0][k][0]] = [sample for row in rows for sample in row[k][2]]
+    proxy.close()
+    epochs = len(done) // EPOCH
+    assert epochs >= 2
+    assert [done[k] for k in range(2 * EPOCH)] == [step["samples"] for step in reference]
+    for e in range(epochs):
+        seen = [s for k in range(e * EPOCH, (e + 1) * EPOCH) for s in done[k] if s >= 0]
+        assert sorted(seen) == list(range(103))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_fifty_epochs(remote, tmp_path):
+    """Of the rank's process, of those that decode, of the one that fetches: between the 10th epoch and the 60th."""
+    url, options = remote
+    (tmp_path / "run.py").write_text(EPOCHS)
+    log = tmp_path / "log"
+    limit = 450_000  # the cache holds half of the dataset, so that fetching and evicting go on
+    process = start_rank(tmp_path / "run.py", url, tmp_path / "cache", log, options, 0, 1, 0, 2, limit)
+    sizes = {}
+    deadline = time.monotonic() + 300
+    while len(sizes) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        epoch = int(log.read_text() or 0) if log.exists() else 0
+        for at in (10, 60):
+            if epoch >= at and at not in sizes:
+                sizes[at] = [resident(pid) for pid in (process.pid, *children(process.pid))]
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert len(sizes[10]) == len(sizes[60]) == 4
+    for before, after in zip(sizes[10], sizes[60], strict=True):
+        assert after < 1.01 * before
+
+
+def resident(pid):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])

@@ -1,0 +1,187 @@
+"""The stream's speed: from the local cache, from S3, with faults, beside other loaders; and how well it mixes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from equiav.clips import ENCODE_AUDIO, encode_frame
+from equiav.config import Config, from_dict
+from equiav.decoder import ClipDecoder
+from equiav.local_s3 import LocalS3
+from equiav.synthetic import World
+from streaming import Dataset, Loader, Order, Store
+from streaming.fetch import REQUEST
+from streaming.pack import pack
+from streaming.processes import Child
+
+Row = tuple[str, str, str]
+CLIPS, DIFFERENT, SHARD, BATCH = 1536, 48, 48, 32
+SIDE = 256
+RIVALS = ("webdataset", "mosaicml", "litdata")
+
+
+class Encode:
+    """Clips of ten seconds, ten frames of 340 x 256."""
+
+    def __init__(self, audio: str):
+        self.audio, self.world = audio, World(0, SIDE, 10, seconds=10.0)
+
+    def __call__(self, index: int) -> dict[str, bytes]:
+        return encode(self.world, self.audio, index % DIFFERENT)
+
+
+@cache
+def encode(world: World, audio: str, index: int) -> dict[str, bytes]:
+    clip = world.clip(index)
+    frames = [np.asarray(Image.fromarray(frame).resize((340, SIDE))) for frame in clip.frames]
+    members = {f"{k}.jpg": encode_frame(frame) for k, frame in enumerate(frames)}
+    return {**members, audio: ENCODE_AUDIO[audio](clip.audio, 16000), "json": b"{}"}
+
+
+@cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="equiav-bench-")
+
+
+@cache
+def shards(audio: str) -> Path:
+    """Packed once for all benchmarks."""
+    folder = Path(scratch().name, "store", "clips", audio)
+    items = [(f"clip{k:04d}", k) for k in range(CLIPS)]
+    pack(items, Encode(audio), Store(str(folder)), processes=2, part_items=SHARD)
+    return folder
+
+
+def open_loader(url: str, workers: int = 1, cache: Path | None = None, options: dict[str, Any] | None = None,
+                window: int = 16, **arguments: Any) -> Loader:  # fmt: skip
+    config = from_dict(Config, {}, "benchmark")
+    dataset = Dataset(Store(url, options=options), cache)
+    order = Order(dataset.fingerprint, 0, BATCH, lanes=2, window=window)
+    draw = lambda epoch, samples: np.random.default_rng(epoch).random(len(samples))  # noqa: E731
+    return Loader(
+        dataset, order, ClipDecoder(config.model, config.data), workers=workers, cache=cache, draw=draw, **arguments
+    )
+
+
+def rate(loader: Loader, seconds: float = 6.0) -> float:
+    """Samples a second, after an epoch to warm up."""
+    batches = loader.batches()
+    for _ in range(loader.steps_per_epoch):
+        next(batches)
+    count, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        count += int(next(batches).valid.sum())
+    spent = time.perf_counter() - begun
+    batches.close()
+    return count / spent
+
+
+def processor_seconds(loader: Loader) -> float:
+    """Of this process and the loader's."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    total = own.ru_utime + own.ru_stime
+    for child in (*loader._workers, loader._fetcher):
+        assert child.process
+        fields = Path(f"/proc/{child.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+@cache
+def local_rate(audio: str) -> tuple[float, float]:
+    """Of the shards on local disk through one decoding process: samples a second, processor seconds a sample."""
+    with open_loader(str(shards(audio))) as loader:
+        rate(loader, 0.1)
+        before, decoded = processor_seconds(loader), sum(loader.stats().decoded)
+        figure = rate(loader)
+        return figure, (processor_seconds(loader) - before) / (sum(loader.stats().decoded) - decoded)
+
+
+@cache
+def bare_rate(audio: str) -> float:
+    """Of decoding alone, on one core: the same decoder over members in memory."""
+    config = from_dict(Config, {}, "benchmark")
+    decoder = ClipDecoder(config.model, config.data)
+    out = {name: np.empty(shape, dtype) for name, (shape, dtype) in decoder.fields.items()}
+    samples = [encode(World(0, SIDE, 10, seconds=10.0), audio, k) for k in range(16)]
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        for sample in samples:
+            names = decoder.members(list(sample), 0.5)
+            decoder.decode("", {name: sample[name] for name in names}, out)
+        times.append(time.perf_counter() - begun)
+    return len(samples) / statistics.median(times)
+
+
+def local() -> Iterator[Row]:
+    for audio in ("wav", "flac"):
+        figure, spent = local_rate(audio)
+        yield (f"stream, local shards, {audio.upper()}, one decoding process", f"{figure:,.0f} samples/s",
+               f"{figure / bare_rate(audio):.2f} of the bare decoder's rate; {1000 * spent:.2f} ms of processor a sample, all processes")  # fmt: skip
+
+
+def read_all(connection: Any, url: str, options: dict[str, Any]) -> None:
+    """Every byte of every shard, with the loader's client, requests and threads, to nowhere."""
+    store = Store(url, options=options)
+    ranges = [
+        (s.name, begin, min(begin + REQUEST, s.bytes)) for s in Dataset(store) for begin in range(0, s.bytes, REQUEST)
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda r: store.read(*r), ranges[:16]))
+        begun = time.perf_counter()
+        read = sum(pool.map(lambda r: len(store.read(*r)), ranges))
+        connection.send(read / (time.perf_counter() - begun))
+
+
+def raw_rate(url: str, options: dict[str, Any]) -> float:
+    child = Child("reading process", read_all, (url, options))
+    try:
+        return child.receive()
+    finally:
+        child.stop()
+
+
+def first_epoch(url: str, options: dict[str, Any], cache: Path) -> float:
+    """Samples a second of a stream that fetches everything: from the second window on, when fetching runs beside decoding."""
+    with open_loader(url, 1, cache, options, window=2) as loader:
+        batches = loader.batches()
+        first = 2 * SHARD // BATCH
+        for _ in range(first):
+            next(batches)
+        begun = time.perf_counter()
+        for _ in range(first, loader.steps_per_epoch):
+            next(batches)
+        spent = time.perf_counter() - begun
+        batches.close()
+        return (loader.steps_per_epoch - first) * BATCH / spent
+
+
+def s3() -> Iterator[Row]:
+    """The server runs on the same cores. `throttled`: it gives what a network of 1 Gbit/s would."""
+    for audio in ("wav", "flac"):
+        url = f"s3://clips/{audio}"
+        sample = sum(path.stat().st_size for path in shards(audio).glob("*.tar")) / CLIPS
+        for name, limit in (("as fast as it can", None), ("throttled to 1 Gbit/s", "125M")):
+            with LocalS3(Path(scratch().name, "store"), limit) as server:
+                raw = raw_rate(url, server.options) / sample
+                with tempfile.TemporaryDirectory(dir=scratch().name) as folder:
+                    figure = first_epoch(url, server.options, Path(folder))
+            decode = local_rate(audio)[0]
+            yield (f"stream from S3, {audio.upper()}, server {name}", f"{figure:,.0f} samples/s",
+                   f"{figure / min(raw, decode):.2f} of the lower of raw GET ({raw:,.0f}) and decoding ({decode:,.0f})")  # fmt: skip
+
+
+BENCHMARKS = (local, s3)

@@ -1,0 +1,85 @@
+"""Videos that say what time it is: the picture grows brighter from beginning to end, the sound is one tone a channel."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+
+DARK, BRIGHT = 30, 220
+
+
+def ramp(share, size):
+    """(H, W, 3) uint8: grey by the time, as a share of the whole; the upper left corner blue."""
+    width, height = size
+    picture = np.full((height, width, 3), round(DARK + (BRIGHT - DARK) * share), np.uint8)
+    picture[: height // 4, : width // 4] = (0, 0, 255)
+    return picture
+
+
+def still(share, size):
+    return ramp(0.5, size)
+
+
+def time_of(frame):
+    """Share of the whole, from a frame's lower right part."""
+    H, W = frame.shape[:2]
+    return (frame[H // 2 :, W // 2 :].mean() - DARK) / (BRIGHT - DARK)
+
+
+def tones(seconds, rate, pitches, loudness=0.4):
+    """(channels, L) int16"""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([(loudness * 32767 * np.sin(2 * np.pi * pitch * time)).astype(np.int16) for pitch in pitches])
+
+
+def write_video(path, *, seconds=3.0, size=(96, 64), fps=10, times=None, picture=ramp, video="mpeg4", sound="aac",
+                rate=44100, pitches=(440, 1000), loudness=0.4, aspect=None, audio=None):  # fmt: skip
+    """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without."""
+    with av.open(str(path), "w") as file:
+        streams = []
+        if video:
+            stream = file.add_stream(video, rate=fps)
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.bit_rate = 2_000_000
+            if aspect:
+                stream.codec_context.sample_aspect_ratio = aspect
+            frames = []
+            for at in np.arange(0, seconds, 1 / fps) if times is None else times:
+                frame = av.VideoFrame.from_ndarray(picture(at / seconds, size), format="rgb24")
+                frame.pts, frame.time_base = round(at * 1000), Fraction(1, 1000)
+                frames.append(frame)
+            streams.append((stream, frames))
+        if sound:
+            waves = tones(seconds, rate, pitches, loudness) if audio is None else audio
+            stream = file.add_stream(sound, rate=rate, layout="stereo" if len(waves) == 2 else "mono")
+            frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1).copy(), format="s16", layout=stream.layout.name)
+            frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+            streams.append((stream, [frame]))
+        for stream, frames in streams:
+            for frame in [*frames, None]:
+                file.mux(stream.encode(frame))
+    return path
+
+
+def rotate(path, matrix):
+    """Writes another display matrix into the only video track of an MP4: (a, b, c, d), x' = a x + c y, y' = b x + d y."""
+    content = bytearray(path.read_bytes())
+    header = content.index(b"tkhd")
+    place = header + 4 + 4 + 36
+    assert content[place : place + 4] == b"\x00\x01\x00\x00", "the matrix of the first track is not where it should be"
+    a, b, c, d = (round(x * 65536) % 2**32 for x in matrix)
+    for k, value in enumerate((a, b, 0, c, d, 0)):
+        content[place + 4 * k : place + 4 * k + 4] = value.to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def peaks(audio, rate, count):
+    """The loudest frequencies, Hz, ascending."""
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio))))
+    found = []
+    for _ in range(count):
+        top = int(spectrum.argmax())
+        found.append(top * rate / len(audio))
+        spectrum[max(0, top - 30) : top + 30] = 0
+    return sorted(found)
