@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,10 +23,11 @@ from equiav.config import Config, from_dict
 from equiav.decoder import ClipDecoder
 from equiav.local_s3 import LocalS3
 from equiav.synthetic import World
-from streaming import Dataset, Loader, Order, Store
+from streaming import Dataset, Epoch, Loader, Order, Store
 from streaming.fetch import REQUEST
 from streaming.pack import pack
 from streaming.processes import Child
+from tests.streaming.fault_proxy import FaultProxy
 
 Row = tuple[str, str, str]
 CLIPS, DIFFERENT, SHARD, BATCH = 1536, 48, 48, 32
@@ -130,7 +133,7 @@ def local() -> Iterator[Row]:
     for audio in ("wav", "flac"):
         figure, spent = local_rate(audio)
         yield (f"stream, local shards, {audio.upper()}, one decoding process", f"{figure:,.0f} samples/s",
-               f"{figure / bare_rate(audio):.2f} of the bare decoder's rate; {1000 * spent:.2f} ms of processor a sample, all processes")  # fmt: skip
+               f"{figure / bare_rate(audio):.2f} of the bare decoder's rate; {1000 * spent:.2f} ms of CPU a sample")  # fmt: skip
 
 
 def read_all(connection: Any, url: str, options: dict[str, Any]) -> None:
@@ -181,7 +184,94 @@ def s3() -> Iterator[Row]:
                     figure = first_epoch(url, server.options, Path(folder))
             decode = local_rate(audio)[0]
             yield (f"stream from S3, {audio.upper()}, server {name}", f"{figure:,.0f} samples/s",
-                   f"{figure / min(raw, decode):.2f} of the lower of raw GET ({raw:,.0f}) and decoding ({decode:,.0f})")  # fmt: skip
+                   f"{figure / min(raw, decode):.2f} of the lower of raw GET {raw:,.0f} and decoding {decode:,.0f}")  # fmt: skip
 
 
-BENCHMARKS = (local, s3)
+def run_proxy(connection: Any, upstream: int, share: float) -> None:
+    proxy = FaultProxy(upstream)
+    proxy.shares = {"503": share}
+    connection.send(proxy.port)
+    connection.recv()
+
+
+def faults() -> Iterator[Row]:
+    """Both through the same proxy; it answers 503 to one request in twenty."""
+    rates = []
+    with LocalS3(Path(scratch().name, "store")) as server:
+        shards("wav")
+        for part in (0.0, 0.05):
+            proxy = Child("proxy", run_proxy, (server.port, part))
+            options = {**server.options, "endpoint_url": f"http://127.0.0.1:{proxy.receive()}"}
+            with tempfile.TemporaryDirectory(dir=scratch().name) as folder:
+                rates.append(first_epoch("s3://clips/wav", options, Path(folder)))
+            proxy.stop()
+    yield (
+        "stream from S3, 5% of requests answered 503",
+        f"{rates[1]:,.0f} samples/s",
+        f"{rates[1] / rates[0]:.2f} of that without",
+    )
+
+
+def rivals() -> Iterator[Row]:
+    """On the same shards' content, one loader process each; `benchmarks/rivals` says how each is set up."""
+    here = Path(__file__).parent
+    python = here.parent / ".venv-rivals" / "bin" / "python"
+    if not (here.parent / ".venv-rivals" / "installed").exists():
+        subprocess.run(["bash", str(here / "rivals" / "install.sh")], check=True, stdout=subprocess.DEVNULL)
+    for audio in ("wav", "flac"):
+        some = Path(scratch().name, f"some-{audio}")
+        some.mkdir()
+        for path in sorted(shards(audio).glob("*.tar"))[:4]:
+            (some / path.name).symlink_to(path)
+        for name in RIVALS:
+            command = [str(python), str(here / "rivals" / "run.py"), name, str(some), str(Path(scratch().name, "rivals")),
+                       "--seconds", "6", "--audio", audio]  # fmt: skip
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            theirs = json.loads(result.stdout.strip().splitlines()[-1])
+            local_rate.cache_clear()  # measured again, beside each
+            ours, spent = local_rate(audio)
+            yield (f"stream beside {name} {theirs['version']}, {audio.upper()}", f"{ours / theirs['samples_per_s']:.2f}x",
+                   f"{ours:,.0f} against {theirs['samples_per_s']:,.0f} samples/s; "
+                   f"{1000 * spent:.2f} against {1000 * theirs['cpu_s_per_sample']:.2f} ms of CPU a sample")  # fmt: skip
+
+
+def mixing() -> Iterator[Row]:
+    """200,000 samples in 400 shards, batches of 256, the default lanes and window, beside a full shuffle."""
+    shards, size, G = 400, 500, 256
+    N = shards * size
+    epoch = Epoch(Order("5f" * 32, 0, G), np.full(shards, size, np.int32), 0)
+    full = np.random.default_rng(0).permutation(N) // size
+    ours = np.concatenate([epoch.slots(k, 0, G).shards for k in range(epoch.steps)])
+    figures = []
+    for of_shard in (ours, full):
+        batches = of_shard[: N // G * G].reshape(-1, G)
+        distinct = np.mean([len(np.unique(batch)) for batch in batches])
+        # A value that all samples of a shard share (a class, a film): how much its mean over a batch strays.
+        values = np.random.default_rng(1).standard_normal(shards)
+        figures.append((distinct, values[batches].mean(axis=1).std()))
+    (a, b), (x, y) = figures
+    yield "mixing: different shards in a batch of 256", f"{a:.1f}", f"{x:.1f} in a full shuffle (400 shards)"
+    yield (
+        "mixing: batch mean of what a shard's samples share",
+        f"{b:.3f} standard deviations",
+        f"{y:.3f} in a full shuffle",
+    )
+
+
+def order() -> Iterator[Row]:
+    """A billion samples in two million shards."""
+    sizes = np.full(2_000_000, 500, np.int32)
+    begun = time.perf_counter()
+    epoch = Epoch(Order("5f" * 32, 0, 65536, lanes=64, window=512), sizes, 1)
+    epoch.slots(epoch.steps // 2, 0, 256)
+    planned = time.perf_counter() - begun
+    times = []
+    for k in range(50):
+        begun = time.perf_counter()
+        epoch.slots(1000 + k, 0, 256)
+        times.append(time.perf_counter() - begun)
+    beside = f"then {1000 * statistics.median(times):.2f} ms for a rank's 256 of a step"
+    yield "order of a billion samples, planned", f"{planned:.2f} s", beside
+
+
+BENCHMARKS = (local, s3, faults, rivals, mixing, order)

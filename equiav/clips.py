@@ -39,16 +39,8 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     """JPEG (or another format that Pillow reads) -> (H, W, 3) uint8."""
     if not data:
         raise BadClipError(sample, "has no image")
-    if data[:2] == b"\xff\xd8":  # JPEG, in half of Pillow's time
-        try:
-            colours = simplejpeg.decode_jpeg_header(data)[2]
-            if colours in ("Gray", "CMYK", "YCCK"):
-                raise BadClipError(sample, f"image has colours {colours}, expected RGB")
-            return check_frame(simplejpeg.decode_jpeg(data), sample)
-        except ValueError as error:
-            if isinstance(error, BadClipError):
-                raise
-            raise BadClipError(sample, f"image cannot be decoded: {error}") from None
+    if (frame := _decode_jpeg(data)) is not None:
+        return check_frame(frame, sample)
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, frame = image.mode, np.asarray(image)
@@ -64,6 +56,19 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     if mode != "RGB":
         raise BadClipError(sample, f"image has mode {mode}, expected RGB")
     return check_frame(frame, sample)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """In half of Pillow's time; None for anything but a sound JPEG in colours, of which Pillow has to say what it is."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "RGB") or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        return simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return None
 
 
 def central_square(frame: np.ndarray, side: int) -> np.ndarray:

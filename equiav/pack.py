@@ -29,6 +29,7 @@ from equiav.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, li
 from equiav.synthetic import World
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import index_shard, verify_shard, write_index
+from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
 
@@ -63,8 +64,11 @@ class PackConfig:
     """That decode and encode."""
     timeout: float = 600.0
     """Seconds after which a clip is given up."""
+    in_order: bool = False
+    """Keep the order of the source. By default clips are shuffled over the shards: neighbours in a list are often alike, and
+    a batch is drawn from some shards at a time."""
     seed: int = 0
-    """Of the synthetic world."""
+    """Of the shuffle, and of the synthetic world."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -108,6 +112,8 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         config.data,
     )
     items, encode = open_source(config, shape)
+    if not config.in_order:
+        items = [items[k] for k in permutation(config.seed, len(items)).tolist()]
     store = Store(config.to, options=options)
     with _bar(console) as progress:
         bar = progress.add_task("packing", total=len(items), note="")

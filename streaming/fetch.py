@@ -88,7 +88,7 @@ class Fetcher:
         self._requests = ThreadPoolExecutor(settings.requests, "request")
 
     def serve(self) -> None:
-        last: dict[str, int] = {}
+        last: Counter[str] = Counter()
         while True:
             if self.connection.poll(1.0):
                 kind, *rest = self.connection.recv()
@@ -98,7 +98,7 @@ class Fetcher:
                     self._release(*rest)
                 elif kind == "repair":
                     self._requests.submit(self._guarded, self._repair, *rest)
-            stats = {**self.store.counts, **self.counts}
+            stats = Counter({**self.store.counts, **self.counts})
             if stats != last:
                 last = stats
                 self.send("stats", stats)

@@ -6,7 +6,7 @@ import mmap
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import DupFd
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 class Stats(NamedTuple):
     """Since the loader began."""
 
-    fetch: dict[str, int]  # requests, retries, bytes, hits, misses
+    fetch: Counter[str]  # requests, retries, bytes, hits, misses
     decode_seconds: list[float]  # by process
     decoded: list[int]  # samples, by process
     wait_seconds: float  # in which the consumer waited
@@ -150,7 +150,7 @@ class Loader:
         self._pending: tuple[int, _Step] | None = None
         self._free = list(range(ahead + 1))
         self._wait_seconds, self._closed = 0.0, False
-        self._fetch_stats: dict[str, int] = {}
+        self._fetch_stats: Counter[str] = Counter()
         self._buffers = _Buffers(decoder.fields, self.stop - self.first, ahead + 1)
         settings = FetchSettings(
             dataset.store.url, self._folder, cache, cache_bytes, dataset.store.patience, dataset.store.options
@@ -178,7 +178,7 @@ class Loader:
     def steps_per_epoch(self) -> int:
         return self._epoch.steps
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch]:
         """From step `start`, counted over all epochs, without end."""
         self._next, self._pending = start, None
         try:

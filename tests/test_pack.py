@@ -51,7 +51,8 @@ def dataset(videos, tmp_path_factory):
     """They, packed: (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("packed") / "clips"
     done = subprocess.run(
-        [sys.executable, "-m", "equiav", "pack", str(videos), "--to", str(folder), "--short_side", "32", "--processes", "1"],
+        [sys.executable, "-m", "equiav", "pack", str(videos), "--to", str(folder), "--short_side", "32", "--processes", "1",
+         "--in_order"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -138,7 +139,7 @@ def test_a_cav_mae_list_packs_frames_as_they_are(tmp_path):
                         "labels": f"/m/{clip}"})  # fmt: skip
     (tmp_path / "frames" / "frame_4" / "b.jpg").unlink()
     (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
-    run_pack(PackConfig(str(tmp_path / "list.json"), str(tmp_path / "to"), processes=1))
+    run_pack(PackConfig(str(tmp_path / "list.json"), str(tmp_path / "to"), processes=1, in_order=True))
     samples = read_plainly(tmp_path / "to")
     assert list(samples) == ["a", "c"]
     for clip, members in samples.items():
@@ -153,7 +154,8 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
     config = PackConfig("synthetic:7", str(tmp_path), short_side=32, frames=2, shard_samples=4, seed=5, processes=1)
     run_pack(config)
     samples = read_plainly(tmp_path)
-    assert list(samples) == [f"synthetic-5-{k}" for k in range(7)]
+    assert sorted(samples) == [f"synthetic-5-{k}" for k in range(7)]
+    assert list(samples) != sorted(samples)  # mixed over the shards
     assert [shard.samples for shard in Dataset(Store(str(tmp_path)))] == [4, 3]
     clip = World(5, 32, 2).clip(6)
     assert np.array_equal(decode_wav(samples["synthetic-5-6"]["wav"], "s", DataConfig()), clip.audio)

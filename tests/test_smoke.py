@@ -1,15 +1,24 @@
 """`equiav smoke`: retrieval far above chance on clips it has not seen, and the parts that this rests on."""
 
+import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 from rich.progress import Progress
 
+from equiav.clips import decode_frame, encode_frame
 from equiav.config import from_dict
-from equiav.smoke import HELD_OUT_FROM, SmokeConfig, batches, generate, write_report
+from equiav.local_s3 import LocalS3
+from equiav.smoke import HELD_OUT_FROM, SmokeConfig, held_out_pairs, pack_clips, write_report
+from equiav.stream import batches, open_stream
+from equiav.synthetic import World
+from streaming import Stats
 
 
 def small(**values):
@@ -24,38 +33,61 @@ def small(**values):
 
 
 @pytest.fixture(scope="module")
-def clips():
-    with Progress(disable=True) as progress:
-        return generate(small(), progress)
+def store(tmp_path_factory):
+    with LocalS3(tmp_path_factory.mktemp("store")) as s3, Progress(disable=True) as progress:
+        pack_clips(small(), s3, progress)
+        yield s3
 
 
-def test_held_out_clips_are_others(clips):
-    names = [clip.name for clip in clips]
-    assert len(set(names)) == len(names) == 22
-    assert names[:12] == [f"synthetic-0-{k}" for k in range(12)]
-    assert names[12:] == [f"synthetic-0-{HELD_OUT_FROM + k}" for k in range(10)]
+def stream_config(tmp_path):
+    config = small()
+    return replace(config, stream=replace(config.stream, url="s3://smoke/train", cache=tmp_path, workers=0))
 
 
-def test_batches_pair_every_clip_with_its_own_frame_and_sound(clips):
-    training, config = clips[:12], small()
-    epochs = list(islice(batches(training, config), 6))  # two epochs of three
+def as_packed(frame):
+    return decode_frame(encode_frame(frame), "s")
+
+
+def test_held_out_clips_are_others(store, tmp_path):
+    keys = {}
+    for name in ("train", "held-out"):
+        folder = store.folder / "smoke" / name
+        lines = [line for path in sorted(folder.glob("*.offsets")) for line in path.read_text().splitlines()]
+        keys[name] = [json.loads(line)[0] for line in lines]
+    assert keys["train"] == [f"synthetic-0-{k}" for k in range(12)]
+    assert keys["held-out"] == [f"synthetic-0-{HELD_OUT_FROM + k}" for k in range(10)]
+
+
+def test_the_stream_pairs_every_clip_with_its_own_frame_and_sound(store, tmp_path):
+    config = stream_config(tmp_path)
+    world = World(0, 64, seconds=2.56)
+    with open_stream(config, options=store.options) as loader:
+        epochs = list(islice(batches(loader), 6))  # two epochs of three
     assert [b.epoch for b in epochs] == [0, 0, 0, 1, 1, 1]
-    orders = [[int(k) for b in epochs[i : i + 3] for k in b.samples] for i in (0, 3)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(12))
-    assert orders[0] != orders[1]
     for b in epochs:
         for row, sample in enumerate(b.samples.tolist()):
-            assert (b.waveform[row].numpy() == training[sample].audio).all()
-            assert b.lengths[row] == len(training[sample].audio)
-    again = next(batches(training, config))
-    assert (again.frames == epochs[0].frames).all()
+            clip = world.clip(sample)
+            assert (b.waveform[row, : b.lengths[row]].numpy() == clip.audio[: b.lengths[row]]).all()
+            frame = b.frames[row].permute(1, 2, 0).numpy()
+            assert any(np.array_equal(frame, as_packed(other)) for other in clip.frames)
+
+
+def test_held_out_pairs_are_the_middle_frames(store, tmp_path):
+    config = stream_config(tmp_path)
+    pairs = held_out_pairs(config, store)
+    assert pairs.frames.shape == (10, 3, 64, 64)
+    world = World(0, 64, seconds=2.56)
+    middles = {as_packed(world.clip(HELD_OUT_FROM + k).frames[5]).tobytes() for k in range(10)}
+    assert {frame.contiguous().numpy().tobytes() for frame in pairs.frames.permute(0, 2, 3, 1)} == middles
 
 
 def test_report_states_chance_among_the_held_out(tmp_path):
     config = small(out=str(tmp_path))
     retrieval = {f"{d} R@{k}": (20.0, 1.0) for d in ("image to audio", "audio to image") for k in (1, 5, 10)}
     rows = [{"loss_inter": 1.0, "accuracy_inter": 0.5, "loss": 1.0, "lr": 0.1}] * 3
-    text = write_report(config, rows, retrieval, {"in all": 1.0})
+    stats = Stats(Counter(requests=3, retries=1, bytes=1 << 20), [0.5], [100], 2.0, 0, Counter(checksum=2))
+    text = write_report(config, rows, retrieval, {"in all": 1.0}, stats)
+    assert "100 clips decoded, 5.00 ms each; 2 quarantined. 3 requests to S3, 1 retries, 1.0 MiB." in text
     assert "| chance | 10.00 | 50.00 | 100.00 | 1x |" in text
     assert "| image to audio | 20.0 ± 1.0 | 20.0 ± 1.0 | 20.0 ± 1.0 | 2.0x |" in text
 

@@ -49,7 +49,7 @@ def rejected(encode, item):
     ("a.mp4", {"video": "libx264"}),
     ("a.mp4", {"video": "mpeg4"}),
     ("a.mkv", {"video": "libx264", "sound": "libmp3lame"}),
-    ("a.avi", {"video": "mpeg4", "sound": "libmp3lame"}),
+    ("a.avi", {"video": "mpeg4", "sound": "pcm_s16le"}),
     ("a.webm", {"video": "libvpx", "sound": "libopus", "rate": 48000}),
 ])  # fmt: skip
 def test_a_video_becomes_frames_sound_and_a_line_about_it(tmp_path, name, settings):

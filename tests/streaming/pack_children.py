@@ -23,7 +23,8 @@ def encode(number):
 
 
 def encode_slowly(number):
-    time.sleep(0.02)
+    """The first never."""
+    time.sleep(3600 if number == 0 else 0.02)
     return encode(number)
 
 
@@ -33,7 +34,7 @@ class Dangerous:
     def __call__(self, number):
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        if number == 11:
+        if number == 8:  # in the same part
             os._exit(3)
         if number == 23:
             time.sleep(3600)
