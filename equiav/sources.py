@@ -55,7 +55,7 @@ def list_frames(source: Path) -> list[tuple[str, dict[str, Any]]]:
             (_key(entry["video_id"]), {k: entry[k] for k in ("video_id", "wav", "video_path", "labels")})
             for entry in entries
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'source {source} is not a list of clips ({type(error).__name__}: {error}), expected '
                           '{"data": [{"video_id": ..., "wav": ..., "video_path": ..., "labels": ...}]}') from None  # fmt: skip
 

@@ -51,15 +51,20 @@ def encode_index(shards: list[Shard]) -> bytes:
         )
     lines = b"".join(b" ".join([s.name.encode().ljust(width), *(str(value).encode().rjust(COLUMNS[column]) for column, value
                                 in zip(COLUMNS, s[1:], strict=True))]) + b"\n" for s in shards)  # fmt: skip
-    head = {
+    head = _head(len(shards), sum(s.samples for s in shards), sum(s.bytes for s in shards), width, lines)
+    return json.dumps(head).encode() + b"\n" + lines
+
+
+def _head(shards: int, samples: int, size: int, width: int, lines: bytes | memoryview) -> dict[str, Any]:
+    """What the first line says: all of it follows from the others, and is checked against them."""
+    return {
         "format": FORMAT,
-        "shards": len(shards),
-        "samples": sum(s.samples for s in shards),
-        "bytes": sum(s.bytes for s in shards),
+        "shards": shards,
+        "samples": samples,
+        "bytes": size,
         "name_width": width,
         "fingerprint": hashlib.sha256(lines).hexdigest(),
     }
-    return json.dumps(head).encode() + b"\n" + lines
 
 
 class Dataset:
@@ -87,6 +92,8 @@ class Dataset:
             if head["format"] != FORMAT:
                 raise DatasetError(f"{url}/{INDEX} has format {head['format']}, this program reads {FORMAT}")
             width = int(head["name_width"])
+            if not 0 < width <= LONGEST_NAME:
+                raise ValueError
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, DatasetError):
                 raise
@@ -97,14 +104,13 @@ class Dataset:
         for column, characters in COLUMNS.items():
             fields += [(f"_{column}", "S1"), (column, f"S{characters}")]
         row = np.dtype([*fields, ("_end", "S1")])
-        digest = hashlib.sha256(memoryview(self._map)[end:]).hexdigest()
-        if digest != head["fingerprint"] or len(self._map) - end != head["shards"] * row.itemsize:
-            raise DatasetError(f"{url}/{INDEX} is damaged: its lines do not have the fingerprint that its first line says; "
-                               "`equiav index` makes it anew")  # fmt: skip
-        self._rows = np.frombuffer(self._map, row, offset=end)
-        self.fingerprint: str = digest
-        self.samples: int = head["samples"]
-        self.bytes: int = head["bytes"]
+        rows, rest = divmod(len(self._map) - end, row.itemsize)
+        self._rows = np.frombuffer(self._map, row, rows, end) if rows else np.empty(0, row)
+        self.samples, self.bytes = int(self._numbers("samples").sum()), int(self._numbers("bytes").sum())
+        if rest or head != _head(rows, self.samples, self.bytes, width, memoryview(self._map)[end:]):
+            raise DatasetError(f"{url}/{INDEX} is damaged: its lines are not those that its first line says; `equiav index` "
+                               "makes it anew")  # fmt: skip
+        self.fingerprint: str = head["fingerprint"]
         if not self.samples:
             raise DatasetError(f"{url} has no samples")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -18,14 +19,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from streaming.dataset import INDEX, DatasetError, Shard, describe, write_index
+from streaming.dataset import INDEX, Dataset, DatasetError, Shard, describe, write_index
 from streaming.processes import Child, ChildDied
 from streaming.quarantine import BadSample
 from streaming.store import Store
 
 RECORDS = "packing"  # folder of what is finished, removed at the end
 REJECTED = "rejected.jsonl"
-BLOCK = 512  # of a tar
+BLOCK = tarfile.BLOCKSIZE
 
 Item = tuple[str, Any]  # the sample's key, and whatever `encode` makes its members of
 Encode = Callable[[Any], dict[str, bytes]]
@@ -66,13 +67,15 @@ def pack(items: Sequence[Item], encode: Encode, store: Store, *, processes: int,
     `timeout` seconds, is rejected as such. processes=0: in a thread of this process.
     """
     _check_keys(items)
-    if store.exists(INDEX):
-        raise DatasetError(f"{store.url} already holds a dataset; remove it, or pack into another folder")
     digest = hashlib.sha256(
         json.dumps([part_items, max_shard_bytes, settings, [repr(item) for item in items]]).encode()
     ).hexdigest()
     plan = f"{RECORDS}/plan.json"
     begun = json.loads(store.read(plan)) if store.exists(plan) else None
+    if store.exists(INDEX):
+        if begun != {"items": len(items), "digest": digest}:
+            raise DatasetError(f"{store.url} already holds a dataset; remove it, or pack into another folder")
+        return _clear_up(store, len(items))  # it was killed after the index
     if begun and begun != {"items": len(items), "digest": digest}:
         raise DatasetError(f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
                            "go on with those, or remove the folder")  # fmt: skip
@@ -108,8 +111,14 @@ def pack(items: Sequence[Item], encode: Encode, store: Store, *, processes: int,
     if not shards:
         raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
     write_index(store, shards)
+    return _clear_up(store, len(items))
+
+
+def _clear_up(store: Store, items: int) -> Progress:
+    """Of a whole dataset, removes what only packing needed."""
     store.remove(RECORDS)
-    return _progress(records, 0)
+    dataset, rejected = Dataset(store), map(json.loads, store.read(REJECTED).splitlines())
+    return Progress(items, Counter(line["reason"] for line in rejected), len(dataset), dataset.bytes)
 
 
 def _progress(records: dict[int, Record], under_way: int) -> Progress:
@@ -139,6 +148,7 @@ class _Packer:
         self.number, self.encode, self.settings, self.threads = number, encode, settings, threads
         self.part: int | None = None
         self.done = 0  # items of the part
+        self.current: int | None = None  # the one that is being encoded
         self._spawn()
 
     def _spawn(self) -> None:
@@ -146,7 +156,7 @@ class _Packer:
 
     def start(self, part: int, items: list[Item], fatal: dict[int, tuple[str, str]] | None = None) -> None:
         self.part, self.items, self.fatal = part, items, fatal or {}
-        self.done, self.current, self.since = 0, -1, time.monotonic()
+        self.done, self.current, self.since = 0, None, time.monotonic()
         self.child.send((part, items, self.fatal))
 
     def receive(self) -> tuple[int, Record] | None:
@@ -156,26 +166,24 @@ class _Packer:
         except ChildDied as error:
             self._replace("kills the decoder", str(error))
             return None
-        if kind == "item":
+        if kind == "encode":
             self.current, self.done, self.since = value, value, time.monotonic()
+            return None
+        if kind == "write":
+            self.current, self.done = None, value
             return None
         part, self.part, self.done = self.part, None, 0
         assert part is not None
         return part, value
 
     def check(self, timeout: float) -> None:
-        if (
-            self.child.process
-            and self.part is not None
-            and time.monotonic() - self.since > timeout
-            and 0 <= self.current < len(self.items)
-        ):
+        if self.child.process and self.current is not None and time.monotonic() - self.since > timeout:
             self.child.process.kill()
             self._replace("takes too long", f"more than {timeout:g} s")
 
     def _replace(self, reason: str, detail: str) -> None:
         """A new process takes the part from its beginning, without the item that ended the old one."""
-        if self.part is None or not 0 <= self.current < len(self.items) or self.current in self.fatal:
+        if self.part is None or self.current is None:
             raise ChildDied(f"packing process {self.number} ended outside any item: {detail}")
         self.child.stop()
         self._spawn()
@@ -198,21 +206,23 @@ def _pack_part(connection: Connection, encode: Encode, store: Store, settings: S
     rejected: list[dict[str, str]] = []
     writer = None
     for k, (key, content) in enumerate(items):
-        connection.send(("item", k))
         try:
             if k in fatal:
                 raise BadSample(*fatal[k])
+            connection.send(("encode", k))
             members = encode(content)
         except BadSample as error:
             rejected.append({"key": key, "reason": error.reason, "detail": error.detail})
             continue
-        size = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
-        if writer and writer.size + size > settings.max_shard_bytes:
+        finally:
+            connection.send(("write", k + 1))
+        size = sum(len(tarfile.TarInfo(f"{key}.{name}").tobuf()) + -(-len(data) // BLOCK) * BLOCK
+                   for name, data in members.items())  # fmt: skip
+        if writer and _padded(writer.size + size) > settings.max_shard_bytes:
             shards.append(writer.finish(store))
             writer = None
         writer = writer or _ShardWriter(f"{part:06d}-{len(shards):02d}.tar")
         writer.add(key, members, size)
-    connection.send(("item", len(items)))
     if writer:
         shards.append(writer.finish(store))
     record = Record(shards, rejected, len(items))
@@ -220,9 +230,14 @@ def _pack_part(connection: Connection, encode: Encode, store: Store, settings: S
     return record
 
 
+def _padded(size: int) -> int:
+    """Bytes of a whole tar: two empty blocks end it, and then more of them, to a full record."""
+    return -(-(size + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
 class _ShardWriter:
     def __init__(self, name: str):
-        self.name, self.size = name, 2 * BLOCK
+        self.name, self.size = name, 0
         import webdataset  # it imports torch: seconds that only the process which writes should spend
 
         self.file = tempfile.NamedTemporaryFile(prefix="shard-")  # noqa: SIM115

@@ -44,6 +44,8 @@ def scan(path: Path, name: str) -> list[Sample]:
             for info in tar:
                 if not info.isfile():
                     continue
+                if any("\ud800" <= letter <= "\udfff" for letter in info.name):
+                    raise ShardError(f"shard {name}: member {info.name!a}: its name is not UTF-8")
                 if info.offset_data + info.size > size:
                     raise ShardError(f"shard {name}: truncated in member {info.name}: it ends at byte "
                                      f"{info.offset_data + info.size}, the file at {size}")  # fmt: skip
@@ -62,6 +64,10 @@ def scan(path: Path, name: str) -> list[Sample]:
                 raw.seek(info.offset_data)
                 checksum = xxh3_64_hexdigest(raw.read(info.size))
                 samples[-1].members[extension] = Member(info.offset_data, info.size, checksum)
+            raw.seek(tar.offset)  # tarfile takes a damaged header, and the end of the file, for the end of the tar
+            if raw.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise ShardError(f"shard {name}: truncated or damaged at byte {tar.offset}: there is neither a member nor the "
+                                 "two empty blocks that end a tar")  # fmt: skip
     except tarfile.TarError as error:
         raise ShardError(f"shard {name}: not a plain tar file ({error})") from None
     if not samples:

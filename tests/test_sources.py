@@ -301,8 +301,7 @@ def test_frozen_extracted_frames_are_rejected_too(extracted):
     '{"data": [{"video_id": "a"}]}',
     '{"data": ["a"]}',
     '{"data": 3}',
-    pytest.param('{"data": [{"video_id": 7, "wav": "", "video_path": "", "labels": ""}]}',
-                 marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="video_id is taken for text")),
+    '{"data": [{"video_id": 7, "wav": "", "video_path": "", "labels": ""}]}',
 ])  # fmt: skip
 def test_a_list_that_is_none_is_named_with_what_was_expected(tmp_path, text):
     (tmp_path / "list.json").write_text(text)

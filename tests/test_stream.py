@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import wave
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 import webdataset
 from PIL import Image
 
+from equiav import cli
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, ConfigError, DataConfig, from_dict
+from equiav.local_s3 import LocalS3
 from equiav.sources import EncodeSynthetic, Shape
 from equiav.stream import batches, open_stream
 from equiav.synthetic import World
-from streaming import Dataset, Store
+from streaming import Dataset, DatasetError, Store, StoreError
 from streaming.pack import pack
 
 COUNT, FRAMES, BATCH = 11, 3, 4
@@ -175,6 +178,49 @@ def test_a_clip_that_cannot_be_used_is_left_out_by_name(clips, tmp_path):
     (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()
     assert json.loads(line)["sample"] == victim
     assert tar.name in json.loads(line)["where"]
+
+
+@pytest.fixture(scope="module")
+def s3(clips, tmp_path_factory):
+    with LocalS3(tmp_path_factory.mktemp("store")) as server:
+        (server.folder / "bucket" / "empty").mkdir(parents=True)
+        for path in clips.iterdir():
+            (server.folder / "bucket" / path.name).write_bytes(path.read_bytes())
+        yield server
+
+
+def as_users_have_it(monkeypatch, server, **changes):
+    """Everything in the environment: the keys, and where the store is."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint_url"])
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_environment_says_where_the_store_is_and_who_asks(s3, clips, monkeypatch, tmp_path):
+    as_users_have_it(monkeypatch, s3)
+    taken = take(settings("s3://bucket", cache=str(tmp_path)), 3)
+    assert all(same(a, b) for a, b in zip(taken, take(settings(clips), 3), strict=True))
+
+
+@pytest.mark.parametrize(("url", "environment", "kind", "message"), [
+    ("s3://bucket", {"AWS_SECRET_ACCESS_KEY": "w" * 40}, StoreError, "s3://bucket/index: access is refused .*AWS_SECRET"),
+    ("s3://bucket", {"AWS_ACCESS_KEY_ID": "AKIAWRONGWRONGWRONG0"}, StoreError, "s3://bucket/index: access is refused"),
+    ("s3://none", {}, DatasetError, "s3://none holds no dataset: s3://none/index does not exist .*equiav pack"),
+    ("s3://bucket/empty", {}, DatasetError, "s3://bucket/empty holds no dataset"),
+    ("s4://bucket", {}, StoreError, "s4://bucket: Protocol not known: s4"),
+])  # fmt: skip
+def test_what_is_wrong_with_the_store_is_said_at_the_start(
+    s3, monkeypatch, tmp_path, capsys, url, environment, kind, message
+):
+    as_users_have_it(monkeypatch, s3, **environment)
+    with pytest.raises(kind, match=message):
+        open_stream(settings(url, cache=str(tmp_path)))
+    assert cli.main(["verify", url]) == 1
+    told = capsys.readouterr().err
+    assert re.search(f"^equiav verify: {message}", told)
+    assert told.count("\n") == 1
 
 
 def test_a_stream_from_nowhere_is_asked_for():

@@ -251,7 +251,7 @@ def test_the_same_from_a_store(damaged, s3, tmp_path):
     shutil.copytree(damaged, s3.folder / "damaged" / "toys")
     expected = (dict.fromkeys(range(10, 20), "shard missing") | dict.fromkeys([57, 58, 59], "shard truncated")
                 | {34: "checksum"} | dict.fromkeys(range(80, 90), "offsets damaged"))  # fmt: skip
-    arguments = {"options": s3.options(), "cache": tmp_path / "cache"}
+    arguments = {"options": s3.options, "cache": tmp_path / "cache"}
     assert run_epoch("s3://damaged/toys", **arguments)[0] == expected
     assert run_epoch("s3://damaged/toys", workers=2, **arguments)[0] == expected
     for rank in range(3):  # and the same samples, whoever meets them
@@ -286,7 +286,7 @@ def test_a_replay_leaves_out_what_was_left_out_though_it_is_whole_again(damaged)
     quarantined, first = run_epoch(damaged, quarantine_path=damaged / "quarantine.jsonl")
     flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
     with open_loader(str(damaged), quarantine_path=damaged / "quarantine.jsonl") as loader:
-        loader.quarantine.load(json.loads(json.dumps(first.quarantine.state())))
+        assert loader.restore(json.loads(json.dumps(first.state(0)))) == 0
         batches = take(loader, EPOCH)
         assert {int(s) for b in batches for s in b.samples[~b.valid]} == {34, -1}
     assert len((damaged / "quarantine.jsonl").read_text().splitlines()) == 1
@@ -335,14 +335,15 @@ def test_a_store_that_fails_now_and_then_changes_nothing(remote, s3, reference, 
     assert any(request.answer != "whole" for request in proxy.log) or shares == {"503": 0.05}
 
 
-def test_a_store_that_is_down_is_waited_for(remote, s3, reference, tmp_path):
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_store_that_is_down_is_waited_for(remote, s3, reference, tmp_path, seconds):
     proxy = FaultProxy(s3.port)
     try:
-        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=60) as loader:
+        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=120) as loader:
             batches = loader.batches()
             steps = [next(batches) for _ in range(2)]
             proxy.down = True
-            proxy._loop.call_later(4, setattr, proxy, "down", False)
+            proxy._loop.call_later(seconds, setattr, proxy, "down", False)
             steps += [next(batches) for _ in range(EPOCH - 2)]
             batches.close()
             time.sleep(1.1)
@@ -372,6 +373,26 @@ def test_another_dataset_than_the_orders_is_refused(local, tmp_path):
     order = Order(Dataset(Store(local)).fingerprint, 0, 8)
     with pytest.raises(ValueError, match="the order is of dataset"):
         Loader(Dataset(Store(str(tmp_path / "other"))), order, ToyDecoder(), workers=0)
+
+
+def test_the_state_of_the_stream_is_small_and_another_order_does_not_take_it(local, tmp_path):
+    with open_loader(local) as loader:
+        state = json.loads(json.dumps(loader.state(10**9)))
+    assert len(json.dumps(state)) < 1000
+    with open_loader(local) as loader:
+        assert loader.restore(state) == 10**9
+    make_dataset(str(tmp_path / "other"), 102)
+    with (
+        open_loader(str(tmp_path / "other")) as loader,
+        pytest.raises(DatasetError, match=rf"{tmp_path}/other.*step 1000000000 .*fingerprint is \w+, was \w+\. Set"),
+    ):
+        loader.restore(state)
+    for name, value in (("batch", 9), ("seed", 2), ("lanes", 3), ("window", 3)):
+        with (
+            open_loader(local, **{name: value}) as loader,
+            pytest.raises(DatasetError, match=f"{name} is {value}, was"),
+        ):
+            loader.restore(state)
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [

@@ -3,7 +3,6 @@
 import random
 import re
 import resource
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from equiav.local_s3 import LocalS3
 from streaming import Store
 from streaming.store import Denied, Missing, Short, StoreError
 from tests.streaming.fault_proxy import FaultProxy
-from tests.streaming.toys import KEY_ID, S3, SECRET, free_port, rclone, wait_for_port
 
 BIG = random.Random(0).randbytes(300_000)
 
@@ -24,7 +23,7 @@ def bucket(s3):
     """A bucket with one object, `big`, which came there as a file."""
     (s3.folder / "store").mkdir()
     (s3.folder / "store" / "big").write_bytes(BIG)
-    store, end = Store("s3://store", patience=10, options=s3.options()), time.monotonic() + 20
+    store, end = Store("s3://store", patience=10, options=s3.options), time.monotonic() + 20
     while not store.exists("big"):
         assert time.monotonic() < end, "the server does not see its own folder"
         time.sleep(0.05)
@@ -50,7 +49,7 @@ def store(request, s3, bucket, tmp_path):
     """An empty folder."""
     if request.param == "local":
         return Store(str(tmp_path / "folder"), patience=5)
-    return Store(f"{bucket}/{tmp_path.name}", patience=5, options=s3.options())
+    return Store(f"{bucket}/{tmp_path.name}", patience=5, options=s3.options)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -58,7 +57,7 @@ def with_big(request, s3, bucket):
     """A folder with `big` in it."""
     if request.param == "local":
         return Store(str(s3.folder / "store"), patience=5)
-    return Store(bucket, patience=5, options=s3.options())
+    return Store(bucket, patience=5, options=s3.options)
 
 
 def faults(proxy):
@@ -151,19 +150,16 @@ def test_while_the_store_is_down_it_waits_and_then_goes_on(proxy, bucket):
 def test_a_server_that_was_killed_and_started_again_is_found_again(s3, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "big").write_bytes(BIG)
-    server = S3(tmp_path)
-    starting = threading.Timer(1, server.start)
-    try:
-        store = Store("s3://store", patience=60, options=server.options())
+    with LocalS3(tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        store = Store("s3://store", patience=60, options=server.options)
         assert store.read("big", 0, 1000) == BIG[:1000]
         assert store.counts["retries"] == 0
         server.stop()
-        starting.start()
-        assert store.read("big", 1000, 2000) == BIG[1000:2000]
-        assert store.counts["retries"] > 0
-        starting.join()
-    finally:
-        server.stop()
+        reading = pool.submit(store.read, "big", 1000, 2000)
+        while not store.counts["retries"]:
+            time.sleep(0.05)
+        server.start()
+        assert reading.result() == BIG[1000:2000]
 
 
 def test_when_patience_is_over_the_error_names_the_url_and_the_last_trouble(proxy, bucket, tmp_path):
@@ -205,8 +201,8 @@ def test_threads_share_a_store_and_each_gets_its_own_bytes(proxy, bucket):
 
 
 REFUSED = {
-    "wrong secret": ({"key": KEY_ID, "secret": "w" * 40}, Denied, "AWS_SECRET_ACCESS_KEY"),
-    "wrong key": ({"key": "AKIAWRONGWRONGWRONG0", "secret": SECRET}, Denied, "AWS_ACCESS_KEY_ID"),
+    "wrong secret": ({"secret": "w" * 40}, Denied, "AWS_SECRET_ACCESS_KEY"),
+    "wrong key": ({"key": "AKIAWRONGWRONGWRONG0"}, Denied, "AWS_ACCESS_KEY_ID"),
     # this server's word for a request without a signature is 400
     "anonymous": ({"anon": True}, StoreError, "rejects"),
 }
@@ -216,7 +212,7 @@ REFUSED = {
 def test_who_is_refused_is_told_at_once_whatever_is_asked(s3, bucket, tmp_path, who):
     options, kind, hint = REFUSED[who]
     (tmp_path / "source").write_bytes(b"new")
-    store = Store(bucket, patience=5, options=s3.options() | options)
+    store = Store(bucket, patience=5, options=s3.options | options)
     asked = operations(store, tmp_path / "source")
     for ask in asked.values():
         with pytest.raises(StoreError, match=hint) as caught:
@@ -226,8 +222,8 @@ def test_who_is_refused_is_told_at_once_whatever_is_asked(s3, bucket, tmp_path, 
     assert dict(store.counts) == {"requests": len(asked)}
 
 
-def test_a_refusal_is_one_request_to_the_server(proxy, bucket):
-    store = Store(bucket, patience=5, options=proxy.options() | {"key": KEY_ID, "secret": "w" * 40})
+def test_a_refusal_is_one_request_to_the_server(s3, proxy, bucket):
+    store = Store(bucket, patience=5, options=proxy.options() | {"key": s3.key, "secret": "w" * 40})
     with pytest.raises(Denied):
         store.read("big", 0, 10)
     assert len(proxy.log) == 1
@@ -255,26 +251,19 @@ def test_without_credentials_the_error_says_what_to_set(proxy, bucket, stranger)
 
 @pytest.mark.parametrize("how", ["option", "environment"])
 def test_a_public_bucket_is_read_without_credentials(s3, bucket, stranger, monkeypatch, how):
-    port = free_port()
-    command = [rclone(), "serve", "s3", str(s3.folder), "--addr", f"127.0.0.1:{port}", "--config", "/dev/null"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_port(port)
-        options = s3.options(port)
+    with LocalS3(s3.folder, public=True) as server:
+        options = {"endpoint_url": server.options["endpoint_url"]}
         if how == "option":
             options["anon"] = True
         else:
             monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "1")
         store = Store(bucket, patience=5, options=options)
         assert store.read("big", 5, 50) == BIG[5:50]
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_a_missing_bucket_is_named_at_once(s3, tmp_path):
     (tmp_path / "source").write_bytes(b"new")
-    store = Store("s3://no-such-bucket/folder", patience=5, options=s3.options())
+    store = Store("s3://no-such-bucket/folder", patience=5, options=s3.options)
     asked = operations(store, tmp_path / "source")
     for what in ("read a range", "read", "size", "write", "upload"):
         with pytest.raises(Missing, match="s3://no-such-bucket/folder"):
@@ -302,7 +291,7 @@ def test_an_unknown_protocol_is_an_error_of_the_store(protocol):
     ("url", "options"), [("s3://Not a bucket!/x", {}), ("s3://store", {"profile": "no-such-profile"})]
 )
 def test_a_setting_that_no_waiting_will_mend_is_an_error_at_once(s3, url, options):
-    store = Store(url, patience=0.3, options=s3.options() | options)
+    store = Store(url, patience=0.3, options=s3.options | options)
     with pytest.raises(StoreError, match=re.escape(url)):
         store.read("big", 0, 10)
     assert store.counts["retries"] == 0
@@ -343,7 +332,7 @@ def test_a_range_up_to_the_end_is_all_there(with_big, start, stop):
 
 
 def test_a_range_of_an_object_that_was_written_here_comes_back(s3, bucket):
-    store = Store(f"{bucket}/own", patience=0.3, options=s3.options())
+    store = Store(f"{bucket}/own", patience=0.3, options=s3.options)
     store.write("object", BIG)
     assert store.read("object") == BIG
     assert store.read("object", 10, 20) == BIG[10:20]

