@@ -30,9 +30,16 @@ def open_stream(config: Config, *, rank: int = 0, ranks: int = 1, sharers: int =
     def frame_draw(epoch: int, samples: np.ndarray) -> np.ndarray:
         return uniforms(config.seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
 
+    empty = pinned if config.device == "cuda" else np.empty
     return Loader(dataset, order, ClipDecoder(config.model, config.data), rank=rank, ranks=ranks, workers=s.workers,
-                  ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw,
+                  ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw, empty=empty,
                   quarantine=Quarantine(dataset.samples, s.max_bad, quarantine))  # fmt: skip
+
+
+def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory from which the GPU copies by itself; torch keeps freed blocks of it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
 def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:

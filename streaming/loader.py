@@ -28,6 +28,9 @@ KNOWN_SHARDS = 128  # whose offsets a decoding process keeps, a few hundred kB e
 TASK = 16  # rows at most
 
 
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+
+
 class Decoder(Protocol):
     """What the user of this package brings. It is pickled into the decoding processes."""
 
@@ -122,16 +125,17 @@ class Loader:
         cache_bytes: int = 64 << 30,
         sharers: int = 1,
         draw: Callable[[int, np.ndarray], np.ndarray] = no_draw,
+        empty: Empty = np.empty,
         quarantine: Quarantine | None = None,
     ):
         """workers: decoding processes; 0: everything in threads of this one. ahead: batches prepared beyond the one being
         used. cache: folder for shards of a remote store, `cache_bytes` of it shared by the loaders of `sharers` ranks.
-        draw: a number for each sample of an epoch, handed to the decoder."""
+        draw: a number for each sample of an epoch, handed to the decoder. empty: makes the arrays of a batch."""
         if order.fingerprint != dataset.fingerprint:
             raise ValueError(
                 f"the order is of dataset {order.fingerprint[:16]}, this one is {dataset.fingerprint[:16]}"
             )
-        self.dataset, self.order, self.decoder, self.draw = dataset, order, decoder, draw
+        self.dataset, self.order, self.decoder, self.draw, self.empty = dataset, order, decoder, draw, empty
         self.first, self.stop = share(order.batch, rank, ranks)
         self.quarantine = quarantine if quarantine is not None else Quarantine(dataset.samples)
         self._epoch = Epoch(order, dataset.sizes, 0)
@@ -368,7 +372,7 @@ class Loader:
 
     def _deliver(self) -> Batch:
         number, step = self._flight.popitem(last=False)
-        fields = self._buffers.copy(step.buffer, step.valid)
+        fields = self._buffers.copy(step.buffer, step.valid, self.empty)
         self._free.append(step.buffer)
         if self._flight:
             oldest, windows = next((n, s.windows) for n, s in self._flight.items())
@@ -445,9 +449,12 @@ class _Buffers:
             offset += self._bytes(shape, dtype)
         return views
 
-    def copy(self, buffer: int, valid: np.ndarray) -> dict[str, np.ndarray]:
+    def copy(self, buffer: int, valid: np.ndarray, empty: Empty) -> dict[str, np.ndarray]:
         """The batch's own arrays: the buffer is written again while the batch is used."""
-        fields = {name: view.copy() for name, view in self.views(buffer).items()}
+        fields = {}
+        for name, view in self.views(buffer).items():
+            fields[name] = empty(view.shape, view.dtype)
+            np.copyto(fields[name], view)
         if not valid.all():
             for values in fields.values():
                 values[~valid] = 0

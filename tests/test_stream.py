@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,3 +229,9 @@ def test_a_stream_from_nowhere_is_asked_for():
         ConfigError, match=r"stream\.url is not set, expected the folder of a packed dataset; `equiav pack`"
     ):
         open_stream(settings(""))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_lie_in_pinned_memory(clips):
+    for batch in take(replace(settings(clips), device="cuda"), 2):
+        assert all(values.is_pinned() for values in (batch.frames, batch.waveform, batch.lengths))
