@@ -32,6 +32,7 @@ from tests.streaming.fault_proxy import FaultProxy
 Row = tuple[str, str, str]
 CLIPS, DIFFERENT, SHARD, BATCH = 1536, 48, 48, 32
 SIDE = 256
+CORES = len(os.sched_getaffinity(0))
 RIVALS = ("webdataset", "mosaicml", "litdata")
 
 
@@ -97,9 +98,14 @@ def processor_seconds(loader: Loader) -> float:
     total = own.ru_utime + own.ru_stime
     for child in (*loader._workers, loader._fetcher):
         assert child.process
-        fields = Path(f"/proc/{child.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        total += seconds_of(child.process.pid)
     return total
+
+
+def seconds_of(pid: int | None) -> float:
+    """Processor seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @cache
@@ -157,19 +163,22 @@ def raw_rate(url: str, options: dict[str, Any]) -> float:
         child.stop()
 
 
-def first_epoch(url: str, options: dict[str, Any], cache: Path) -> float:
-    """Samples a second of a stream that fetches everything: from the second window on, when fetching runs beside decoding."""
-    with open_loader(url, 1, cache, options, window=2) as loader:
+def first_epoch(url: str, options: dict[str, Any], cache: Path) -> tuple[float, float]:
+    """Samples a second of a stream that fetches everything: from the beginning of the second window to that of the last, so that
+    as many windows are fetched as are delivered. And its processor seconds a sample."""
+    window = 4  # shards
+    with open_loader(url, 1, cache, options, window=window) as loader:
         batches = loader.batches()
-        first = 2 * SHARD // BATCH
-        for _ in range(first):
+        steps = window * SHARD // BATCH
+        last = (CLIPS // (window * SHARD) - 1) * steps
+        for _ in range(steps + 1):
             next(batches)
-        begun = time.perf_counter()
-        for _ in range(first, loader.steps_per_epoch):
+        begun, before, count = time.perf_counter(), processor_seconds(loader), (last - steps) * BATCH
+        for _ in range(steps, last):
             next(batches)
-        spent = time.perf_counter() - begun
+        spent, used = time.perf_counter() - begun, processor_seconds(loader) - before
         batches.close()
-        return (loader.steps_per_epoch - first) * BATCH / spent
+        return count / spent, used / count
 
 
 def s3() -> Iterator[Row]:
@@ -181,10 +190,13 @@ def s3() -> Iterator[Row]:
             with LocalS3(Path(scratch().name, "store"), limit) as server:
                 raw = raw_rate(url, server.options) / sample
                 with tempfile.TemporaryDirectory(dir=scratch().name) as folder:
-                    figure = first_epoch(url, server.options, Path(folder))
+                    before = seconds_of(server.process.pid)
+                    figure, ours = first_epoch(url, server.options, Path(folder))
+                    served = (seconds_of(server.process.pid) - before) / CLIPS  # a little more: the last window, too
             decode = local_rate(audio)[0]
             yield (f"stream from S3, {audio.upper()}, server {name}", f"{figure:,.0f} samples/s",
-                   f"{figure / min(raw, decode):.2f} of the lower of raw GET {raw:,.0f} and decoding {decode:,.0f}")  # fmt: skip
+                   f"{figure / min(raw, decode):.2f} of the lower of raw GET {raw:,.0f} and decoding {decode:,.0f}; CPU: "
+                   f"ours {1000 * ours:.1f}, the server's {1000 * served:.1f} of {1000 * CORES / figure:.1f} ms a sample")  # fmt: skip
 
 
 def run_proxy(connection: Any, upstream: int, share: float) -> None:
@@ -203,7 +215,7 @@ def faults() -> Iterator[Row]:
             proxy = Child("proxy", run_proxy, (server.port, part))
             options = {**server.options, "endpoint_url": f"http://127.0.0.1:{proxy.receive()}"}
             with tempfile.TemporaryDirectory(dir=scratch().name) as folder:
-                rates.append(first_epoch("s3://clips/wav", options, Path(folder)))
+                rates.append(first_epoch("s3://clips/wav", options, Path(folder))[0])
             proxy.stop()
     yield (
         "stream from S3, 5% of requests answered 503",

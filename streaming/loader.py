@@ -139,7 +139,7 @@ class Loader:
         self.first, self.stop = share(order.batch, rank, ranks)
         self.quarantine = quarantine if quarantine is not None else Quarantine(dataset.samples)
         self._epoch = Epoch(order, dataset.sizes, 0)
-        self._folder = dataset.fingerprint[:16]
+        self._folder, self._hold = dataset.fingerprint[:16], 3  # windows at a time
         if dataset.store.local:
             cache = None
         elif cache is None:
@@ -240,7 +240,7 @@ class Loader:
                 break
             self._dispatch(number, step)
             self._pending, self._next, moved = None, self._next + 1, True
-        if self._windows and len(self._windows) < 2:  # the one after, while this one is used
+        while self._windows and len(self._windows) < self._hold:  # those after, while this one is used
             epoch, w = next(reversed(self._windows))
             self._want((epoch, w + 1) if w + 1 < self._epochs(epoch).windows else (epoch + 1, 0))
         return moved
@@ -311,7 +311,7 @@ class Loader:
     def _epochs(self, epoch: int) -> Epoch:
         if epoch not in self._known:
             self._known[epoch] = Epoch(self.order, self.dataset.sizes, epoch)
-            if len(self._known) > 2:
+            if len(self._known) > 3:
                 del self._known[next(iter(self._known))]
         return self._known[epoch]
 
@@ -402,15 +402,21 @@ class Loader:
                     if shard in (ready := self._windows[epoch, w].files or {}))  # fmt: skip
 
     def _check_room(self, limit: int, sharers: int) -> None:
-        """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever."""
+        """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever. Where three do,
+        the store is never idle between them."""
         edges = np.array([self._epoch.bounds(w)[0] for w in range(self._epoch.windows)])
         held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
         # Shards that a rank's part of a window touches:
         shards = -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
         beside = 1 << 16  # of a shard: blocks that are not full
         whole = self.dataset.bytes + len(self.dataset) * beside
-        needed = sharers * min(held * shards * (self.dataset.largest + beside), 2 * whole)
-        needed += needed // 50  # offsets files
+
+        def room(windows: int) -> int:
+            needed = sharers * min(windows * shards * (self.dataset.largest + beside), windows * whole)
+            return needed + needed // 50  # offsets files
+
+        needed = room(held)
+        self._hold = held + 1 if limit >= room(held + 1) else held
         if limit < needed:
             raise CacheError(f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of "
                              f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "

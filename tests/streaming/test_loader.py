@@ -129,6 +129,7 @@ def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3,
         steps = sum(0 <= epoch.slots(k, *slots).windows[1] < epoch.windows - 1 for k in range(epoch.steps))
         steps -= not epoch.needs(epoch.windows - 1, *slots)
         with open_loader(url, tmp_path / str(rank), options=proxy.options(), rank=rank, ranks=W, ahead=0) as loader:
+            loader._hold = 2
             batches = loader.batches()
             for _ in range(steps):
                 next(batches)
