@@ -195,7 +195,9 @@ def s3() -> Iterator[Row]:
                     served = (seconds_of(server.process.pid) - before) / CLIPS  # a little more: the last window, too
             decode = local_rate(audio)[0]
             ratio = f"{figure / min(raw, decode):.2f} of the lower of raw GET {raw:,.0f} and decoding {decode:,.0f}"
-            used = f"ours {1000 * ours:.1f}, the server's {1000 * served:.1f} of {1000 * CORES / figure:.1f} ms a sample"
+            used = (
+                f"ours {1000 * ours:.1f}, the server's {1000 * served:.1f} of {1000 * CORES / figure:.1f} ms a sample"
+            )
             yield f"stream from S3, {audio.upper()}, server {name}", f"{figure:,.0f} samples/s", f"{ratio}; CPU: {used}"
 
 
