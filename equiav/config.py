@@ -286,7 +286,19 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
 
+    micro_batch: int = 0
+    """Rows of a process that are in memory at a time; 0: all. Less memory, a third more time, the same gradient."""
+    shard: int = 0
+    """Processes that hold one copy of the model and optimizer together (a node's, say); 0: all."""
+    compile: bool = False
+    """Compile the encoders' blocks."""
+    max_skipped: int = 10
+    """Steps in a row without a finite loss and gradient, none of which changes anything, after which the run stops."""
+
     def __post_init__(self) -> None:
+        for name in ("micro_batch", "shard"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(self.max_skipped >= 1, "train.max_skipped", self.max_skipped, "1 or more")
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (a contrast needs a negative)")
         require(self.steps >= 1, "train.steps", self.steps, "1 or more")
         require(0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,

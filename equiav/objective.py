@@ -1,16 +1,16 @@
 """Eq. 8-16: what the embeddings are asked for. Pure functions; float32 (or float64, if they come so) under any autocast.
 
-N is the global batch. Each process holds b of its rows, computes the terms of its own anchors, and is given a `gather`:
-(k, b, d) -> (k, N, d), the rows of all processes in order, and the index of its own first row. Losses and reported terms
-are shares: summed over the processes they are the global ones. For the gradient to be the single-process one, the
-gather's backward must sum over the processes what they say of a row, and gradients of parameters must be summed, not
-averaged.
+N is the number of rows of the global batch. Each process holds some of them and computes the terms of its own anchors;
+a `gather` brings the rows of all processes. Losses and reported terms are shares: summed over the processes they are the
+global ones. The gradient is that of the global loss by the own rows, formed without a collective: an embedding is an
+anchor, with its own denominator, and a candidate of all other anchors, with theirs. Gradients of parameters must
+therefore be summed over the processes, not averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from equiav.config import ObjectiveConfig
 
-Gather = Callable[[Tensor], tuple[Tensor, int]]
+Gather = Callable[[Tensor], Tensor]
+"""(b, ...) -> (M, ...): the rows of all processes in order, b of each."""
+
+COLUMNS = 4096  # candidates at a time: what the loss keeps besides the embeddings is some blocks of b x this
+
+
+def alone(x: Tensor) -> Tensor:
+    """The gather of a single process."""
+    return x
 
 
 class Embeddings(NamedTuple):
@@ -34,33 +42,134 @@ class Embeddings(NamedTuple):
     plain_v: Tensor | None
     temperature: Tensor | None = None  # (1,) where it is learned
 
-    def only(self, valid: Tensor) -> Embeddings:
-        """Those of the rows where valid (B,), on the host, is true: the others are neither anchors nor negatives."""
-        if valid.all():
+    @classmethod
+    def cat(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """Of the rows of several."""
+        fields = {name: z for name, z in parts[0]._asdict().items() if z is None or name == "temperature"}
+        for name in set(cls._fields) - fields.keys():
+            fields[name] = torch.cat([getattr(part, name) for part in parts])
+        return cls(**fields)
+
+    def padded(self, b: int) -> Embeddings:
+        """With as many rows as the largest share has."""
+        missing = b - len(self.inter_a)
+        if not missing:
             return self
-        rows = valid.nonzero()[:, 0].to(self.inter_a.device, non_blocking=True)
-        kept: dict[str, Tensor] = {
-            name: z[rows] for name, z in self._asdict().items() if z is not None and name != "temperature"
-        }
-        return self._replace(**kept)
+        return Embeddings(*(z if z is None else F.pad(z, (0, 0, 0, missing)) for z in self[:-1]), self.temperature)
+
+    def leaves(self) -> Embeddings:
+        """The same numbers, to be given gradients of their own."""
+        return Embeddings(*(None if z is None else z.detach().requires_grad_() for z in self))
+
+    def backward_from(self, whole: Embeddings, part: slice | None, temperature: bool) -> None:
+        """Backward with the gradients that a part of the rows of `whole` has; with none, where part is None."""
+        outputs, gradients = [], []
+        for name, z in self._asdict().items():
+            if z is None or not z.requires_grad:
+                continue
+            given = getattr(whole, name).grad
+            if name == "temperature":
+                given = given if temperature else None
+            elif given is not None and part is not None:
+                given = given[part].to(z.dtype)
+            else:
+                given = None
+            outputs.append(z)
+            gradients.append(torch.zeros_like(z) if given is None else given)
+        torch.autograd.backward(outputs, gradients)
 
 
-def alone(z: Tensor) -> tuple[Tensor, int]:
-    """The gather of a single process."""
-    return z, 0
+class Rows(NamedTuple):
+    """Which rows of the global batch this process holds, and how to get at the others."""
+
+    own: Tensor  # (b,) bool: a clip, or nothing
+    everyone: Tensor  # (M,) bool, M = b of each process
+    first: int  # of the own ones among everyone's
+    N: Tensor  # clips in all, at least 1
+    gather: Gather
+
+    @classmethod
+    def of(cls, valid: Tensor, rank: int = 0, gather: Gather = alone) -> Rows:
+        """valid (b,) bool, b the same in every process."""
+        everyone = gather(valid)
+        return cls(valid, everyone, rank * len(valid), everyone.sum().clamp(min=1), gather)
 
 
 def unit(*z: Tensor) -> Tensor:
-    """k embeddings (b, d) -> (k, b, d), each row of length 1, so that a product is the cosine sim()."""
-    stacked = torch.stack(z)
+    """k embeddings (b, d) -> (b, k, d), each row of length 1, so that a product is the cosine sim()."""
+    stacked = torch.stack(z, dim=1)
     return F.normalize(stacked if stacked.dtype == torch.float64 else stacked.float(), dim=-1)
 
 
+class _Contrast(torch.autograd.Function):
+    """`contrast`, with the gradient formed in the forward pass: all that is gathered is needed only there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, own: Tensor, temperature: Tensor, rows: Rows, intra: bool, positive: bool
+    ) -> tuple[Tensor, Tensor]:
+        b, M = len(own), len(rows.everyone)
+        everyone, scale = rows.gather(own), 1 / temperature  # (M, 2, d)
+        weight = rows.own.to(own.dtype) / (2 * rows.N)  # (b,) of an anchor's term
+        s_positive = (own[:, 0] * own[:, 1]).sum(dim=1) * scale  # (b,)
+
+        def blocks(k: int) -> Iterator[tuple[int, slice, Tensor]]:
+            """side, columns, s (b, columns) of anchors of side k with candidates but the positive; -inf where there is none."""
+            for side in (1 - k, k) if intra else (1 - k,):
+                for begin in range(0, M, COLUMNS):
+                    columns = slice(begin, min(begin + COLUMNS, M))
+                    s = (own[:, k] @ everyone[columns, side].T).mul_(scale)
+                    s.masked_fill_(~rows.everyone[columns], -torch.inf)
+                    s.diagonal(rows.first - begin).fill_(-torch.inf) if _crosses(columns, rows.first, b) else None
+                    yield side, columns, s
+
+        D, correct = own.new_empty(b, 2), torch.zeros((), dtype=torch.int64, device=own.device)
+        for k in (0, 1):
+            log_sum, nearest = own.new_full((b,), -torch.inf), own.new_full((b,), -torch.inf)
+            for _, _, s in blocks(k):
+                nearest = torch.maximum(nearest, s.amax(dim=1))
+                log_sum = torch.logaddexp(log_sum, s.logsumexp(dim=1))
+            D[:, k] = torch.logaddexp(log_sum, s_positive) if positive else log_sum
+            correct += (rows.own & (s_positive > nearest)).sum()
+        D.masked_fill_(-torch.inf == D, 0)  # an anchor without candidates says nothing
+        loss = (D.sum(dim=1) - 2 * s_positive).where(rows.own, 0) @ weight
+        ctx.mark_non_differentiable(correct)
+        if not any(ctx.needs_input_grad):
+            return loss, correct
+
+        everyones_D, everyones_weight = rows.gather(D), rows.everyone.to(own.dtype) / (2 * rows.N)  # (M, 2), (M,)
+        gradient, slope = torch.empty_like(own), own.new_zeros(())
+        for k in (0, 1):
+            as_positive = (s_positive[:, None] - D).exp().sum(dim=1) if positive else 0  # of both anchors of the row
+            gradient[:, k] = (weight * (as_positive - 2))[:, None] * own[:, 1 - k]
+            for side, columns, s in blocks(k):
+                as_anchor = (s - D[:, k, None]).exp_().mul_(weight[:, None])  # (b, columns)
+                if ctx.needs_input_grad[1]:
+                    slope += (as_anchor * s.masked_fill(s == -torch.inf, 0)).sum()
+                as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
+                gradient[:, k] += as_candidate.add_(as_anchor) @ everyone[columns, side]
+        if ctx.needs_input_grad[1]:
+            slope += weight @ (s_positive * (as_positive - 2))
+        gradient *= rows.own[:, None, None] * scale
+        ctx.save_for_backward(gradient, -slope * scale)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, slope = ctx.saved_tensors
+        return gradient * upstream[0], slope * upstream[0], None, None, None
+
+
+def _crosses(columns: slice, first: int, b: int) -> bool:
+    """Whether columns of everyone's rows meet the own ones, which begin at `first`."""
+    return columns.start < first + b and first < columns.stop
+
+
 def nt_xent(
-    own: Tensor, everyone: Tensor, first: int, temperature: Tensor | float, positive_in_denominator: bool = True
+    own: Tensor, rows: Rows, temperature: Tensor, positive_in_denominator: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Intra-modal loss (Eq. 8-10) of z_hat with z', unit vectors: own (2, b, d) of everyone (2, N, d), from row `first`
-    -> loss, and how many anchors are nearer to their positive than to any negative.
+    """Intra-modal loss (Eq. 8-10) of z_hat with z', unit vectors: own (b, 2, d) -> this process's share of the loss, and how
+    many of its anchors are nearer to their positive than to any negative.
 
     With s(x, y) = exp(sim(x, y) / tau), over the 2N embeddings of all processes:
 
@@ -69,38 +178,17 @@ def nt_xent(
 
     Without the positive in the denominator (Eq. A) the first sum also leaves out j = i.
     """
-    b, N = own.shape[1], everyone.shape[1]
-    rows = torch.arange(first, first + b, device=own.device)
-    is_self = rows[:, None] == torch.arange(N, device=own.device)  # (b, N)
-    loss, correct = own.new_zeros(()), torch.zeros((), dtype=torch.int64, device=own.device)
-    for k in (0, 1):
-        anchors, same, other = own[k], everyone[k], everyone[1 - k]
-        positive = (anchors * other[first : first + b]).sum(dim=1) / temperature  # (b,)
-        both = torch.stack([anchors @ other.T, anchors @ same.T], dim=1) / temperature  # (b, 2, N)
-        negatives = both.masked_fill(is_self[:, None], -torch.inf).flatten(1)  # (b, 2N)
-        denominator = negatives.logsumexp(dim=1)
-        if positive_in_denominator:
-            denominator = torch.logaddexp(positive, denominator)
-        loss = loss + (denominator - positive).sum() / (2 * N)
-        correct += (positive.detach() > negatives.detach().amax(dim=1)).sum()
-    return loss, correct
+    return _Contrast.apply(own, temperature, rows, True, positive_in_denominator)  # type: ignore[return-value]
 
 
-def info_nce(own: Tensor, everyone: Tensor, first: int, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Inter-modal loss (Eq. 14-15) of z_a with z_v, unit vectors: own (2, b, d) of everyone (2, N, d), from row `first`
-    -> loss, and how many anchors are nearer to their positive than to any other.
+def info_nce(own: Tensor, rows: Rows, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Inter-modal loss (Eq. 14-15) of z_a with z_v, unit vectors: own (b, 2, d) -> this process's share of the loss, and how
+    many of its anchors are nearer to their positive than to any other.
 
         l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
         loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
     """
-    b, N = own.shape[1], everyone.shape[1]
-    rows = torch.arange(first, first + b, device=own.device)
-    loss, correct = own.new_zeros(()), torch.zeros((), dtype=torch.int64, device=own.device)
-    for k in (0, 1):
-        logits = own[k] @ everyone[1 - k].T / temperature  # (b, N)
-        loss = loss + F.cross_entropy(logits, rows, reduction="sum") / (2 * N)
-        correct += (logits.detach().argmax(dim=1) == rows).sum()
-    return loss, correct
+    return _Contrast.apply(own, temperature, rows, False, True)  # type: ignore[return-value]
 
 
 class Weights(NamedTuple):
@@ -124,7 +212,7 @@ def weights_at(step: int, steps: int, config: ObjectiveConfig) -> Weights:
 
 
 def equiav_loss(
-    e: Embeddings, weights: Weights, config: ObjectiveConfig, gather: Gather = alone
+    e: Embeddings, weights: Weights, config: ObjectiveConfig, rows: Rows | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 16 -> L = inter * L_inter + intra_a * L_intra_a + intra_v * L_intra_v, and what the run reports, as scalars.
 
@@ -132,28 +220,31 @@ def equiav_loss(
     sim(z_hat, z') (Table 7). A predictor can reach 1 there as the identity on an invariant encoder, so `gain` says how
     much nearer to z' the prediction is than the unpredicted embedding.
     """
+    if rows is None:
+        rows = Rows.of(torch.ones(len(e.inter_a), dtype=torch.bool, device=e.inter_a.device))
     with torch.autocast(e.inter_a.device.type, enabled=False):
-        temperature = config.temperature if e.temperature is None else e.temperature.squeeze()
         possible = (
             ("inter", e.inter_a, e.inter_v, None, weights.inter),
             ("intra_audio", e.intra_a, e.aug_a, e.plain_a, weights.intra_a),
             ("intra_image", e.intra_v, e.aug_v, e.plain_v, weights.intra_v),
         )
-        pairs = [(name, p, q, plain, w) for name, p, q, plain, w in possible if p is not None and q is not None]
-        own = unit(*(z for _, p, q, _, _ in pairs for z in (p, q)))  # (2 or 6, b, d)
-        everyone, first = gather(own)  # (2 or 6, N, d)
-        N, loss, terms = everyone.shape[1], own.new_zeros(()), {}
-        for k, (name, _, _, plain, weight) in enumerate(pairs):
-            mine, all_of_it = own[2 * k : 2 * k + 2], everyone[2 * k : 2 * k + 2]
+        terms, parts = {}, []
+        for name, p, q, plain, weight in possible:
+            if p is None or q is None:
+                continue
+            own = unit(p, q)  # (b, 2, d)
+            tau = own.new_tensor(config.temperature) if e.temperature is None else e.temperature.squeeze().to(own.dtype)
             if name == "inter":
-                part, correct = info_nce(mine, all_of_it, first, temperature)
+                part, correct = info_nce(own, rows, tau)
             else:
-                part, correct = nt_xent(mine, all_of_it, first, temperature, config.intra_positive_in_denominator)
-            loss = loss + weight * part
-            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct / (2 * N)
+                part, correct = nt_xent(own, rows, tau, config.intra_positive_in_denominator)
+            parts.append(weight * part)
+            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct / (2 * rows.N)
             if plain is not None:
-                side = name.removeprefix("intra_")
+                side, counted = name.removeprefix("intra_"), rows.own / rows.N
                 with torch.no_grad():
-                    terms[f"similarity_{side}"] = (mine[0] * mine[1]).sum() / N
-                    terms[f"gain_{side}"] = terms[f"similarity_{side}"] - (unit(plain)[0] * mine[1]).sum() / N
+                    reached = (own[:, 0] * own[:, 1]).sum(dim=1)
+                    terms[f"similarity_{side}"] = (reached * counted).sum()
+                    terms[f"gain_{side}"] = ((reached - (unit(plain)[:, 0] * own[:, 1]).sum(dim=1)) * counted).sum()
+        loss = torch.stack(parts).sum()
     return loss, {"loss": loss.detach(), **terms}

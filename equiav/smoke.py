@@ -20,10 +20,11 @@ from equiav.decoder import ClipDecoder
 from equiav.evaluate.report import plot_run
 from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
 from equiav.local_s3 import LocalS3
+from equiav.parallel import Ranks
 from equiav.sources import EncodeSynthetic, Shape
 from equiav.stream import batches, open_stream
 from equiav.synthetic import World
-from equiav.train import train
+from equiav.train import begin, train
 from equiav.weights import save_model
 from streaming import Dataset, Loader, Order, Stats, Store
 from streaming.pack import Progress as Packed
@@ -70,7 +71,7 @@ def run_smoke(config: SmokeConfig) -> None:
         config = replace(
             config, stream=replace(config.stream, url=f"s3://{BUCKET}/train", cache=Path(scratch, "cache"))
         )
-        clock, rows = {}, []
+        clock, rows, ranks = {}, [], Ranks(config.device)
         columns = [TextColumn("{task.description:11s}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
                    TextColumn("{task.fields[note]}")]  # fmt: skip
         with Progress(*columns, console=console) as progress:
@@ -88,11 +89,13 @@ def run_smoke(config: SmokeConfig) -> None:
 
                 begun = time.perf_counter()
                 with open_stream(config, quarantine=config.out / "quarantine.jsonl", options=s3.options) as loader:
-                    model = train(config, batches(loader), report)
+                    state = begin(config, ranks)
+                    train(config, ranks, state, batches(loader), report)
                     stats = loader.stats()
                 clock["pretrain"] = time.perf_counter() - begun
 
         begun = time.perf_counter()
+        model = state.model.eval()
         retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
         clock["retrieve"] = time.perf_counter() - begun
     save_model(config.out / "model", model, config)

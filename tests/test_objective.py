@@ -1,12 +1,15 @@
 """Every loss against the equations written as plain loops in float64."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from equiav import objective
 from equiav.config import ObjectiveConfig
-from equiav.objective import Embeddings, alone, equiav_loss, info_nce, nt_xent, unit, weights_at
+from equiav.objective import Embeddings, Rows, equiav_loss, info_nce, nt_xent, unit, weights_at
 
 N, d, TAU = 7, 5, 0.07
 
@@ -51,14 +54,22 @@ def same_value_and_gradients(ours, plain, *inputs):
         assert (g - g_plain).abs().max() < 1e-10
 
 
+@pytest.fixture(autouse=True, params=[3, 4096])
+def columns(request, monkeypatch):
+    """Candidates at a time."""
+    monkeypatch.setattr(objective, "COLUMNS", request.param)
+
+
+def all_of(z):
+    return Rows.of(torch.ones(len(z), dtype=torch.bool, device=z.device))
+
+
 def intra(x, y, tau, with_positive=True):
-    own = unit(x, y)
-    return nt_xent(own, *alone(own), tau, with_positive)
+    return nt_xent(unit(x, y), all_of(x), torch.as_tensor(tau, dtype=x.dtype), with_positive)
 
 
 def inter(x, y, tau):
-    own = unit(x, y)
-    return info_nce(own, *alone(own), tau)
+    return info_nce(unit(x, y), all_of(x), torch.as_tensor(tau, dtype=x.dtype))
 
 
 @pytest.mark.parametrize("with_positive", [True, False])
@@ -99,26 +110,100 @@ def test_total_is_the_weighted_sum():
     assert all(value.dim() == 0 and not value.requires_grad for value in terms.values())
 
 
-@pytest.mark.parametrize("settings", [{}, {"intra_positive_in_denominator": False}, {"intra": "none"}])
-def test_processes_add_up_to_one(settings):
-    """Three processes with 3, 2 and 2 of the rows: losses, gradients and reported terms sum to the single process's."""
+class Together:
+    """Processes as threads: a gather waits for all of them."""
+
+    def __init__(self, size):
+        self.barrier, self.rows, self.calls = threading.Barrier(size, timeout=60), [None] * size, []
+
+    def gather(self, rank, x):
+        self.rows[rank] = x
+        self.barrier.wait()
+        everyone = torch.cat(self.rows)
+        self.barrier.wait()
+        if rank == 0:
+            self.calls.append(tuple(x.shape))
+        return everyone
+
+
+def in_parts(e, shares, config, weights):
+    """Each process's loss, terms and gradients by its own rows and temperature; `shares`: rows of each, -1: nothing."""
+    size, b = len(shares), max(len(share) for share in shares)
+    together = Together(size)
+
+    def process(rank):
+        index = torch.tensor(shares[rank], dtype=torch.int64)
+        leaves = {}
+        for name, z in e._asdict().items():
+            if z is not None:
+                own = z if name == "temperature" else torch.cat([z[index.clamp(min=0)], z.new_zeros(b - len(index), d)])
+                leaves[name] = own.detach().clone().requires_grad_()
+        valid = torch.cat([index >= 0, torch.zeros(b - len(index), dtype=torch.bool)])
+        rows = Rows.of(valid, rank, lambda x: together.gather(rank, x))
+        loss, terms = equiav_loss(Embeddings(**{**dict.fromkeys(Embeddings._fields), **leaves}), weights, config, rows)
+        loss.backward()
+        return loss.detach(), terms, {name: z.grad for name, z in leaves.items()}, index
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(process, range(size))), together.calls
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"intra_positive_in_denominator": False}, {"intra": "none"}, {"learnable_temperature": True}]
+)
+@pytest.mark.parametrize("shares", [
+    [[0, 1, 2], [3, 4], [5, 6]],
+    [[0, 1, 2, 3, 4, 5, 6]],
+    [[0, 1, 2, 3], [4, 5, 6]],
+    [[0, -1, 1], [-1, -1], [2, 3, 4], [5, 6, -1]],  # quarantined, or beyond the end
+    [[k] for k in range(7)],
+    [[], [0, 1, 2, 3, 4, 5], [6]],
+])  # fmt: skip
+def test_processes_add_up_to_one(settings, shares):
+    """Losses and terms sum to the single process's; each has the gradient of the whole loss by its own rows."""
     config = ObjectiveConfig(weight_intra_audio=2.0, weight_inter=0.5, **settings)
-    e, weights = embeddings(), weights_at(0, 1, config)
+    weights = weights_at(0, 1, config)
+    e = embeddings()
     if config.intra == "none":
         e = e._replace(intra_a=None, aug_a=None, intra_v=None, aug_v=None, plain_a=None, plain_v=None)
-    compared = [z for z in e[:6] if z is not None]
-    whole, whole_terms = equiav_loss(e, weights, config)
-    order = (e.inter_a, e.inter_v, e.intra_a, e.aug_a, e.intra_v, e.aug_v)
-    parts, terms = [], []
-    for start, stop in ((0, 3), (3, 5), (5, 7)):
-        local = Embeddings(*(None if z is None else z[start:stop] for z in e))
-        everyone = unit(*(z for z in order if z is not None))
-        part, some = equiav_loss(local, weights, config, lambda own, everyone=everyone, start=start: (everyone, start))
-        parts.append(part)
-        terms.append(some)
-    same_value_and_gradients(sum(parts), whole, *compared)
-    for name, value in whole_terms.items():
-        assert sum(some[name] for some in terms).item() == pytest.approx(value.item(), abs=1e-6), name
+    if config.learnable_temperature:
+        e = e._replace(temperature=torch.tensor([0.3], dtype=torch.float64, requires_grad=True))
+    tau = TAU if e.temperature is None else e.temperature
+    plain = 0.5 * plain_info_nce(e.inter_a, e.inter_v, tau)
+    if config.intra != "none":
+        plain = plain + 2 * plain_nt_xent(e.intra_a, e.aug_a, tau, config.intra_positive_in_denominator)
+        plain = plain + plain_nt_xent(e.intra_v, e.aug_v, tau, config.intra_positive_in_denominator)
+    names = [name for name, z in e._asdict().items() if z is not None and not name.startswith("plain")]
+    expected = dict(zip(names, torch.autograd.grad(plain, [getattr(e, name) for name in names]), strict=True))
+    parts, calls = in_parts(e, shares, config, weights)
+    assert sum(loss for loss, *_ in parts).item() == pytest.approx(plain.item(), rel=1e-10)
+    for name in names:
+        if name == "temperature":
+            assert sum(gradients[name] for _, _, gradients, _ in parts).item() == pytest.approx(
+                expected[name].item(), rel=1e-9
+            )
+            continue
+        for _, _, gradients, index in parts:
+            for row in range(len(gradients[name])):
+                sample = int(index[row]) if row < len(index) else -1
+                right = expected[name][sample] if sample >= 0 else torch.zeros(d)
+                assert (gradients[name][row] - right).abs().max() < 1e-10
+    whole = equiav_loss(e, weights, config)[1]
+    for name, value in whole.items():
+        assert sum(terms[name] for _, terms, _, _ in parts).item() == pytest.approx(value.item(), abs=1e-6), name
+    b = max(map(len, shares))
+    assert calls == [(b,)] + [(b, 2, d), (b, 2)] * (1 if config.intra == "none" else 3)  # and none in backward
+
+
+@pytest.mark.parametrize("rows", [[], [3]])
+def test_without_two_clips_there_is_no_gradient(rows):
+    for settings in ({}, {"intra_positive_in_denominator": False}):
+        config = ObjectiveConfig(**settings)
+        parts, _ = in_parts(embeddings(), [[-1, *rows], [-1, -1]], config, weights_at(0, 1, config))
+        for loss, _, gradients, _ in parts:
+            assert torch.isfinite(loss)
+            if config.intra_positive_in_denominator:
+                assert all(g is None or g.abs().max() < 1e-12 for g in gradients.values())
 
 
 def test_learned_temperature_is_used_and_trained():
@@ -200,17 +285,6 @@ def test_an_anchors_own_kind_counts_against_it():
     p = torch.tensor([[1.0, 0.1, 0.0], [1.0, -0.1, 0.0]])
     q = torch.tensor([[0.2, 1.0, 0.0], [0.2, -1.0, 0.0]])
     assert intra(p, q, 0.1)[1] == 2
-
-
-def test_one_gather_carries_everything():
-    calls = []
-
-    def gather(own):
-        calls.append(own.shape)
-        return own, 0
-
-    equiav_loss(embeddings(), weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig(), gather)
-    assert calls == [(6, N, d)]
 
 
 def test_image_side_of_the_report_and_the_denominator_switch():

@@ -24,6 +24,10 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
     valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it is quarantined)
 
+    def rows(self, part: slice) -> Batch:
+        """Some of the clips."""
+        return Batch(self.epoch, *(x[part] for x in self[1:]))
+
     def to(self, device: torch.device) -> Batch:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
         tensors = self[1:5]

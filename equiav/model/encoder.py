@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LayerNorm(nn.LayerNorm):
@@ -14,6 +15,15 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, width: int, **kwargs: Any):
         super().__init__(width, eps=1e-5, **kwargs)
+
+
+class QueryKeyValue(nn.Linear):
+    """Of timm's attention, without a gradient for the key's bias: the softmax cancels it, so its gradient is rounding noise,
+    which Adam would scale up to steps of the full learning rate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([query, key.detach(), value]))
 
 
 class Encoder(nn.Module):
@@ -36,6 +46,8 @@ class Encoder(nn.Module):
             Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, act_layer=nn.GELU)
             for _ in range(depth)
         )
+        for block in self.blocks:
+            block.attn.qkv = QueryKeyValue(width, 3 * width)
         self.norm = LayerNorm(width)
         self.norm_aug = LayerNorm(width)
 

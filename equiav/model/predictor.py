@@ -37,6 +37,7 @@ class AttentionPredictor(nn.Module):
         self.norm_query = LayerNorm(config.aug_width)
         self.query = nn.Linear(config.aug_width, inner)
         self.key = nn.Linear(D, inner)
+        self.key.bias.requires_grad_(False)  # it has no effect: see `encoder.QueryKeyValue`
         self.value = nn.Linear(D, inner)
         self.out = nn.Linear(inner, D, bias=False)
         self.norm = LayerNorm(D)

@@ -1,5 +1,5 @@
-"""The training loop. One process so far; the same loop is to carry many."""
+"""The training loop: the same for one process and for many."""
 
-from equiav.train.loop import train
+from equiav.train.loop import NotFinite, TrainState, begin, train
 
-__all__ = ["train"]
+__all__ = ["NotFinite", "TrainState", "begin", "train"]

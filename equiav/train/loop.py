@@ -1,56 +1,197 @@
-"""Batch -> views -> embeddings -> loss -> step."""
+"""Batch -> views -> embeddings -> loss -> update."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from equiav.augment import Batch, make_views
-from equiav.config import Config
+from equiav.config import Config, require
 from equiav.model import EquiAV
-from equiav.objective import Embeddings, equiav_loss, weights_at
+from equiav.objective import Embeddings, Rows, Weights, equiav_loss, weights_at
+from equiav.parallel import Ranks, fully_sharded, sum_gradients_when
 from equiav.train.schedule import learning_rate
 
+Metrics = dict[str, float]
 
-def train(config: Config, batches: Iterable[Batch], report: Callable[[int, dict[str, float]], None]) -> EquiAV:
-    """The whole run: `config.train.steps` updates; `report(step, metrics)` after each."""
-    device = torch.device(config.device)
+
+class NotFinite(FloatingPointError):  # noqa: N818
+    """The loss or the gradient was not finite, step after step. `steps` have the ids of their samples."""
+
+    def __init__(self, message: str, steps: dict[int, list[int]]):
+        super().__init__(message)
+        self.steps = steps
+
+
+@dataclass
+class TrainState:
+    """What an update changes. `step` updates are done."""
+
+    model: EquiAV
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
+
+
+def begin(config: Config, ranks: Ranks) -> TrainState:
+    """The state before the first step, on all ranks together: a function of the config alone."""
+    settings = config.train
+    require(ranks.size <= settings.batch_size, "train.batch_size", settings.batch_size,
+            f"{ranks.size} or more, a row for each process")  # fmt: skip
+    shard = settings.shard or ranks.size
+    require(ranks.size % shard == 0, "train.shard", shard, f"a divisor of the {ranks.size} processes")
     with torch.device("meta"):
         model = EquiAV(config.model, config.objective)
-    model.to_empty(device=device).init_weights(config.seed)
+    model.to_empty(device=ranks.device).init_weights(config.seed)
     model.train()
-    settings = config.train
+    blocks = [block for branch in (model.audio, model.image) for block in branch.encoder.blocks]
+    if settings.compile:
+        for block in blocks:
+            block.compile()
+    if ranks.size > 1:
+        fully_sharded(model, blocks, ranks.mesh(shard))
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr_start, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        [p for p in model.parameters() if p.requires_grad],
+        lr=settings.lr_start,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
-    low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
+    return TrainState(model, optimizer)
 
-    step = -1
-    for step, batch in zip(range(settings.steps), batches, strict=False):
-        if int(batch.valid.sum()) < 2:
-            continue  # the end of an epoch, or quarantined: nothing to contrast with
-        views = make_views(config, batch.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-            embeddings = Embeddings(*model(*views)).only(batch.valid)
-        loss, terms = equiav_loss(embeddings, weights_at(step, settings.steps, config.objective), config.objective)
 
+def train(
+    config: Config,
+    ranks: Ranks,
+    state: TrainState,
+    batches: Iterable[Batch],
+    report: Callable[[int, Metrics], object] = lambda step, metrics: None,
+    signals: Callable[[], list[float]] = list,
+    act: Callable[[int, list[float]], bool] = lambda step, signals: False,
+) -> None:
+    """From `state.step` to `config.train.steps`.
+
+    `report(step, metrics)`, on every rank with the same numbers, one step late: nobody waits for the device. `signals` are
+    numbers of this rank that are summed over all; `act(steps done, their sums)`, at the same step on every rank, may save, and
+    ends the run where it returns true.
+    """
+    settings, model, optimizer = config.train, state.model, state.optimizer
+    late: _Late | None = None
+    bad: dict[int, list[int]] = {}  # in a row
+    for step, batch in zip(range(state.step, settings.steps), batches, strict=False):
+        weights, rate = weights_at(step, settings.steps, config.objective), learning_rate(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        metrics = dict(zip(terms, torch.stack([value.float() for value in terms.values()]).tolist(), strict=True))
-        if not all(math.isfinite(value) for value in metrics.values()):
-            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-            raise FloatingPointError(
-                f"step {step}: {', '.join(bad)} not finite before the update; samples {batch.samples.tolist()}. "
-                "Lower train.lr or train.clip, or set train.precision=float32"
-            )
+        terms, rows = forward_backward(config, ranks, model, batch, weights)
+
+        norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        clip_grads_with_norm_(model.parameters(), settings.clip, norm)
+        own = torch.cat([torch.stack([x.float() for x in terms.values()]), torch.tensor(signals(), device=norm.device)])
+        sums = ranks.total(own)
+        finite = sums.isfinite().all() & norm.isfinite()
+        # The fused optimizer reads this on the device: where it is not zero, nothing changes, its step count included.
+        optimizer.found_inf = (~finite | (rows.everyone.sum() < 2)).float()  # type: ignore[attr-defined]
         optimizer.step()
         model.clamp_temperature()
-        report(step, {**metrics, "lr": learning_rate(step, settings)})
-    if step + 1 != settings.steps:
-        raise RuntimeError(f"the data ended after {step + 1} batches, expected train.steps={settings.steps}")
-    return model.eval()
+        state.step = step + 1
+
+        values = torch.cat([sums, torch.stack([norm, finite.float(), rows.N.float()])])
+        now = _Late(step, batch, rate, tuple(terms), _to_host(values))
+        if late is not None and _settle(late, config, ranks, state, bad, report, act):
+            return
+        late = now
+    if late is not None:
+        _settle(late, config, ranks, state, bad, report, act)
+    if state.step != settings.steps:
+        raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
+
+
+def forward_backward(
+    config: Config, ranks: Ranks, model: EquiAV, batch: Batch, weights: Weights
+) -> tuple[dict[str, Tensor], Rows]:
+    """Gradients of the global loss into the model -> this rank's share of the terms, and the rows they are of."""
+    settings, device = config.train, ranks.device
+    low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
+    b = -(-settings.batch_size // ranks.size)  # rows of the largest share
+    batch = batch.to(device)
+    rows = Rows.of(
+        F.pad(batch.valid.to(device, non_blocking=True), (0, b - len(batch.valid))), ranks.rank, ranks.gather
+    )
+
+    def embed(part: slice) -> Embeddings:
+        views = make_views(config, batch.rows(part))
+        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            return Embeddings(*model(*views))
+
+    micro = settings.micro_batch or b
+    if micro >= b:
+        loss, terms = equiav_loss(embed(slice(None)).padded(b), weights, config.objective, rows)
+        loss.backward()
+        return terms, rows
+
+    # Equally many on every rank, so that the collectives of sharded parameters meet; one beyond this rank's rows is row 0
+    # again, with no part in the loss.
+    parts = [slice(k, min(k + micro, len(batch.samples))) for k in range(0, b, micro)]
+    real = [part.start < part.stop for part in parts]
+    parts = [part if is_real else slice(0, 1) for part, is_real in zip(parts, real, strict=True)]
+    with torch.no_grad():
+        some = [embed(part) for part, is_real in zip(parts, real, strict=True)]
+    whole = Embeddings.cat([e for e, is_real in zip(some, real, strict=True) if is_real]).leaves()
+    loss, terms = equiav_loss(whole.padded(b), weights, config.objective, rows)
+    loss.backward()
+    for k, (part, is_real) in enumerate(zip(parts, real, strict=True)):
+        sum_gradients_when(model, last=k == len(parts) - 1)
+        embed(part).backward_from(whole, part if is_real else None, temperature=k == 0)
+    return terms, rows
+
+
+class _Late(NamedTuple):
+    """A step whose numbers are on their way to the host."""
+
+    step: int
+    batch: Batch
+    rate: float
+    names: tuple[str, ...]
+    values: tuple[Tensor, Any]  # on the host, when the event has come
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, Any]:
+    if values.device.type != "cuda":
+        return values, None
+    there = torch.empty_like(values, device="cpu", pin_memory=True)
+    there.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event
+
+
+def _settle(late: _Late, config: Config, ranks: Ranks, state: TrainState, bad: dict[int, list[int]],
+            report: Callable[[int, Metrics], object], act: Callable[[int, list[float]], bool]) -> bool:  # fmt: skip
+    """What follows from a step's numbers; true where the run ends."""
+    host, event = late.values
+    if event is not None:
+        event.synchronize()
+    values = host.tolist()
+    norm, finite, N = values[-3:]
+    metrics = dict(zip(late.names, values, strict=False))
+    if finite:
+        bad.clear()
+    else:
+        state.skipped += 1
+        bad[late.step] = [sample for part in ranks.objects(late.batch.samples.tolist()) for sample in part]
+    report(late.step, {**metrics, "gradient_norm": norm, "lr": late.rate, "clips": N, "skipped": state.skipped})
+    if len(bad) >= config.train.max_skipped:
+        names = [name for name, value in {**metrics, "gradient_norm": norm}.items() if not abs(value) < float("inf")]
+        raise NotFinite(f"step {late.step}: {', '.join(names)} not finite, as in {len(bad)} steps in a row "
+                        f"(train.max_skipped={config.train.max_skipped}). Lower train.lr or train.clip, or set "
+                        "train.precision=float32", dict(bad))  # fmt: skip
+    return act(state.step, values[len(late.names) : -3])

@@ -1,5 +1,6 @@
 """The loop learns, follows the schedule, is a function of config and seed, and stops at what is not finite."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,8 +10,9 @@ import torch
 
 from equiav.augment import Batch
 from equiav.config import TrainConfig
+from equiav.parallel import Ranks
 from equiav.synthetic import World
-from equiav.train import loop, train
+from equiav.train import NotFinite, begin, loop, train
 from equiav.train.schedule import learning_rate
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(8)]
@@ -25,9 +27,10 @@ def batches(size=8, epochs=1000):
 
 
 def run(config, source=None):
-    rows = []
-    model = train(config, source or batches(), lambda step, metrics: rows.append(metrics))
-    return model, rows
+    rows, ranks = [], Ranks(config.device)
+    state = begin(config, ranks)
+    train(config, ranks, state, source or batches(), lambda step, metrics: rows.append(metrics))
+    return state.model, rows
 
 
 def settings(make_config, steps=4, **sections):
@@ -51,8 +54,7 @@ def test_learning_rate():
 
 def test_one_batch_can_be_learned_by_heart(make_config, device):
     config = settings(make_config, steps=60, device=device, train={"lr": 2e-3}, data={"audio_mean": -10.3})
-    model, rows = run(config)
-    assert not model.training
+    _, rows = run(config)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["loss_inter"] < 0.6 * math.log(8)
     assert set(rows[0]) >= {"loss", "loss_inter", "loss_intra_audio", "loss_intra_image", "accuracy_inter", "similarity_audio",
@@ -113,9 +115,51 @@ def test_what_is_not_finite_stops_the_run_with_its_samples(make_config):
     """A learning rate far too high: the loss leaves the finite numbers, and the message says where and with what."""
     config = settings(make_config, steps=50, train={"lr": 1e30, "lr_start": 1e30, "warmup_steps": 0})
     with pytest.raises(
-        FloatingPointError, match=r"step \d+: .*loss.* not finite .* samples \[0, 1, 2, 3, 4, 5, 6, 7\]"
-    ):
+        NotFinite, match=r"step \d+: .*loss.* not finite, as in 10 steps in a row .*max_skipped=10"
+    ) as error:
         run(config)
+    assert len(error.value.steps) == 10
+    assert all(samples == list(range(8)) for samples in error.value.steps.values())
+
+
+@pytest.mark.parametrize("what", ["not finite", "one clip"])
+def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, what):
+    """Weights, moments and their step count after steps 0, bad, 2 are those after steps 0, 2."""
+    config = settings(make_config, steps=3, train={"lr": 1e-3, "warmup_steps": 0, "lr_start": 1e-3})
+    monkeypatch.setattr(loop, "learning_rate", lambda step, settings: 1e-3)
+    ranks, state, rows = Ranks("cpu"), begin(config, Ranks("cpu")), []
+    good = list(itertools.islice(batches(), 3))
+    bad = good[1]._replace(valid=torch.arange(8) == 3)
+    if what == "not finite":
+        bad = good[1]
+
+    def step_of(source, state, steps):
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), ranks, state, source,
+              lambda step, metrics: rows.append(metrics))  # fmt: skip
+
+    step_of([good[0]], state, 1)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    moments = [{k: v.clone() for k, v in s.items()} for s in state.optimizer.state.values()]
+    if what == "not finite":
+        real_loss = loop.equiav_loss
+
+        def spoiled(*arguments):
+            loss, terms = real_loss(*arguments)
+            return loss * math.nan, terms
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "equiav_loss", spoiled)
+            step_of([bad], state, 2)
+    else:
+        step_of([bad], state, 2)
+    assert state.step == 2
+    assert rows[-1]["skipped"] == (what == "not finite")
+    assert rows[-1]["clips"] == (8 if what == "not finite" else 1)
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+    for now, then in zip(state.optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(now[k], then[k]) for k in then)
+    step_of([good[2]], state, 3)
+    assert any(not torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
 
 
 def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):

@@ -1,0 +1,96 @@
+"""What a rank of a test does: some steps over fixed clips. `python -m tests.train.ranks`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from equiav.augment import Batch
+from equiav.config import Config, from_dict
+from equiav.objective import weights_at
+from equiav.parallel import Ranks
+from equiav.synthetic import World
+from equiav.train import begin, train
+from equiav.train.loop import forward_backward
+from streaming.order import share
+
+TINY = {"model": {"size": "tiny", "depth": 2}, "data": {"audio_mean": -10.3, "audio_std": 3.9}}
+
+
+def clips(count):
+    """(count, 3, H, W) uint8, (count, L) int16"""
+    made = [World(seconds=2.56).clip(index) for index in range(count)]
+    frames = torch.from_numpy(np.stack([clip.frames[0] for clip in made])).permute(0, 3, 1, 2).contiguous()
+    return frames, torch.from_numpy(np.stack([clip.audio for clip in made]))
+
+
+def batches(G, rank, W, missing=(), of=24):
+    """Batch after batch of G of the clips, this rank's rows of each; `missing` places of the global batch hold none."""
+    frames, waveform = clips(of)
+    first, stop = share(G, rank, W)
+    step = 0
+    while True:
+        epoch, begin_at = divmod(step * G, of)
+        samples = (torch.arange(G) + begin_at) % of
+        valid = torch.tensor([k not in missing for k in range(G)])
+        own = samples[first:stop]
+        yield Batch(
+            epoch, own, frames[own], waveform[own], torch.full((len(own),), waveform.shape[1]), valid[first:stop]
+        )
+        step += 1
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(ranks, settings, missing=()):
+    """-> gradient of the first step by name, metrics of each step, weights after the last."""
+    config = from_dict(Config, settings, "test")
+    state, rows = begin(config, ranks), []
+    source = batches(config.train.batch_size, ranks.rank, ranks.size, missing)
+    forward_backward(config, ranks, state.model, next(source), weights_at(0, config.train.steps, config.objective))
+    gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
+    state.optimizer.zero_grad()
+    source = batches(config.train.batch_size, ranks.rank, ranks.size, missing)
+    train(config, ranks, state, source, lambda step, metrics: rows.append(metrics))
+    return gradient, rows, {name: whole(value) for name, value in state.model.state_dict().items()}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def in_processes(W, cases, folder):
+    """What `run` returns for each case, (settings, missing), in the processes of one group."""
+    out, port = Path(folder) / f"ranks-{W}.pt", str(free_port())
+    processes = []
+    for rank in range(W):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(W), "LOCAL_RANK": str(rank),
+               "LOCAL_WORLD_SIZE": str(W), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        processes.append(
+            subprocess.Popen([sys.executable, "-m", "tests.train.ranks", json.dumps([cases, str(out)])], env=env)
+        )
+    assert [process.wait(400) for process in processes] == [0] * W
+    return torch.load(out)
+
+
+def main(cases, out):
+    torch.set_num_threads(1)
+    ranks = Ranks("cpu", timeout=60)
+    results = [run(ranks, *case) for case in cases]
+    if ranks.rank == 0:
+        torch.save(results, out)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(*json.loads(sys.argv[1]))
