@@ -12,6 +12,7 @@ from pathlib import Path
 
 COMMANDS = {
     "smoke": "generate clips, pretrain the tiny model, retrieve, write a report: everything works here",
+    "pretrain": "pretrain on a packed dataset; the same command goes on with a run that was interrupted",
     "pack": "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",
     "index": "make the index of shards that somebody else packed",
     "verify": "compare every byte of a dataset with its index",
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from equiav.clips import BadClipError
     from equiav.config import ConfigError
+    from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
     from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, CacheError) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 2
+    except Ending as error:
+        print(f"equiav {command}: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)
         return 130
@@ -79,6 +84,9 @@ def _run(command: str, argv: list[str]) -> None:
             except ModuleNotFoundError as error:
                 raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
             recipe = "smoke"
+        case "pretrain":
+            from equiav.pretrain import PretrainConfig as Settings
+            from equiav.pretrain import run_pretrain as run
         case "pack":
             from equiav.pack import PackConfig as Settings
             from equiav.pack import run_pack as run

@@ -315,6 +315,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved, and where."""
+
+    url: str = ""
+    """Folder that all processes read and write: s3://..., or any other that fsspec knows. Empty: `checkpoints` in `out`."""
+    every_steps: int = 1000
+    """Steps between two; 0: by time alone."""
+    every_seconds: float = 0.0
+    """Seconds between two, beside those by steps; 0: by steps alone."""
+    keep: int = 3
+    """The newest that stay."""
+    keep_every: int = 0
+    """Those whose step is a multiple of this stay, too; 0: none."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer is asked again before a save has failed."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_seconds", "keep_every", "patience"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """What it takes to use a model: the network, and how its inputs and vectors are made. Saved beside the weights."""
 

@@ -45,7 +45,9 @@ class Embeddings(NamedTuple):
     @classmethod
     def cat(cls, parts: Sequence[Embeddings]) -> Embeddings:
         """Of the rows of several."""
-        fields = {name: z for name, z in parts[0]._asdict().items() if z is None or name == "temperature"}
+        fields: dict[str, Any] = {
+            name: z for name, z in parts[0]._asdict().items() if z is None or name == "temperature"
+        }
         for name in set(cls._fields) - fields.keys():
             fields[name] = torch.cat([getattr(part, name) for part in parts])
         return cls(**fields)
@@ -55,11 +57,13 @@ class Embeddings(NamedTuple):
         missing = b - len(self.inter_a)
         if not missing:
             return self
-        return Embeddings(*(z if z is None else F.pad(z, (0, 0, 0, missing)) for z in self[:-1]), self.temperature)
+        padded: list[Any] = [z if z is None else F.pad(z, (0, 0, 0, missing)) for z in self[:-1]]
+        return Embeddings(*padded, temperature=self.temperature)
 
     def leaves(self) -> Embeddings:
         """The same numbers, to be given gradients of their own."""
-        return Embeddings(*(None if z is None else z.detach().requires_grad_() for z in self))
+        leaves: list[Any] = [None if z is None else z.detach().requires_grad_() for z in self]
+        return Embeddings(*leaves)
 
     def backward_from(self, whole: Embeddings, part: slice | None, temperature: bool) -> None:
         """Backward with the gradients that a part of the rows of `whole` has; with none, where part is None."""
@@ -131,7 +135,7 @@ class _Contrast(torch.autograd.Function):
                 log_sum = torch.logaddexp(log_sum, s.logsumexp(dim=1))
             D[:, k] = torch.logaddexp(log_sum, s_positive) if positive else log_sum
             correct += (rows.own & (s_positive > nearest)).sum()
-        D.masked_fill_(-torch.inf == D, 0)  # an anchor without candidates says nothing
+        D.masked_fill_(torch.isneginf(D), 0)  # an anchor without candidates says nothing
         loss = (D.sum(dim=1) - 2 * s_positive).where(rows.own, 0) @ weight
         ctx.mark_non_differentiable(correct)
         if not any(ctx.needs_input_grad):
@@ -145,7 +149,7 @@ class _Contrast(torch.autograd.Function):
             for side, columns, s in blocks(k):
                 as_anchor = (s - D[:, k, None]).exp_().mul_(weight[:, None])  # (b, columns)
                 if ctx.needs_input_grad[1]:
-                    slope += (as_anchor * s.masked_fill(s == -torch.inf, 0)).sum()
+                    slope += (as_anchor * s.masked_fill(torch.isneginf(s), 0)).sum()
                 as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
                 gradient[:, k] += as_candidate.add_(as_anchor) @ everyone[columns, side]
         if ctx.needs_input_grad[1]:

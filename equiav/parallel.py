@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 class Ranks:
@@ -24,14 +30,16 @@ class Ranks:
             int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         )
         self.device = torch.device(device, self.local_rank) if device == "cuda" else torch.device(device)
-        self.storing: dist.ProcessGroup | None = None
+        self.storing: Any = None  # the group of the threads that write checkpoints
         if device == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
             wait = timedelta(seconds=timeout)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=wait, device_id=self.device if device == "cuda" else None)
-            self.storing = dist.new_group(backend="gloo", timeout=wait)  # of the thread that writes checkpoints
+            store = _meet(self.rank, self.size, wait)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait,
+                                    device_id=self.device if device == "cuda" else None)  # fmt: skip
+            self.storing = dist.new_group(backend="gloo", timeout=wait)
 
     def close(self) -> None:
         if self.size > 1:
@@ -59,10 +67,55 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
+    def whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights, on every rank."""
+        return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+
     def mesh(self, shard: int) -> DeviceMesh:
         """(replicate, shard): `shard` neighbouring ranks hold a model together, and that is held W / shard times."""
         shape = (self.size // shard, shard)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _meet(rank: int, size: int, wait: timedelta) -> Store:
+    """A store of this attempt alone, on rank 0.
+
+    torchrun's own store outlives its workers, and has the addresses of those that are gone: workers that are started again would
+    connect to them. It serves to find rank 0: the others leave a word that nobody has used before, and rank 0 answers to it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return TCPStore(host, port, size, is_master=rank == 0, timeout=wait)
+    agents = TCPStore(host, port, is_master=False, timeout=wait)
+    if rank:
+        word = secrets.token_hex(8)
+        agents.set(f"equiav/word/{rank}", word)
+        at, _, port = agents.get(f"equiav/answer/{word}").decode().rpartition(":")  # waits for it
+        store = TCPStore(at, int(port), is_master=False, timeout=wait)
+        store.set(f"joined/{rank}", "")
+        return store
+    with socket.socket(
+        socket.AF_INET, socket.SOCK_DGRAM
+    ) as probe:  # sends nothing; says which address the others can reach
+        probe.connect((host, port))
+        at = probe.getsockname()[0]
+    store = TCPStore(at, 0, is_master=True, timeout=wait, wait_for_workers=False)
+    answered: dict[int, bytes] = {}
+    missing, deadline = set(range(1, size)), time.monotonic() + wait.total_seconds()
+    while missing:
+        for other in missing:
+            if agents.check([f"equiav/word/{other}"]):
+                word = agents.get(f"equiav/word/{other}")
+                if answered.get(other) != word:
+                    answered[other] = word
+                    agents.set(f"equiav/answer/{word.decode()}", f"{at}:{store.port}")
+        missing = {other for other in missing if not store.check([f"joined/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank 0 waited {wait.total_seconds():.0f} s at {at}:{store.port} for rank(s) {sorted(missing)}"
+            )
+        time.sleep(0.01)
+    return store
 
 
 def sum_gradients_when(model: nn.Module, last: bool) -> None:

@@ -98,7 +98,7 @@ def run_smoke(config: SmokeConfig) -> None:
         model = state.model.eval()
         retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
         clock["retrieve"] = time.perf_counter() - begun
-    save_model(config.out / "model", model, config)
+    save_model(config.out / "model", model.state_dict(), config)
     clock["in all"] = time.perf_counter() - started
     text = write_report(config, rows, retrieval, clock, stats)
     console.print(text, highlight=False, markup=False)

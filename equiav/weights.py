@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 import tyro
+from torch import Tensor
 
 from equiav.config import ConfigError, ModelSettings, from_dict, to_dict
 from equiav.model import EquiAV
@@ -33,12 +35,12 @@ class ImportConfig(ModelSettings):
     """Of the initial values of whatever the checkpoint does not have (CAV-MAE and MAE: predictors and heads)."""
 
 
-def save_model(folder: Path, model: EquiAV, settings: ModelSettings) -> None:
+def save_model(folder: Path, weights: Mapping[str, Tensor], settings: ModelSettings) -> None:
     """Weights, and what it takes to use them. `config.json` is written last: where it stands, its weights are whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     safetensors.torch.save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors"
     )
     content = {f.name: getattr(settings, f.name) for f in dataclasses.fields(ModelSettings)}
     temporary = folder / "config.json.part"
@@ -93,7 +95,7 @@ def import_checkpoint(config: ImportConfig) -> tuple[EquiAV, ModelSettings, Impo
 
 def run_import(config: ImportConfig) -> None:
     model, settings, imported = import_checkpoint(config)
-    save_model(config.out, model, settings)
+    save_model(config.out, model.state_dict(), settings)
     print(f"used     {len(imported.used):4d} tensors")
     for reason in dict.fromkeys(imported.ignored.values()):
         keys = [key for key, why in imported.ignored.items() if why == reason]

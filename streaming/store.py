@@ -148,7 +148,10 @@ class Store:
         self._retry(name, put_in_place if self.local else lambda: put(path))
 
     def remove(self, folder: str) -> None:
-        if self.local:
+        """A folder and all in it, or an object."""
+        if self.local and os.path.isfile(self.path(folder)):
+            os.unlink(self.path(folder))
+        elif self.local:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         elif self.list(folder):
             with contextlib.suppress(Missing):  # an earlier attempt's answer was lost

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "equiav.model": {"equiav.config"},
     "equiav.objective": {"equiav.config"},
     "equiav.parallel": set(),
+    "equiav.ending": set(),
 }
 PURE = ("equiav.augment", "equiav.model", "equiav.objective")
 

@@ -21,9 +21,9 @@ class QueryKeyValue(nn.Linear):
     """Of timm's attention, without a gradient for the key's bias: the softmax cancels it, so its gradient is rounding noise,
     which Adam would scale up to steps of the full learning rate."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         query, key, value = self.bias.chunk(3)
-        return F.linear(x, self.weight, torch.cat([query, key.detach(), value]))
+        return F.linear(input, self.weight, torch.cat([query, key.detach(), value]))
 
 
 class Encoder(nn.Module):
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
             for _ in range(depth)
         )
         for block in self.blocks:
-            block.attn.qkv = QueryKeyValue(width, 3 * width)
+            block.attn.qkv = QueryKeyValue(width, 3 * width)  # type: ignore[assignment]
         self.norm = LayerNorm(width)
         self.norm_aug = LayerNorm(width)
 

@@ -84,6 +84,7 @@ def train(
     """
     settings, model, optimizer = config.train, state.model, state.optimizer
     late: _Late | None = None
+    ended = False
     bad: dict[int, list[int]] = {}  # in a row
     for step, batch in zip(range(state.step, settings.steps), batches, strict=False):
         weights, rate = weights_at(step, settings.steps, config.objective), learning_rate(step, settings)
@@ -106,12 +107,13 @@ def train(
 
         values = torch.cat([sums, torch.stack([norm, finite.float(), rows.N.float()])])
         now = _Late(step, batch, rate, tuple(terms), _to_host(values))
-        if late is not None and _settle(late, config, ranks, state, bad, report, act):
-            return
+        ended = late is not None and _settle(late, config, ranks, state, bad, report, act)
         late = now
+        if ended:
+            break
     if late is not None:
-        _settle(late, config, ranks, state, bad, report, act)
-    if state.step != settings.steps:
+        ended = _settle(late, config, ranks, state, bad, report, act) or ended
+    if state.step != settings.steps and not ended:
         raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
 
 

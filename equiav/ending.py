@@ -1,0 +1,19 @@
+"""Ways for a run to end before its last step that are nobody's mistake. The status tells a launcher which."""
+
+from __future__ import annotations
+
+
+class Ending(Exception):  # noqa: N818
+    status: int
+
+
+class Terminated(Ending):
+    """Asked to end by SIGTERM. What was done is saved; start again to go on."""
+
+    status = 143
+
+
+class Superseded(Ending):
+    """Another start of this run has taken over. Do not start this one again."""
+
+    status = 144

@@ -1,0 +1,226 @@
+"""`equiav pretrain`: starts a run, goes on with it, or says that it is finished; alone, or as one of torchrun's processes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from equiav.augment import Batch
+from equiav.config import CheckpointConfig, Config, ConfigError, require, to_dict, to_yaml
+from equiav.ending import Terminated
+from equiav.parallel import Ranks
+from equiav.stream import batches, open_stream
+from equiav.train import NotFinite, TrainState, begin, train
+from equiav.train.checkpoint import Checkpoints
+from equiav.weights import save_model
+from streaming import Loader
+from streaming.processes import keep_freed_memory
+
+WITHOUT_EFFECT = ("device", "out", "resume", "log_samples", "checkpoint", "stream.url", "stream.workers", "stream.ahead",
+                  "stream.cache", "stream.cache_bytes", "stream.patience", "train.micro_batch", "train.shard",
+                  "train.compile")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Config):
+    """Pretrains on a packed dataset. The same command starts the run, goes on where it was, or says that it is finished."""
+
+    out: Path = Path("runs/pretrain")
+    """Folder of metrics.jsonl, quarantine.jsonl, config.yaml, starts.jsonl and the trained model."""
+    resume: Literal["auto", "never"] = "auto"
+    """never: an error where `checkpoint.url` holds checkpoints."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_samples: bool = False
+    """Write the ids of every step's samples to samples-RANK.jsonl."""
+
+
+def run_pretrain(config: PretrainConfig) -> None:
+    require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
+    if config.device == "cpu":
+        keep_freed_memory()
+    ranks = Ranks(config.device)
+    with _asked_to_end() as asked:
+        _run(config, ranks, asked)
+    ranks.close()
+
+
+def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
+    console = Console(stderr=True)
+    first = ranks.rank == 0
+
+    def tell(message: str) -> None:
+        console.print(f"equiav pretrain: {message}", highlight=False, markup=False)
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    c = config.checkpoint
+    checkpoints = Checkpoints(
+        c.url or str(config.out / "checkpoints"), ranks, c.keep, c.keep_every, c.patience, warn=tell
+    )
+    with open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size,
+                     quarantine=config.out / "quarantine.jsonl") as loader:  # fmt: skip
+        state = begin(config, ranks)
+        found = checkpoints.load(state)
+        if found is not None:
+            if config.resume == "never":
+                raise ConfigError(f"resume is never, and {checkpoints.store.url} holds a checkpoint of step {state.step}; choose "
+                                  "another folder")  # fmt: skip
+            _same_run(config, found["config"], checkpoints.store.url)
+            loader.restore(found["stream"])
+        finished = state.step == config.train.steps
+        if first and not finished:
+            (config.out / "config.yaml").write_text(to_yaml(config))
+            start = {"time": time.time(), "step": state.step, "token": checkpoints.token, "ranks": ranks.size}
+            _append(config.out / "starts.jsonl", {**start, **environment()})
+            how = "goes on at" if found else "begins at"
+            tell(f"{how} step {state.step} of {config.train.steps}, {ranks.size} process(es)")
+        run = _Run(config, ranks, state, loader, checkpoints, asked)
+        try:
+            with run.logging() as report:
+                train(config, ranks, state, run.batches(), report, run.signals, run.act)
+        except NotFinite as error:
+            (config.out / "not_finite.json").write_text(json.dumps(error.steps))
+            raise
+        run.save()
+        checkpoints.wait()
+        if run.ended:
+            raise Terminated(f"asked to end by SIGTERM; step {state.step} is saved at {checkpoints.store.url}")
+    weights = ranks.whole(state.model)
+    if first and not (finished and (config.out / "model" / "config.json").exists()):
+        save_model(config.out / "model", weights, config)
+    if first:
+        tell(f"{'the run is finished' if finished else 'finished'}: {state.step} steps, {config.out / 'model'}")
+
+
+class _Run:
+    """What happens beside the steps."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, state: TrainState, loader: Loader, checkpoints: Checkpoints,
+                 asked: list[int]):  # fmt: skip
+        self.config, self.ranks, self.state, self.loader, self.checkpoints = config, ranks, state, loader, checkpoints
+        self.asked, self.saved, self.last_save, self.ended = asked, state.step, time.monotonic(), False
+
+    def batches(self) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(self.loader, self.state.step), self.state.step):
+            if self.config.log_samples:
+                ids = batch.samples[batch.valid].tolist()
+                _append(self.config.out / f"samples-{self.ranks.rank}.jsonl", [step, ids])
+            yield batch
+
+    def signals(self) -> list[float]:
+        """Of this rank, summed over all: whether to end, whether to save."""
+        seconds = self.config.checkpoint.every_seconds
+        due = self.ranks.rank == 0 and bool(seconds) and time.monotonic() - self.last_save > seconds
+        return [float(bool(self.asked)), float(due)]
+
+    def act(self, step: int, signals: list[float]) -> bool:
+        self.ended = signals[0] > 0
+        every = self.config.checkpoint.every_steps
+        if not self.ended and (signals[1] or (every and step % every == 0)):
+            self.save()
+        return self.ended
+
+    def save(self) -> None:
+        if self.saved == self.state.step:
+            return
+        # What any rank has set aside, every rank has from here on.
+        for part in self.ranks.objects(self.loader.quarantine.state()):
+            self.loader.quarantine.load(part)
+        about = {"stream": self.loader.state(self.state.step), "config": to_dict(self.config), **environment()}
+        self.checkpoints.save(self.state, about)
+        self.saved, self.last_save = self.state.step, time.monotonic()
+
+    @contextmanager
+    def logging(self) -> Iterator[Any]:
+        """Gives `report(step, metrics)`: metrics.jsonl, and a bar on a terminal or a JSON line elsewhere."""
+        if self.ranks.rank:
+            yield lambda step, metrics: None
+            return
+        console, steps = Console(), self.config.train.steps
+        path = self.config.out / "metrics.jsonl"
+        _keep_before(path, self.state.step)
+        columns = [TextColumn("pretraining"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                   TextColumn("{task.fields[note]}")]  # fmt: skip
+        with (
+            path.open("a", buffering=1) as log,
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ):
+            bar, last = progress.add_task("", total=steps, completed=self.state.step, note=""), time.monotonic()
+
+            def report(step: int, metrics: dict[str, float]) -> None:
+                nonlocal last
+                now = time.monotonic()
+                rate, last = metrics["clips"] / (now - last), now
+                beside = {"clips_per_second": round(rate, 2), "save_seconds": self.checkpoints.seconds,
+                          "failed_saves": self.checkpoints.failures, "quarantined": len(self.loader.quarantine)}  # fmt: skip
+                line = json.dumps({"step": step, **metrics, **beside})
+                log.write(line + "\n")
+                if console.is_terminal:
+                    progress.update(bar, completed=step + 1, note=f"loss {metrics['loss']:.2f}, {rate:.0f} clips/s")
+                else:
+                    print(line, flush=True)
+
+            yield report
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[list[int]]:
+    """A list that is not empty once SIGTERM has come."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _same_run(config: Config, began_with: dict[str, Any], url: str) -> None:
+    """A run is a function of its config: another config is another run."""
+    now, then = _flat(json.loads(json.dumps(to_dict(config)))), _flat(began_with)
+    changed = [f"{name} is {now.get(name)}, was {then.get(name)}" for name in sorted(now.keys() | then.keys())
+               if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)]  # fmt: skip
+    if changed:
+        raise ConfigError(f"the checkpoints at {url} are of a run with other settings: {'; '.join(changed)}. Set them back, or "
+                          "begin a new run in another folder")  # fmt: skip
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """What a run's result depends on beside its config, as far as it can be known."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    code = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"equiav": version("equiav"), "code": code, "torch": torch.__version__, "python": platform.python_version(),
+            "host": platform.node(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}  # fmt: skip
+
+
+def _append(path: Path, value: Any) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Of metrics.jsonl, the steps that the checkpoint has: those after it come again."""
+    if path.exists():
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step
+        ]
+        path.write_text("".join(line + "\n" for line in lines))

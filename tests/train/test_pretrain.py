@@ -1,0 +1,165 @@
+"""`equiav pretrain` as users run it: one curve, whatever is killed and however many processes go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import yaml
+
+from equiav.config import DataConfig
+from equiav.sources import EncodeSynthetic, Shape
+from equiav.synthetic import World
+from streaming import Store
+from streaming.pack import pack
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """26 clips in 7 shards, steps of 8: the last of an epoch has 2."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    encode = EncodeSynthetic(World(1, 64, 3, 2.56), Shape(3, 64, 90, "wav", 30.0, False, DataConfig()))
+    pack([(f"clip-{k}", k) for k in range(26)], encode, Store(str(folder / "clips")), processes=0, part_items=4)
+    settings = {
+        "model": {"size": "tiny", "depth": 1},
+        "data": {"audio_mean": -10.3, "audio_std": 3.9},
+        "objective": {"centroid_size": 3},
+        "stream": {"url": str(folder / "clips"), "window": 3, "lanes": 2, "workers": 0},
+        "train": {"batch_size": 8, "steps": 24, "warmup_steps": 4, "lr": 1e-3, "lr_start": 1e-6},
+        "checkpoint": {"every_steps": 4},
+        "log_samples": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+class Run:
+    """One start of `equiav pretrain`, under torchrun where W is given."""
+
+    def __init__(self, config, out, W=None, *arguments):
+        program = [sys.executable, "-m"]
+        if W:
+            program += ["torch.distributed.run", "--nproc-per-node", str(W), "--max-restarts", "3", "--rdzv-backend", "c10d",
+                        "--rdzv-endpoint", "127.0.0.1:0", "-m"]  # fmt: skip
+        self.out = Path(out)
+        self.process = subprocess.Popen([*program, "equiav", "pretrain", "--config", str(config), "--out", str(out), *arguments],
+                                        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def reach(self, step):
+        """Waits until a step is in the log."""
+        deadline = time.monotonic() + 120
+        while step not in steps(self.out):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def workers(self):
+        """rank -> process"""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                environ = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            if parent == self.process.pid and "RANK" in environ:
+                found[int(environ["RANK"])] = int(path.name)
+        return found
+
+    def end(self, status=0):
+        text = self.process.communicate(timeout=120)[0]
+        assert self.process.returncode == status, text
+        return text
+
+
+def lines(path):
+    """Whole ones."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line.endswith(("}", "]"))]
+
+
+def steps(out):
+    return {row["step"]: row for row in lines(out / "metrics.jsonl")}
+
+
+def samples(out):
+    """step -> its ids; the last time that it was run."""
+    ids = {}
+    for path in sorted(out.glob("samples-*.jsonl")):
+        of_rank = {}
+        for step, own in lines(path):
+            of_rank[step] = own
+        for step, own in of_rank.items():
+            ids.setdefault(step, []).extend(own)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run that nothing happens to, in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    Run(config, out).end()
+    return out
+
+
+def same_run(out, whole):
+    ours, theirs = steps(out), steps(whole)
+    assert list(ours) == list(theirs) == list(range(24))
+    for step, row in theirs.items():
+        for name in ("loss", "gradient_norm", "lr", "clips"):
+            assert ours[step][name] == pytest.approx(row[name], rel=1e-5, abs=1e-5), (step, name)
+    weights, expected = (safetensors.torch.load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (weights[name] - value).abs().max() <= 1e-5, name
+
+
+def test_every_clip_comes_once_an_epoch(whole):
+    ids = samples(whole)
+    assert [len(ids[k]) for k in range(24)] == [8, 8, 8, 2] * 6
+    for epoch in range(6):
+        assert sorted(i for k in range(4) for i in ids[4 * epoch + k]) == list(range(26))
+    assert steps(whole)[3]["clips"] == 2
+
+
+def test_the_same_command_says_that_the_run_is_finished(config, whole):
+    before = (whole / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "the run is finished: 24 steps" in Run(config, whole).end()
+    assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_killed_and_resized_it_is_the_same_run(config, whole, tmp_path):
+    run = Run(config, tmp_path, 3)
+    run.reach(6)
+    os.kill(run.workers()[1], signal.SIGKILL)  # torchrun starts all three again
+    run.reach(10)
+    run.process.terminate()  # as Kubernetes ends a pod: the step is finished and saved
+    run.process.communicate(timeout=120)
+    done = max(steps(tmp_path))
+    saved = sorted(int(path.name[5:13]) for path in (tmp_path / "checkpoints").glob("step-*/"))
+    assert saved[-1] >= done
+    run = Run(config, tmp_path, 2)
+    run.reach(done + 5)
+    workers = run.workers().values()
+    for pid in (run.process.pid, *workers):  # a node, with its agent
+        os.kill(pid, signal.SIGKILL)
+    run.process.communicate()
+    Run(config, tmp_path).end()
+    same_run(tmp_path, whole)
+    starts = [(row["ranks"], row["step"]) for row in lines(tmp_path / "starts.jsonl")]
+    assert [ranks for ranks, _ in starts] == [3, 3, 2, 1]
+    assert starts[0][1] == 0
+    assert starts[1][1] in (4, 8)
+    # each step's samples, by whichever processes ran it last, are those of the whole run
+    for step, ids in samples(whole).items():
+        assert set(ids) <= {
+            i for path in tmp_path.glob("samples-*.jsonl") for k, own in lines(path) for i in own if k == step
+        }
