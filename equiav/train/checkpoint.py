@@ -139,7 +139,7 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         try:
             saving.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             cause = _cause(error)
             if isinstance(cause, Superseded):
                 raise cause from None

@@ -114,8 +114,8 @@ def same_run(out, whole):
     ours, theirs = steps(out), steps(whole)
     assert list(ours) == list(theirs) == list(range(24))
     for step, row in theirs.items():
-        for name in ("loss", "gradient_norm", "lr", "clips"):
-            assert ours[step][name] == pytest.approx(row[name], rel=1e-5, abs=1e-5), (step, name)
+        assert (ours[step]["lr"], ours[step]["clips"]) == (row["lr"], row["clips"])
+        assert ours[step]["loss"] == pytest.approx(row["loss"], abs=1e-5), step
     weights, expected = (safetensors.torch.load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
