@@ -17,3 +17,9 @@ class Superseded(Ending):
     """Another start of this run has taken over. Do not start this one again."""
 
     status = 144
+
+
+class Stalled(Ending):
+    """No step in too long a time, on this rank or another."""
+
+    status = 145

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from equiav.config import ConfigError
+from streaming.processes import end_with_parent
 
 
 class LocalS3:
@@ -48,7 +47,7 @@ class LocalS3:
         command += [] if self.public else ["--auth-key", f"{self.key},{self.secret}"]
         command += ["--bwlimit", self.bandwidth] if self.bandwidth else []
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_end_with_parent
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=end_with_parent
         )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -65,10 +64,3 @@ class LocalS3:
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-def _end_with_parent() -> None:
-    """With the thread that started it, to be exact."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

@@ -31,13 +31,14 @@ class Ranks:
         )
         self.device = torch.device(device, self.local_rank) if device == "cuda" else torch.device(device)
         self.storing: Any = None  # the group of the threads that write checkpoints
+        self.store: Store | None = None
         if device == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
             wait = timedelta(seconds=timeout)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            store = _meet(self.rank, self.size, wait)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait,
+            self.store = _meet(self.rank, self.size, wait)
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait,
                                     device_id=self.device if device == "cuda" else None)  # fmt: skip
             self.storing = dist.new_group(backend="gloo", timeout=wait)
 

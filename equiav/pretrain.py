@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import signal
@@ -26,12 +27,13 @@ from equiav.parallel import Ranks
 from equiav.stream import batches, open_stream
 from equiav.train import NotFinite, TrainState, begin, train
 from equiav.train.checkpoint import Checkpoints
+from equiav.train.watch import Watch
 from equiav.weights import save_model
 from streaming import Loader
-from streaming.processes import keep_freed_memory
+from streaming.processes import end_with_parent, keep_freed_memory
 
-WITHOUT_EFFECT = ("device", "out", "resume", "log_samples", "checkpoint", "stream.url", "stream.workers", "stream.ahead",
-                  "stream.cache", "stream.cache_bytes", "stream.patience", "train.micro_batch", "train.shard",
+WITHOUT_EFFECT = ("device", "out", "resume", "log_samples", "stall_seconds", "checkpoint", "stream.url", "stream.workers",
+                  "stream.ahead", "stream.cache", "stream.cache_bytes", "stream.patience", "train.micro_batch", "train.shard",
                   "train.compile")  # fmt: skip
 
 
@@ -44,6 +46,9 @@ class PretrainConfig(Config):
     resume: Literal["auto", "never"] = "auto"
     """never: an error where `checkpoint.url` holds checkpoints."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stall_seconds: float = 60.0
+    """Without a step, after which the run has stalled: the rank that holds it up is named, every rank writes where it stands to
+    `out`/stalls, and the processes end, to be started again. Waiting for a store is no stall within its patience. 0: never."""
     log_samples: bool = False
     """Write the ids of every step's samples to samples-RANK.jsonl."""
 
@@ -52,6 +57,8 @@ def run_pretrain(config: PretrainConfig) -> None:
     require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # an agent that is killed would leave it behind, training beside those that take its place
     ranks = Ranks(config.device)
     with _asked_to_end() as asked:
         _run(config, ranks, asked)
@@ -87,7 +94,9 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
             _append(config.out / "starts.jsonl", {**start, **environment()})
             how = "goes on at" if found else "begins at"
             tell(f"{how} step {state.step} of {config.train.steps}, {ranks.size} process(es)")
-        run = _Run(config, ranks, state, loader, checkpoints, asked)
+        patience = max(config.stream.patience, config.checkpoint.patience)
+        watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, tell)
+        run = _Run(config, ranks, state, loader, checkpoints, watch, asked)
         try:
             with run.logging() as report:
                 train(config, ranks, state, run.batches(), report, run.signals, run.act)
@@ -96,6 +105,7 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
             raise
         run.save()
         checkpoints.wait()
+        watch.end()
         if run.ended:
             raise Terminated(f"asked to end by SIGTERM; step {state.step} is saved at {checkpoints.store.url}")
     weights = ranks.whole(state.model)
@@ -109,16 +119,20 @@ class _Run:
     """What happens beside the steps."""
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, state: TrainState, loader: Loader, checkpoints: Checkpoints,
-                 asked: list[int]):  # fmt: skip
+                 watch: Watch, asked: list[int]):  # fmt: skip
         self.config, self.ranks, self.state, self.loader, self.checkpoints = config, ranks, state, loader, checkpoints
+        self.watch = watch
         self.asked, self.saved, self.last_save, self.ended = asked, state.step, time.monotonic(), False
 
     def batches(self) -> Iterator[Batch]:
+        self.watch.at(self.state.step, "waits for data")
         for step, batch in enumerate(batches(self.loader, self.state.step), self.state.step):
+            self.watch.at(step, "computes")
             if self.config.log_samples:
                 ids = batch.samples[batch.valid].tolist()
                 _append(self.config.out / f"samples-{self.ranks.rank}.jsonl", [step, ids])
             yield batch
+            self.watch.at(step + 1, "waits for data")
 
     def signals(self) -> list[float]:
         """Of this rank, summed over all: whether to end, whether to save."""
@@ -136,6 +150,7 @@ class _Run:
     def save(self) -> None:
         if self.saved == self.state.step:
             return
+        self.watch.at(self.state.step, "saves")
         # What any rank has set aside, every rank has from here on.
         for part in self.ranks.objects(self.loader.quarantine.state()):
             self.loader.quarantine.load(part)

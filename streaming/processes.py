@@ -107,6 +107,13 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends (the thread, to be exact), however that happens."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+
+
 def portable(error: Exception) -> Exception:
     """The error, to be raised in the parent, with the way that led to it here."""
     error.add_note("".join(traceback.format_exception(error)))
