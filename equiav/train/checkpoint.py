@@ -117,8 +117,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
         """Copies the state to host memory, and writes it in the background. `about`: what is small, for the manifest."""
-        self.wait()
         begun = time.perf_counter()
+        self.wait()
         scratch = tempfile.TemporaryDirectory(prefix="equiav-checkpoint-")
         about = {"step": state.step, "skipped": state.skipped, "ranks": self.ranks.size, **about}
         writer = Writer(Path(scratch.name), self.store, f"step-{state.step:08d}-{self.token}", about, self.token)
