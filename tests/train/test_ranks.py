@@ -60,6 +60,7 @@ def test_gradient_curve_and_weights_are_those_of_one_process(alone, tmp_path, W)
         compare(name, result, alone[name])
 
 
+@pytest.mark.slow
 def test_copies_of_half_the_processes_each(alone, tmp_path):
     cases = [(settings(shard=2), []), (settings(shard=2, micro_batch=1, batch_size=7), [3])]
     results = in_processes(4, cases, tmp_path)
