@@ -286,8 +286,12 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
 
-    micro_batch: int = 0
-    """Rows of a process that are in memory at a time; 0: all. Less memory, a third more time, the same gradient."""
+    micro_batch: int = 64
+    """Rows that are computed together. Processes share the batch in whole micro-batches, so that what is computed, to the last
+    bit, does not depend on their number; there can be as many as micro-batches."""
+    recompute: bool = False
+    """Keep nothing of a micro-batch between the embeddings and the gradient: memory for one micro-batch, however many a process
+    has, and a third more time. The result is the same."""
     shard: int = 0
     """Processes that hold one copy of the model and optimizer together (a node's, say); 0: all."""
     compile: bool = False
@@ -296,8 +300,8 @@ class TrainConfig:
     """Steps in a row without a finite loss and gradient, none of which changes anything, after which the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "shard"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "1 or more")
+        require(self.shard >= 0, "train.shard", self.shard, "0 or more")
         require(self.max_skipped >= 1, "train.max_skipped", self.max_skipped, "1 or more")
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (a contrast needs a negative)")
         require(self.steps >= 1, "train.steps", self.steps, "1 or more")

@@ -1,15 +1,16 @@
 """Eq. 8-16: what the embeddings are asked for. Pure functions; float32 (or float64, if they come so) under any autocast.
 
 N is the number of rows of the global batch. Each process holds some of them and computes the terms of its own anchors;
-a `gather` brings the rows of all processes. Losses and reported terms are shares: summed over the processes they are the
-global ones. The gradient is that of the global loss by the own rows, formed without a collective: an embedding is an
-anchor, with its own denominator, and a candidate of all other anchors, with theirs. Gradients of parameters must
-therefore be summed over the processes, not averaged.
+a `gather` brings the rows of all processes. Losses and reported terms are shares, in float64: summed over the processes they
+are the global ones. The gradient is that of the global loss by the own rows, formed without a collective: an embedding is an
+anchor, with its own denominator, and a candidate of all other anchors, with theirs. Gradients of parameters must therefore be
+summed over the processes, not averaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from torch.nn import functional as F
 from equiav.config import ObjectiveConfig
 
 Gather = Callable[[Tensor], Tensor]
-"""(b, ...) -> (M, ...): the rows of all processes in order, b of each."""
+"""(b, ...) -> (M, ...): the rows of all processes in order."""
 
-COLUMNS = 4096  # candidates at a time: what the loss keeps besides the embeddings is some blocks of b x this
+COLUMNS = 4096  # candidates at a time: what the loss keeps besides the embeddings is some blocks of `Rows.piece` x this
 
 
 def alone(x: Tensor) -> Tensor:
@@ -40,46 +41,23 @@ class Embeddings(NamedTuple):
     inter_v: Tensor
     plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
     plain_v: Tensor | None
-    temperature: Tensor | None = None  # (1,) where it is learned
+    temperature: Tensor | None = None  # (B,) where it is learned, the same in every row
 
     @classmethod
     def cat(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """Of the rows of several."""
-        fields: dict[str, Any] = {
-            name: z for name, z in parts[0]._asdict().items() if z is None or name == "temperature"
-        }
-        for name in set(cls._fields) - fields.keys():
-            fields[name] = torch.cat([getattr(part, name) for part in parts])
-        return cls(**fields)
+        """Of the rows of several, to be given gradients of its own."""
+        fields: list[Any] = [
+            None if z[0] is None else torch.cat(z).detach().requires_grad_() for z in zip(*parts, strict=True)
+        ]
+        return cls(*fields)
 
-    def padded(self, b: int) -> Embeddings:
-        """With as many rows as the largest share has."""
-        missing = b - len(self.inter_a)
-        if not missing:
-            return self
-        padded: list[Any] = [z if z is None else F.pad(z, (0, 0, 0, missing)) for z in self[:-1]]
-        return Embeddings(*padded, temperature=self.temperature)
-
-    def leaves(self) -> Embeddings:
-        """The same numbers, to be given gradients of their own."""
-        leaves: list[Any] = [None if z is None else z.detach().requires_grad_() for z in self]
-        return Embeddings(*leaves)
-
-    def backward_from(self, whole: Embeddings, part: slice | None, temperature: bool) -> None:
-        """Backward with the gradients that a part of the rows of `whole` has; with none, where part is None."""
+    def backward_from(self, whole: Embeddings, part: slice) -> None:
+        """Backward with the gradients that some rows of `whole` have."""
         outputs, gradients = [], []
-        for name, z in self._asdict().items():
-            if z is None or not z.requires_grad:
-                continue
-            given = getattr(whole, name).grad
-            if name == "temperature":
-                given = given if temperature else None
-            elif given is not None and part is not None:
-                given = given[part].to(z.dtype)
-            else:
-                given = None
-            outputs.append(z)
-            gradients.append(torch.zeros_like(z) if given is None else given)
+        for own, of_whole in zip(self, whole, strict=True):
+            if own is not None and of_whole is not None and own.requires_grad:
+                outputs.append(own)
+                gradients.append(torch.zeros_like(own) if of_whole.grad is None else of_whole.grad[part].to(own.dtype))
         torch.autograd.backward(outputs, gradients)
 
 
@@ -87,16 +65,17 @@ class Rows(NamedTuple):
     """Which rows of the global batch this process holds, and how to get at the others."""
 
     own: Tensor  # (b,) bool: a clip, or nothing
-    everyone: Tensor  # (M,) bool, M = b of each process
+    everyone: Tensor  # (M,) bool
     first: int  # of the own ones among everyone's
     N: Tensor  # clips in all, at least 1
     gather: Gather
+    piece: int  # own rows at a time: products of the same shapes, however many rows a process has
 
     @classmethod
-    def of(cls, valid: Tensor, rank: int = 0, gather: Gather = alone) -> Rows:
-        """valid (b,) bool, b the same in every process."""
+    def of(cls, valid: Tensor, gather: Gather = alone, first: int = 0, piece: int = 0) -> Rows:
+        """valid (b,) bool, b the same in every process. piece 0: all own rows at a time."""
         everyone = gather(valid)
-        return cls(valid, everyone, rank * len(valid), everyone.sum().clamp(min=1), gather)
+        return cls(valid, everyone, first, everyone.sum().clamp(min=1), gather, piece or len(valid))
 
 
 def unit(*z: Tensor) -> Tensor:
@@ -113,48 +92,51 @@ class _Contrast(torch.autograd.Function):
         ctx: Any, own: Tensor, temperature: Tensor, rows: Rows, intra: bool, positive: bool
     ) -> tuple[Tensor, Tensor]:
         b, M = len(own), len(rows.everyone)
-        everyone, scale = rows.gather(own), 1 / temperature  # (M, 2, d)
+        everyone, scale = rows.gather(own), 1 / temperature  # (M, 2, d), (b,)
         weight = rows.own.to(own.dtype) / (2 * rows.N)  # (b,) of an anchor's term
         s_positive = (own[:, 0] * own[:, 1]).sum(dim=1) * scale  # (b,)
+        pieces = [slice(begin, min(begin + rows.piece, b)) for begin in range(0, b, rows.piece)]
 
-        def blocks(k: int) -> Iterator[tuple[int, slice, Tensor]]:
-            """side, columns, s (b, columns) of anchors of side k with candidates but the positive; -inf where there is none."""
+        def blocks(piece: slice, k: int) -> Iterator[tuple[int, slice, Tensor]]:
+            """side, columns, s (piece, columns) of anchors of side k with candidates but the positive; -inf: no candidate."""
             for side in (1 - k, k) if intra else (1 - k,):
                 for begin in range(0, M, COLUMNS):
                     columns = slice(begin, min(begin + COLUMNS, M))
-                    s = (own[:, k] @ everyone[columns, side].T).mul_(scale)
+                    s = (own[piece, k] @ everyone[columns, side].T).mul_(scale[piece, None])
                     s.masked_fill_(~rows.everyone[columns], -torch.inf)
-                    s.diagonal(rows.first - begin).fill_(-torch.inf) if _crosses(columns, rows.first, b) else None
+                    itself = rows.first + piece.start - begin  # the column of the piece's first row
+                    s.diagonal(itself).fill_(-torch.inf) if -len(s) < itself < s.shape[1] else None
                     yield side, columns, s
 
         D, correct = own.new_empty(b, 2), torch.zeros((), dtype=torch.int64, device=own.device)
-        for k in (0, 1):
-            log_sum, nearest = own.new_full((b,), -torch.inf), own.new_full((b,), -torch.inf)
-            for _, _, s in blocks(k):
+        for piece, k in product(pieces, (0, 1)):
+            log_sum, nearest = (torch.full_like(s_positive[piece], -torch.inf) for _ in (0, 1))
+            for _, _, s in blocks(piece, k):
                 nearest = torch.maximum(nearest, s.amax(dim=1))
                 log_sum = torch.logaddexp(log_sum, s.logsumexp(dim=1))
-            D[:, k] = torch.logaddexp(log_sum, s_positive) if positive else log_sum
-            correct += (rows.own & (s_positive > nearest)).sum()
+            D[piece, k] = torch.logaddexp(log_sum, s_positive[piece]) if positive else log_sum
+            correct += (rows.own[piece] & (s_positive[piece] > nearest)).sum()
         D.masked_fill_(torch.isneginf(D), 0)  # an anchor without candidates says nothing
-        loss = (D.sum(dim=1) - 2 * s_positive).where(rows.own, 0) @ weight
+        loss = (D.sum(dim=1) - 2 * s_positive).where(rows.own, 0).double() @ weight.double()
         ctx.mark_non_differentiable(correct)
         if not any(ctx.needs_input_grad):
             return loss, correct
 
         everyones_D, everyones_weight = rows.gather(D), rows.everyone.to(own.dtype) / (2 * rows.N)  # (M, 2), (M,)
-        gradient, slope = torch.empty_like(own), own.new_zeros(())
-        for k in (0, 1):
-            as_positive = (s_positive[:, None] - D).exp().sum(dim=1) if positive else 0  # of both anchors of the row
-            gradient[:, k] = (weight * (as_positive - 2))[:, None] * own[:, 1 - k]
-            for side, columns, s in blocks(k):
-                as_anchor = (s - D[:, k, None]).exp_().mul_(weight[:, None])  # (b, columns)
-                if ctx.needs_input_grad[1]:
-                    slope += (as_anchor * s.masked_fill(torch.isneginf(s), 0)).sum()
-                as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
-                gradient[:, k] += as_candidate.add_(as_anchor) @ everyone[columns, side]
-        if ctx.needs_input_grad[1]:
-            slope += weight @ (s_positive * (as_positive - 2))
-        gradient *= rows.own[:, None, None] * scale
+        gradient, slope = torch.empty_like(own), torch.zeros_like(s_positive)
+        for piece in pieces:
+            # To its positive, of both anchors of a row.
+            pull = weight[piece] * ((s_positive[piece, None] - D[piece]).exp().sum(dim=1) - 2 if positive else -2)
+            slope[piece] = pull * s_positive[piece]
+            for k in (0, 1):
+                gradient[piece, k] = pull[:, None] * own[piece, 1 - k]
+                for side, columns, s in blocks(piece, k):
+                    as_anchor = (s - D[piece, k, None]).exp_().mul_(weight[piece, None])  # (piece, columns)
+                    if ctx.needs_input_grad[1]:
+                        slope[piece] += (as_anchor * s.masked_fill(torch.isneginf(s), 0)).sum(dim=1)
+                    as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
+                    gradient[piece, k] += as_candidate.add_(as_anchor) @ everyone[columns, side]
+        gradient *= (rows.own * scale)[:, None, None]
         ctx.save_for_backward(gradient, -slope * scale)
         return loss, correct
 
@@ -162,11 +144,6 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, slope = ctx.saved_tensors
         return gradient * upstream[0], slope * upstream[0], None, None, None
-
-
-def _crosses(columns: slice, first: int, b: int) -> bool:
-    """Whether columns of everyone's rows meet the own ones, which begin at `first`."""
-    return columns.start < first + b and first < columns.stop
 
 
 def nt_xent(
@@ -237,15 +214,17 @@ def equiav_loss(
             if p is None or q is None:
                 continue
             own = unit(p, q)  # (b, 2, d)
-            tau = own.new_tensor(config.temperature) if e.temperature is None else e.temperature.squeeze().to(own.dtype)
+            tau = (
+                own.new_full((len(own),), config.temperature) if e.temperature is None else e.temperature.to(own.dtype)
+            )
             if name == "inter":
                 part, correct = info_nce(own, rows, tau)
             else:
                 part, correct = nt_xent(own, rows, tau, config.intra_positive_in_denominator)
             parts.append(weight * part)
-            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct / (2 * rows.N)
+            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct.double() / (2 * rows.N)
             if plain is not None:
-                side, counted = name.removeprefix("intra_"), rows.own / rows.N
+                side, counted = name.removeprefix("intra_"), rows.own.double() / rows.N
                 with torch.no_grad():
                     reached = (own[:, 0] * own[:, 1]).sum(dim=1)
                     terms[f"similarity_{side}"] = (reached * counted).sum()

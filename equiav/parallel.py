@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -119,16 +119,39 @@ def _meet(rank: int, size: int, wait: timedelta) -> Store:
     return store
 
 
-def sum_gradients_when(model: nn.Module, last: bool) -> None:
-    """Between the parts of a step, ranks keep their gradients; with the last they are summed."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+def add_gradients(model: nn.Module, backwards: Sequence[Callable[[], None]]) -> None:
+    """Runs the backward passes of a step's parts, as many on every rank. What they give is added, over parts and ranks, in
+    float64 and rounded once: the sum is the same to the last bit, whichever rank has which parts."""
+    sums: dict[nn.Parameter, Tensor] = {}
+    for k, backward in enumerate(backwards):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(k == len(backwards) - 1)
+        backward()
+        if isinstance(model, FSDPModule) or len(backwards) == 1:
+            continue
+        for p in model.parameters():
+            if p.grad is not None:
+                sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.double()
+                p.grad = None
+    for p, total in sums.items():
+        p.grad = total.to(p.dtype)
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """This rank's share of the square of their norm, float64."""
+    own, copies = [], 1
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            copies = gradient.device_mesh.size(0)
+            gradient = gradient.to_local()
+        own.append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return torch.stack(own).square().sum() / copies
 
 
 def fully_sharded(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> nn.Module:
     """FSDP2 by block. Gradients are summed over the ranks, not averaged: each rank's loss is its share."""
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

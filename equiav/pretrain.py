@@ -32,9 +32,9 @@ from equiav.weights import save_model
 from streaming import Loader
 from streaming.processes import end_with_parent, keep_freed_memory
 
-WITHOUT_EFFECT = ("device", "out", "resume", "log_samples", "stall_seconds", "checkpoint", "stream.url", "stream.workers",
-                  "stream.ahead", "stream.cache", "stream.cache_bytes", "stream.patience", "train.micro_batch", "train.shard",
-                  "train.compile")  # fmt: skip
+ROUNDING = ("device", "train.micro_batch", "train.compile")  # the same run, but for the last bits from there on
+WITHOUT_EFFECT = ("out", "resume", "log_samples", "stall_seconds", "checkpoint", "stream.url", "stream.workers", "stream.ahead",
+                  "stream.cache", "stream.cache_bytes", "stream.patience", "train.recompute", "train.shard")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,17 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
     checkpoints = Checkpoints(
         c.url or str(config.out / "checkpoints"), ranks, c.keep, c.keep_every, c.patience, warn=tell
     )
+    state = begin(config, ranks)
     with open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size,
                      quarantine=config.out / "quarantine.jsonl") as loader:  # fmt: skip
-        state = begin(config, ranks)
         found = checkpoints.load(state)
         if found is not None:
             if config.resume == "never":
                 raise ConfigError(f"resume is never, and {checkpoints.store.url} holds a checkpoint of step {state.step}; choose "
                                   "another folder")  # fmt: skip
-            _same_run(config, found["config"], checkpoints.store.url)
+            otherwise = _same_run(config, found["config"], checkpoints.store.url)
+            if first and otherwise:
+                tell(f"rounded otherwise from step {state.step} on: {otherwise}")
             loader.restore(found["stream"])
         finished = state.step == config.train.steps
         if first and not finished:
@@ -202,14 +204,16 @@ def _asked_to_end() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _same_run(config: Config, began_with: dict[str, Any], url: str) -> None:
-    """A run is a function of its config: another config is another run."""
+def _same_run(config: Config, began_with: dict[str, Any], url: str) -> str:
+    """A run is a function of its config: another config is another run. -> what changed of the settings that only round."""
     now, then = _flat(json.loads(json.dumps(to_dict(config)))), _flat(began_with)
-    changed = [f"{name} is {now.get(name)}, was {then.get(name)}" for name in sorted(now.keys() | then.keys())
-               if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)]  # fmt: skip
-    if changed:
-        raise ConfigError(f"the checkpoints at {url} are of a run with other settings: {'; '.join(changed)}. Set them back, or "
+    changed = {name: f"{name} is {now.get(name)}, was {then.get(name)}" for name in sorted(now.keys() | then.keys())
+               if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)}  # fmt: skip
+    refused = [told for name, told in changed.items() if name not in ROUNDING]
+    if refused:
+        raise ConfigError(f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or "
                           "begin a new run in another folder")  # fmt: skip
+    return "; ".join(changed.values())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -224,7 +228,8 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     code = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"equiav": version("equiav"), "code": code, "torch": torch.__version__, "python": platform.python_version(),
-            "host": platform.node(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}  # fmt: skip
+            "host": platform.node(), "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}  # fmt: skip
 
 
 def _append(path: Path, value: Any) -> None:

@@ -31,9 +31,9 @@ def open_stream(config: Config, *, rank: int = 0, ranks: int = 1, sharers: int =
         return uniforms(config.seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
 
     empty = pinned if config.device == "cuda" else np.empty
-    return Loader(dataset, order, ClipDecoder(config.model, config.data), rank=rank, ranks=ranks, workers=s.workers,
-                  ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw, empty=empty,
-                  quarantine=Quarantine(dataset.samples, s.max_bad, quarantine))  # fmt: skip
+    return Loader(dataset, order, ClipDecoder(config.model, config.data), rank=rank, ranks=ranks, unit=config.train.micro_batch,
+                  workers=s.workers, ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw,
+                  empty=empty, quarantine=Quarantine(dataset.samples, s.max_bad, quarantine))  # fmt: skip
 
 
 def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

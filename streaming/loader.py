@@ -119,6 +119,7 @@ class Loader:
         *,
         rank: int = 0,
         ranks: int = 1,
+        unit: int = 1,
         workers: int = 4,
         ahead: int = 2,
         cache: Path | None = None,
@@ -128,15 +129,16 @@ class Loader:
         empty: Empty = np.empty,
         quarantine: Quarantine | None = None,
     ):
-        """workers: decoding processes; 0: everything in threads of this one. ahead: batches prepared beyond the one being
-        used. cache: folder for shards of a remote store, `cache_bytes` of it shared by the loaders of `sharers` ranks.
-        draw: a number for each sample of an epoch, handed to the decoder. empty: makes the arrays of a batch."""
+        """unit: rows of a batch that stay on one rank together. workers: decoding processes; 0: everything in threads of this
+        one. ahead: batches prepared beyond the one being used. cache: folder for shards of a remote store, `cache_bytes` of it
+        shared by the loaders of `sharers` ranks. draw: a number for each sample of an epoch, handed to the decoder. empty: makes
+        the arrays of a batch."""
         if order.fingerprint != dataset.fingerprint:
             raise ValueError(
                 f"the order is of dataset {order.fingerprint[:16]}, this one is {dataset.fingerprint[:16]}"
             )
         self.dataset, self.order, self.decoder, self.draw, self.empty = dataset, order, decoder, draw, empty
-        self.first, self.stop = share(order.batch, rank, ranks)
+        self.first, self.stop = share(order.batch, rank, ranks, unit)
         self.quarantine = quarantine if quarantine is not None else Quarantine(dataset.samples)
         self._epoch = Epoch(order, dataset.sizes, 0)
         self._folder, self._hold = dataset.fingerprint[:16], 3  # windows at a time

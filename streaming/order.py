@@ -26,9 +26,10 @@ class Slots(NamedTuple):
     windows: tuple[int, int]  # first and last window that they come from
 
 
-def share(total: int, part: int, parts: int) -> tuple[int, int]:
-    """First and one after the last of `part`'s contiguous share; shares differ by at most one."""
-    return total * part // parts, total * (part + 1) // parts
+def share(total: int, part: int, parts: int, unit: int = 1) -> tuple[int, int]:
+    """First and one after the last of `part`'s contiguous share of whole units; shares differ by at most one."""
+    units = -(-total // unit)
+    return units * part // parts * unit, min(units * (part + 1) // parts * unit, total)
 
 
 @dataclass(frozen=True)

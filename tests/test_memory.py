@@ -15,7 +15,7 @@ b, d, W, config = 1024, 512, int(sys.argv[1]), ObjectiveConfig()
 e = Embeddings(*(torch.randn(b, d).requires_grad_() for _ in range(8)))
 torch.randn(512, 512) @ torch.randn(512, 512)  # what the library takes for itself
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = Rows.of(torch.ones(b, dtype=torch.bool), 0, lambda x: x.repeat(W, *[1] * (x.dim() - 1)))
+rows = Rows.of(torch.ones(b, dtype=torch.bool), lambda x: x.repeat(W, *[1] * (x.dim() - 1)))
 equiav_loss(e, weights_at(0, 1, config), config, rows)[0].backward()
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """

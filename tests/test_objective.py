@@ -64,12 +64,16 @@ def all_of(z):
     return Rows.of(torch.ones(len(z), dtype=torch.bool, device=z.device))
 
 
+def of_rows(tau, x):
+    return torch.as_tensor(tau, dtype=x.dtype).expand(len(x))
+
+
 def intra(x, y, tau, with_positive=True):
-    return nt_xent(unit(x, y), all_of(x), torch.as_tensor(tau, dtype=x.dtype), with_positive)
+    return nt_xent(unit(x, y), all_of(x), of_rows(tau, x), with_positive)
 
 
 def inter(x, y, tau):
-    return info_nce(unit(x, y), all_of(x), torch.as_tensor(tau, dtype=x.dtype))
+    return info_nce(unit(x, y), all_of(x), of_rows(tau, x))
 
 
 @pytest.mark.parametrize("with_positive", [True, False])
@@ -126,8 +130,8 @@ class Together:
         return everyone
 
 
-def in_parts(e, shares, config, weights):
-    """Each process's loss, terms and gradients by its own rows and temperature; `shares`: rows of each, -1: nothing."""
+def in_parts(e, shares, config, weights, piece=0):
+    """Each process's loss, terms and gradients by its own rows; `shares`: rows of each, -1: nothing."""
     size, b = len(shares), max(len(share) for share in shares)
     together = Together(size)
 
@@ -136,10 +140,11 @@ def in_parts(e, shares, config, weights):
         leaves = {}
         for name, z in e._asdict().items():
             if z is not None:
-                own = z if name == "temperature" else torch.cat([z[index.clamp(min=0)], z.new_zeros(b - len(index), d)])
+                filling = z.new_ones(b - len(index), *z.shape[1:])
+                own = torch.cat([z[index.clamp(min=0)], filling])
                 leaves[name] = own.detach().clone().requires_grad_()
         valid = torch.cat([index >= 0, torch.zeros(b - len(index), dtype=torch.bool)])
-        rows = Rows.of(valid, rank, lambda x: together.gather(rank, x))
+        rows = Rows.of(valid, lambda x: together.gather(rank, x), rank * b, piece)
         loss, terms = equiav_loss(Embeddings(**{**dict.fromkeys(Embeddings._fields), **leaves}), weights, config, rows)
         loss.backward()
         return loss.detach(), terms, {name: z.grad for name, z in leaves.items()}, index
@@ -151,6 +156,7 @@ def in_parts(e, shares, config, weights):
 @pytest.mark.parametrize(
     "settings", [{}, {"intra_positive_in_denominator": False}, {"intra": "none"}, {"learnable_temperature": True}]
 )
+@pytest.mark.parametrize("piece", [0, 2])
 @pytest.mark.parametrize("shares", [
     [[0, 1, 2], [3, 4], [5, 6]],
     [[0, 1, 2, 3, 4, 5, 6]],
@@ -159,7 +165,7 @@ def in_parts(e, shares, config, weights):
     [[k] for k in range(7)],
     [[], [0, 1, 2, 3, 4, 5], [6]],
 ])  # fmt: skip
-def test_processes_add_up_to_one(settings, shares):
+def test_processes_add_up_to_one(settings, shares, piece):
     """Losses and terms sum to the single process's; each has the gradient of the whole loss by its own rows."""
     config = ObjectiveConfig(weight_intra_audio=2.0, weight_inter=0.5, **settings)
     weights = weights_at(0, 1, config)
@@ -167,19 +173,20 @@ def test_processes_add_up_to_one(settings, shares):
     if config.intra == "none":
         e = e._replace(intra_a=None, aug_a=None, intra_v=None, aug_v=None, plain_a=None, plain_v=None)
     if config.learnable_temperature:
-        e = e._replace(temperature=torch.tensor([0.3], dtype=torch.float64, requires_grad=True))
-    tau = TAU if e.temperature is None else e.temperature
+        e = e._replace(temperature=torch.full((N,), 0.3, dtype=torch.float64))
+    tau = TAU if e.temperature is None else torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     plain = 0.5 * plain_info_nce(e.inter_a, e.inter_v, tau)
     if config.intra != "none":
         plain = plain + 2 * plain_nt_xent(e.intra_a, e.aug_a, tau, config.intra_positive_in_denominator)
         plain = plain + plain_nt_xent(e.intra_v, e.aug_v, tau, config.intra_positive_in_denominator)
     names = [name for name, z in e._asdict().items() if z is not None and not name.startswith("plain")]
-    expected = dict(zip(names, torch.autograd.grad(plain, [getattr(e, name) for name in names]), strict=True))
-    parts, calls = in_parts(e, shares, config, weights)
+    inputs = [tau if name == "temperature" else getattr(e, name) for name in names]
+    expected = dict(zip(names, torch.autograd.grad(plain, inputs), strict=True))
+    parts, calls = in_parts(e, shares, config, weights, piece)
     assert sum(loss for loss, *_ in parts).item() == pytest.approx(plain.item(), rel=1e-10)
     for name in names:
         if name == "temperature":
-            assert sum(gradients[name] for _, _, gradients, _ in parts).item() == pytest.approx(
+            assert sum(gradients[name].sum() for _, _, gradients, _ in parts).item() == pytest.approx(
                 expected[name].item(), rel=1e-9
             )
             continue
@@ -208,8 +215,8 @@ def test_without_two_clips_there_is_no_gradient(rows):
 
 def test_learned_temperature_is_used_and_trained():
     config = ObjectiveConfig(learnable_temperature=True)
-    tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
-    e = embeddings(temperature=tau)
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    e = embeddings(temperature=tau.expand(N))
     loss, _ = equiav_loss(e, weights_at(0, 1, config), config)
     assert loss.dim() == 0
     plain = (plain_info_nce(e.inter_a, e.inter_v, tau) + plain_nt_xent(e.intra_a, e.aug_a, tau, True)
@@ -248,7 +255,7 @@ def test_accuracy_of_collapsed_embeddings_is_zero_for_the_intra_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loss_is_float32_under_autocast(dtype):
+def test_loss_is_not_of_low_precision_under_autocast(dtype):
     e = Embeddings(*(None if z is None else z.detach().to(dtype) for z in embeddings()))
     config = ObjectiveConfig()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -257,7 +264,7 @@ def test_loss_is_float32_under_autocast(dtype):
     plain = (
         plain_nt_xent(x[0], x[1], TAU, True) + plain_nt_xent(x[2], x[3], TAU, True) + plain_info_nce(x[4], x[5], TAU)
     )
-    assert loss.dtype == torch.float32
+    assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 

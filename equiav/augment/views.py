@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from equiav.augment.draws import Purpose
 from equiav.augment.logmel import normalised_spectrogram
@@ -27,6 +28,13 @@ class Batch(NamedTuple):
     def rows(self, part: slice) -> Batch:
         """Some of the clips."""
         return Batch(self.epoch, *(x[part] for x in self[1:]))
+
+    def padded(self, rows: int) -> Batch:
+        """With as many rows as asked for; those added are no clips."""
+        missing = rows - len(self.samples)
+        if not missing:
+            return self
+        return Batch(self.epoch, *(F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in self[1:]))
 
     def to(self, device: torch.device) -> Batch:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""

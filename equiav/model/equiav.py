@@ -87,7 +87,7 @@ class EquiAV(nn.Module):
             as_picture(audio), None if audio_aug is None else as_picture(audio_aug), t_a
         )
         intra_v, aug_v, inter_v, plain_v = self.image(image, image_aug, t_v)
-        temperature = None if self.log_temperature is None else self.log_temperature.exp()
+        temperature = None if self.log_temperature is None else self.log_temperature.exp().expand(len(inter_a))
         return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v, temperature
 
     @torch.no_grad()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from equiav.augment import Batch, make_views
 from equiav.config import Config, require
 from equiav.model import EquiAV
 from equiav.objective import Embeddings, Rows, Weights, equiav_loss, weights_at
-from equiav.parallel import Ranks, fully_sharded, sum_gradients_when
+from equiav.parallel import Ranks, add_gradients, fully_sharded, squared_norm
 from equiav.train.schedule import learning_rate
+from streaming.order import share
 
 Metrics = dict[str, float]
 
@@ -43,8 +43,10 @@ class TrainState:
 def begin(config: Config, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
     settings = config.train
-    require(ranks.size <= settings.batch_size, "train.batch_size", settings.batch_size,
-            f"{ranks.size} or more, a row for each process")  # fmt: skip
+    parts = -(-settings.batch_size // settings.micro_batch)
+    require(ranks.size <= parts, "train.micro_batch", settings.micro_batch,
+            f"{settings.batch_size // ranks.size} or less: {ranks.size} processes share train.batch_size="
+            f"{settings.batch_size} in whole micro-batches, of which there are {parts}")  # fmt: skip
     shard = settings.shard or ranks.size
     require(ranks.size % shard == 0, "train.shard", shard, f"a divisor of the {ranks.size} processes")
     with torch.device("meta"):
@@ -62,7 +64,8 @@ def begin(config: Config, ranks: Ranks) -> TrainState:
         lr=settings.lr_start,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
-        fused=True,
+        # On a CPU, the fused one rounds the last few numbers of a tensor otherwise: where ranks cut it would show.
+        fused=ranks.device.type == "cuda",
     )
     return TrainState(model, optimizer)
 
@@ -93,19 +96,23 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         terms, rows = forward_backward(config, ranks, model, batch, weights)
 
-        norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        clip_grads_with_norm_(model.parameters(), settings.clip, norm)
-        own = torch.cat([torch.stack([x.float() for x in terms.values()]), torch.tensor(signals(), device=norm.device)])
-        sums = ranks.total(own)
-        finite = sums.isfinite().all() & norm.isfinite()
-        # The fused optimizer reads this on the device: where it is not zero, nothing changes, its step count included.
-        optimizer.found_inf = (~finite | (rows.everyone.sum() < 2)).float()  # type: ignore[attr-defined]
-        optimizer.step()
+        square = squared_norm(p.grad for p in model.parameters() if p.grad is not None)
+        own = torch.stack([*terms.values(), square, *_to_device(signals(), square.device)])
+        sums = ranks.total(own)  # (terms, square, signals), float64
+        norm = sums[len(terms)].sqrt()
+        clip_grads_with_norm_(model.parameters(), settings.clip, norm.float())
+        finite = sums.isfinite().all()
+        nothing = ~finite | (rows.everyone.sum() < 2)
+        if ranks.device.type == "cuda":
+            # Read on the device: where it is not zero, nothing changes, the count of steps included.
+            optimizer.found_inf = nothing.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not nothing:
+            optimizer.step()
         model.clamp_temperature()
         state.step = step + 1
 
-        values = torch.cat([sums, torch.stack([norm, finite.float(), rows.N.float()])])
+        values = torch.cat([sums, torch.stack([norm, finite, rows.N]).double()])
         now = _Late(step, batch, rate, tuple(terms), _to_host(values))
         ended = late is not None and _settle(late, config, ranks, state, bad, report, act)
         late = now
@@ -123,36 +130,35 @@ def forward_backward(
     """Gradients of the global loss into the model -> this rank's share of the terms, and the rows they are of."""
     settings, device = config.train, ranks.device
     low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
-    b = -(-settings.batch_size // ranks.size)  # rows of the largest share
-    batch = batch.to(device)
-    rows = Rows.of(
-        F.pad(batch.valid.to(device, non_blocking=True), (0, b - len(batch.valid))), ranks.rank, ranks.gather
-    )
+    p = min(settings.micro_batch, settings.batch_size)
+    shares = [share(-(-settings.batch_size // p), rank, ranks.size) for rank in range(ranks.size)]  # in micro-batches
+    # As many micro-batches on every rank, so that the collectives of sharded parameters meet; and every one full.
+    b = p * max(stop - first for first, stop in shares)
+    batch = batch.to(device).padded(b)
+    parts = [slice(k, k + p) for k in range(0, b, p)]
+
+    def gather(x: Tensor) -> Tensor:
+        """Own rows (b, ...) -> those of the global batch, in its order: (M, ...), the same at every number of ranks."""
+        everyone = ranks.gather(x).split(b)
+        return torch.cat([own[: p * (stop - first)] for own, (first, stop) in zip(everyone, shares, strict=True)])
 
     def embed(part: slice) -> Embeddings:
         views = make_views(config, batch.rows(part))
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             return Embeddings(*model(*views))
 
-    micro = settings.micro_batch or b
-    if micro >= b:
-        loss, terms = equiav_loss(embed(slice(None)).padded(b), weights, config.objective, rows)
-        loss.backward()
-        return terms, rows
-
-    # Equally many on every rank, so that the collectives of sharded parameters meet; one beyond this rank's rows is row 0
-    # again, with no part in the loss.
-    parts = [slice(k, min(k + micro, len(batch.samples))) for k in range(0, b, micro)]
-    real = [part.start < part.stop for part in parts]
-    parts = [part if is_real else slice(0, 1) for part, is_real in zip(parts, real, strict=True)]
-    with torch.no_grad():
-        some = [embed(part) for part, is_real in zip(parts, real, strict=True)]
-    whole = Embeddings.cat([e for e, is_real in zip(some, real, strict=True) if is_real]).leaves()
-    loss, terms = equiav_loss(whole.padded(b), weights, config.objective, rows)
+    rows = Rows.of(batch.valid.to(device, non_blocking=True), gather, p * shares[ranks.rank][0], p)
+    with torch.set_grad_enabled(not settings.recompute):
+        embedded = [embed(part) for part in parts]
+    whole = Embeddings.cat(embedded)
+    loss, terms = equiav_loss(whole, weights, config.objective, rows)
     loss.backward()
-    for k, (part, is_real) in enumerate(zip(parts, real, strict=True)):
-        sum_gradients_when(model, last=k == len(parts) - 1)
-        embed(part).backward_from(whole, part if is_real else None, temperature=k == 0)
+
+    def backward(k: int) -> None:
+        e = embed(parts[k]) if settings.recompute else embedded[k]
+        e.backward_from(whole, parts[k])
+
+    add_gradients(model, [partial(backward, k) for k in range(len(parts))])
     return terms, rows
 
 
@@ -164,6 +170,10 @@ class _Late(NamedTuple):
     rate: float
     names: tuple[str, ...]
     values: tuple[Tensor, Any]  # on the host, when the event has come
+
+
+def _to_device(values: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:
@@ -184,6 +194,7 @@ def _settle(late: _Late, config: Config, ranks: Ranks, state: TrainState, bad: d
         event.synchronize()
     values = host.tolist()
     norm, finite, N = values[-3:]
+    signals = values[len(late.names) + 1 : -3]
     metrics = dict(zip(late.names, values, strict=False))
     if finite:
         bad.clear()
@@ -196,4 +207,4 @@ def _settle(late: _Late, config: Config, ranks: Ranks, state: TrainState, bad: d
         raise NotFinite(f"step {late.step}: {', '.join(names)} not finite, as in {len(bad)} steps in a row "
                         f"(train.max_skipped={config.train.max_skipped}). Lower train.lr or train.clip, or set "
                         "train.precision=float32", dict(bad))  # fmt: skip
-    return act(state.step, values[len(late.names) : -3])
+    return act(state.step, signals)

@@ -19,7 +19,7 @@ def run_config(tmp_path_factory):
         "data": {"audio_mean": -10.3, "audio_std": 3.9},
         "objective": {"centroid_size": 3},
         "stream": {"url": str(folder / "clips"), "window": 3, "lanes": 2, "workers": 0},
-        "train": {"batch_size": 8, "steps": 24, "warmup_steps": 4, "lr": 1e-3, "lr_start": 1e-6},
+        "train": {"batch_size": 8, "micro_batch": 2, "steps": 24, "warmup_steps": 4, "lr": 1e-3, "lr_start": 1e-6},
         "checkpoint": {"every_steps": 4},
         "log_samples": True,
     }

@@ -30,10 +30,10 @@ def clips(count):
     return frames, torch.from_numpy(np.stack([clip.audio for clip in made]))
 
 
-def batches(G, rank, W, missing=(), of=24):
+def batches(G, micro_batch, rank, W, missing=(), of=24):
     """Batch after batch of G of the clips, this rank's rows of each; `missing` places of the global batch hold none."""
     frames, waveform = clips(of)
-    first, stop = share(G, rank, W)
+    first, stop = share(G, rank, W, micro_batch)
     step = 0
     while True:
         epoch, begin_at = divmod(step * G, of)
@@ -54,11 +54,11 @@ def run(ranks, settings, missing=()):
     """-> gradient of the first step by name, metrics of each step, weights after the last."""
     config = from_dict(Config, settings, "test")
     state, rows = begin(config, ranks), []
-    source = batches(config.train.batch_size, ranks.rank, ranks.size, missing)
+    source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
     forward_backward(config, ranks, state.model, next(source), weights_at(0, config.train.steps, config.objective))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
-    source = batches(config.train.batch_size, ranks.rank, ranks.size, missing)
+    source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
     train(config, ranks, state, source, lambda step, metrics: rows.append(metrics))
     return gradient, rows, {name: whole(value) for name, value in state.model.state_dict().items()}
 

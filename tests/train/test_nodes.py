@@ -95,6 +95,4 @@ def test_nodes_go_and_come_and_the_run_is_the_same(run_config, tmp_path):
     finally:
         nodes.end()
     print(seconds, [(row["ranks"], row["step"]) for row in lines(out / "starts.jsonl")])
-    # Another number of processes adds in another order. Where rounding turns a ReLU of a step of two clips on or off, that
-    # shows: docs/LOG.md.
-    same_run(out, whole, 60, tolerance=1e-3)
+    same_run(out, whole, 60)
