@@ -286,7 +286,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
 
-    micro_batch: int = 64
+    micro_batch: int = 32
     """Rows that are computed together. Processes share the batch in whole micro-batches, so that what is computed, to the last
     bit, does not depend on their number; there can be as many as micro-batches."""
     recompute: bool = False

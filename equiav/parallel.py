@@ -37,10 +37,19 @@ class Ranks:
         if self.size > 1:
             wait = timedelta(seconds=timeout)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
             self.store = _meet(self.rank, self.size, wait)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait,
                                     device_id=self.device if device == "cuda" else None)  # fmt: skip
             self.storing = dist.new_group(backend="gloo", timeout=wait)
+
+    def flights(self) -> bytes | None:
+        """What NCCL's flight recorder has of the last collectives, where there is one: a pickle."""
+        if self.size == 1 or self.device.type != "cuda":
+            return None
+        from torch._C._distributed_c10d import _dump_nccl_trace  # of torch for GPUs only
+
+        return _dump_nccl_trace()
 
     def close(self) -> None:
         if self.size > 1:

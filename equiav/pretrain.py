@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equiav.augment import Batch
 from equiav.config import CheckpointConfig, Config, ConfigError, require, to_dict, to_yaml
-from equiav.ending import Terminated
+from equiav.ending import Superseded, Terminated
 from equiav.parallel import Ranks
 from equiav.stream import batches, open_stream
 from equiav.train import NotFinite, TrainState, begin, train
@@ -60,12 +60,19 @@ def run_pretrain(config: PretrainConfig) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # an agent that is killed would leave it behind, training beside those that take its place
     ranks = Ranks(config.device)
-    with _asked_to_end() as asked:
-        _run(config, ranks, asked)
+    with _Asked() as asked:
+        try:
+            _run(config, ranks, asked)
+        except Superseded:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                os.kill(
+                    os.getppid(), signal.SIGTERM
+                )  # the agent would start it again, and that would take over in its turn
+            raise
     ranks.close()
 
 
-def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
+def _run(config: PretrainConfig, ranks: Ranks, asked: _Asked) -> None:
     console = Console(stderr=True)
     first = ranks.rank == 0
 
@@ -96,8 +103,11 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
             _append(config.out / "starts.jsonl", {**start, **environment()})
             how = "goes on at" if found else "begins at"
             tell(f"{how} step {state.step} of {config.train.steps}, {ranks.size} process(es)")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and ranks.size > ranks.local_size:
+                tell("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node: without it, this one's agent keeps "
+                     "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)")  # fmt: skip
         patience = max(config.stream.patience, config.checkpoint.patience)
-        watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, tell)
+        watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
         run = _Run(config, ranks, state, loader, checkpoints, watch, asked)
         try:
             with run.logging() as report:
@@ -108,6 +118,7 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
         run.save()
         checkpoints.wait()
         watch.end()
+        checkpoints.close()
         if run.ended:
             raise Terminated(f"asked to end by SIGTERM; step {state.step} is saved at {checkpoints.store.url}")
     weights = ranks.whole(state.model)
@@ -117,11 +128,37 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: list[int]) -> None:
         tell(f"{'the run is finished' if finished else 'finished'}: {state.step} steps, {config.out / 'model'}")
 
 
+class _Asked:
+    """Whether SIGTERM has come. Python's own handlers wait for the main thread, which may be in a collective that never ends."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        self._come = False
+
+    def __call__(self) -> bool:
+        with suppress(BlockingIOError):
+            self._come = self._come or signal.SIGTERM in os.read(self._read, 4096)
+        return self._come
+
+    def __enter__(self) -> _Asked:
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        self._before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        signal.signal(signal.SIGTERM, self._before)
+        os.close(self._read)
+        os.close(self._write)
+
+
 class _Run:
     """What happens beside the steps."""
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, state: TrainState, loader: Loader, checkpoints: Checkpoints,
-                 watch: Watch, asked: list[int]):  # fmt: skip
+                 watch: Watch, asked: _Asked):  # fmt: skip
         self.config, self.ranks, self.state, self.loader, self.checkpoints = config, ranks, state, loader, checkpoints
         self.watch = watch
         self.asked, self.saved, self.last_save, self.ended = asked, state.step, time.monotonic(), False
@@ -137,12 +174,14 @@ class _Run:
             self.watch.at(step + 1, "waits for data")
 
     def signals(self) -> list[float]:
-        """Of this rank, summed over all: whether to end, whether to save."""
+        """Of this rank, summed over all: whether to end, to save, or to leave the run to another start of it."""
         seconds = self.config.checkpoint.every_seconds
         due = self.ranks.rank == 0 and bool(seconds) and time.monotonic() - self.last_save > seconds
-        return [float(bool(self.asked)), float(due)]
+        return [float(self.asked()), float(due), float(self.checkpoints.superseded)]
 
     def act(self, step: int, signals: list[float]) -> bool:
+        if signals[2]:
+            raise Superseded(f"{self.checkpoints.store.url}: another start of this run has taken over; this one ends")
         self.ended = signals[0] > 0
         every = self.config.checkpoint.every_steps
         if not self.ended and (signals[1] or (every and step % every == 0)):
@@ -191,17 +230,6 @@ class _Run:
                     print(line, flush=True)
 
             yield report
-
-
-@contextmanager
-def _asked_to_end() -> Iterator[list[int]]:
-    """A list that is not empty once SIGTERM has come."""
-    asked: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _same_run(config: Config, began_with: dict[str, Any], url: str) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,7 @@ PIECE = 64 << 20
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of a run in one process
 
 
-OWNER = "owner"
+OWNER, LOOK = "owner", 5.0  # seconds
 
 
 class Written(NamedTuple):
@@ -96,6 +97,8 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self.token = str(ranks.objects(secrets.token_hex(4))[0])
+        self.superseded = False  # known to rank 0 within some seconds, of a store that answers
+        self._closed = threading.Event()
         problem = ""
         try:
             if ranks.rank == 0:
@@ -112,6 +115,21 @@ class Checkpoints:
         if problems:
             raise ConfigError(f"checkpoints cannot be kept at {self.store.url}: {problems[0]}. It has to be a folder that "
                                   "all processes read and write (checkpoint.url)")  # fmt: skip
+        if ranks.rank == 0:
+            threading.Thread(target=self._look, daemon=True, name="owner").start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _look(self) -> None:
+        """A start that was cut off and comes back must not train on until its next save."""
+        while not self.superseded and not self._closed.wait(LOOK):
+            try:
+                _check_owner(self.store, self.token)
+            except Superseded:
+                self.superseded = True
+            except StoreError:
+                pass  # a save will tell
 
     # ---- saving
 

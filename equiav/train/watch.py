@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from equiav.ending import Stalled
+from equiav.ending import Stalled, Terminated
 from equiav.parallel import Ranks
 
 PHASES = ("saves", "waits for data", "computes", "waits for others")  # in the order of a step
@@ -30,10 +30,13 @@ class Beat(NamedTuple):
 
 
 class Watch:
-    def __init__(self, ranks: Ranks, folder: Path, seconds: float, patience: float, tell: Callable[[str], None]):
-        """seconds: without a step, after which the run has stalled; patience: that a store is waited for beside those."""
+    def __init__(self, ranks: Ranks, folder: Path, seconds: float, patience: float,
+                 asked: Callable[[], bool], tell: Callable[[str], None]):  # fmt: skip
+        """seconds: without a step, after which the run has stalled; patience: that a store is waited for beside those; asked:
+        whether this process shall end."""
         self.ranks, self.folder, self.seconds, self.patience, self.tell = ranks, folder, seconds, patience, tell
-        self._at = (0, PHASES[0], time.monotonic())
+        self.asked, self._asked_since = asked, 0.0
+        self._at, self._longest = (0, PHASES[0], time.monotonic()), 0.0
         self._ended = threading.Event()
         self._heard: dict[int, tuple[Beat, float]] = {}  # of each rank, and since when it has not changed
         if seconds:
@@ -41,7 +44,10 @@ class Watch:
 
     def at(self, step: int, phase: str) -> None:
         """The run moves."""
-        self._at = (step, phase, time.monotonic())
+        now = time.monotonic()
+        if self._at[1] not in WITH_PATIENCE:
+            self._longest = max(self._longest, now - self._at[2])
+        self._at = (step, phase, now)
 
     def end(self) -> None:
         self._ended.set()
@@ -51,10 +57,20 @@ class Watch:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             number += 1
             step, phase, since = self._at
+            if self._left_alone(phase, since):
+                self.tell("asked to end by SIGTERM, and the others no longer answer: ends without the step under way")
+                os._exit(Terminated.status)
             phase = PHASES[-1] if self._in_collective() else phase
             beats = self._exchange(Beat(step, phase, time.monotonic() - since, number))
             if problem := self._problem(beats):
                 self._end(problem)
+
+    def _left_alone(self, phase: str, since: float) -> bool:
+        """Asked to end, in a step that takes far too long: a launcher ends those whose peers are gone, and waits for them."""
+        now = time.monotonic()
+        if not self.asked():
+            self._asked_since = now
+        return phase not in WITH_PATIENCE and now - max(since, self._asked_since) > 5 + 2 * self._longest
 
     def _in_collective(self) -> bool:
         """Whether the main thread is in one."""
@@ -106,6 +122,8 @@ class Watch:
                 )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+        if (flights := self.ranks.flights()) is not None:
+            path.with_suffix(".nccl").write_bytes(flights)
         self.tell(f"the run has stalled: {problem}. Where this rank stands: {path}")
         time.sleep(2)  # the others notice, too
         os._exit(Stalled.status)

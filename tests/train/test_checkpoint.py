@@ -29,7 +29,7 @@ def config(steps):
 
 
 def go_on(state, steps):
-    train(config(steps), ALONE, state, itertools.islice(batches(4, 0, 1, of=8), state.step, None))
+    train(config(steps), ALONE, state, itertools.islice(batches(4, 4, 0, 1, of=8), state.step, None))
 
 
 def numbers(state):

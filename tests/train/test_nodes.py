@@ -1,4 +1,4 @@
-"""Several agents of torchrun, as on several machines: some are killed, some come, and the run stays the same run."""
+"""Several agents of torchrun, on hosts of their own: some are killed, some come, some are cut off, and the run stays the same."""
 
 import signal
 import subprocess
@@ -8,26 +8,39 @@ import time
 import pytest
 import yaml
 
+from tests.train.hosts import Hosts
 from tests.train.ranks import free_port
-from tests.train.test_pretrain import ENV, Run, lines, same_run, steps
+from tests.train.test_pretrain import ENV, Run, lines, same_run, same_weights, samples, steps
+
+pytestmark = pytest.mark.slow
 
 
 class Nodes:
-    """Agents by number; the first hosts the rendezvous. As Kubernetes would, `supervise` starts again what has failed."""
+    """Agents by number; the first hosts the rendezvous. As Kubernetes would, `until` starts again what has failed."""
 
-    def __init__(self, config, out):
-        self.config, self.out, self.port, self.agents, self.wanted = config, out, free_port(), {}, set()
+    def __init__(self, hosts, config, out):
+        self.hosts, self.config, self.out, self.port, self.agents, self.wanted = (
+            hosts,
+            config,
+            out,
+            free_port(),
+            {},
+            set(),
+        )
         self.log = (out / "agents.log").open("ab")
 
     def start(self, number):
         self.wanted.add(number)
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}", "--rdzv-id", "run", "--rdzv-conf",
-                      f"is_host={int(number == 0)},last_call_timeout=2", "--local-addr", "127.0.0.1"]  # fmt: skip
+        endpoint = f"node-0:{self.port}" if self.hosts.apart else f"127.0.0.1:{self.port}"
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "run", "--rdzv-conf",
+                      f"is_host={int(number == 0)},last_call_timeout=2", "--local-addr", self.hosts.address(number)]  # fmt: skip
         size = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "20"]
         command = [sys.executable, "-m", "torch.distributed.run", *size, *rendezvous, "-m", "equiav", "pretrain"]
-        command += ["--config", str(self.config), "--out", str(self.out), "--stall_seconds", "15"]
-        env = {**ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.agents[number] = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
+        command += ["--config", str(self.config), "--out", str(self.out), "--stall_seconds", "10"]
+        env = {**ENV, **self.hosts.env(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.agents[number] = subprocess.Popen(
+            self.hosts.on(number, command), env=env, stdout=self.log, stderr=self.log
+        )
 
     def kill(self, number):
         """A machine that is gone: its workers end with their agent."""
@@ -51,13 +64,15 @@ class Nodes:
 
         def condition():
             after = lines(self.out / "starts.jsonl")[before:]
-            return (
-                bool(after)
-                and ranks in (None, after[-1]["ranks"])
-                and max(steps(self.out), default=-1) > after[-1]["step"]
-            )
+            if not after or ranks not in (None, after[-1]["ranks"]):
+                return False
+            return max(steps(self.out), default=-1) > after[-1]["step"]
 
         return condition
+
+    def finish(self):
+        self.until(lambda: (self.out / "model" / "config.json").exists())
+        self.until(lambda: all(agent.poll() is not None for agent in self.agents.values()))
 
     def end(self):
         for agent in self.agents.values():
@@ -65,34 +80,104 @@ class Nodes:
             agent.wait()
 
 
-@pytest.mark.slow
-def test_nodes_go_and_come_and_the_run_is_the_same(run_config, tmp_path):
+@pytest.fixture(scope="module")
+def hosts():
+    with Hosts(2) as hosts:
+        yield hosts
+
+
+STEPS = 240
+
+
+@pytest.fixture(scope="module")
+def long_config(run_config, tmp_path_factory):
     settings = yaml.safe_load(run_config.read_text())
-    settings["train"] |= {"steps": 60}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    whole.mkdir()
+    settings["train"] |= {"steps": STEPS}
+    settings["checkpoint"] |= {"every_steps": 8}
+    path = tmp_path_factory.mktemp("long") / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(long_config):
+    out = long_config.parent / "whole"
     out.mkdir()
-    Run(tmp_path / "config.yaml", whole).end()
-    nodes = Nodes(tmp_path / "config.yaml", out)
+    Run(long_config, out).end()
+    return out
+
+
+@pytest.fixture
+def nodes(hosts, long_config, tmp_path):
+    nodes = Nodes(hosts, long_config, tmp_path)
+    yield nodes
+    nodes.end()
+    print([(row["ranks"], row["step"]) for row in lines(tmp_path / "starts.jsonl")])
+
+
+def test_nodes_go_and_come_and_the_run_is_the_same(nodes, whole):
     seconds = {}
-    try:
-        nodes.start(0)
-        nodes.start(1)
-        nodes.until(lambda: 5 in steps(out))
-        moved = nodes.moved(1)
-        nodes.kill(1)
-        seconds["a node is killed"] = nodes.until(moved)
-        moved = nodes.moved(2)
-        nodes.start(1)
-        seconds["a node comes"] = nodes.until(moved)
-        moved = nodes.moved()
-        nodes.kill(0)
-        nodes.start(0)
-        seconds["the rendezvous host is killed"] = nodes.until(moved)
-        nodes.until(lambda: (out / "model" / "config.json").exists())
-        nodes.until(lambda: all(agent.poll() is not None for agent in nodes.agents.values()))
-    finally:
-        nodes.end()
-    print(seconds, [(row["ranks"], row["step"]) for row in lines(out / "starts.jsonl")])
-    same_run(out, whole, 60)
+    nodes.start(0)
+    nodes.start(1)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    moved = nodes.moved(1)
+    nodes.kill(1)
+    seconds["a node is killed"] = nodes.until(moved)
+    moved = nodes.moved(2)
+    nodes.start(1)
+    seconds["a node comes"] = nodes.until(moved)
+    moved = nodes.moved()
+    nodes.kill(0)
+    nodes.start(0)
+    seconds["the rendezvous host is killed"] = nodes.until(moved)
+    nodes.finish()
+    print(seconds)
+    same_run(nodes.out, whole, STEPS)
+    for step, ids in samples(nodes.out).items():
+        assert set(ids) >= set(samples(whole)[step]), step
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_node_that_is_cut_off_for_half_a_minute(nodes, whole, number):
+    if not nodes.hosts.apart:
+        pytest.skip("needs network namespaces (root)")
+    nodes.start(0)
+    nodes.start(1)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    nodes.hosts.cut(number)
+    begun = time.monotonic()
+    nodes.until(lambda: time.monotonic() - begun > 30)
+    nodes.hosts.join(number)
+    print("back at", max(steps(nodes.out)))
+    nodes.finish()
+    same_run(nodes.out, whole, STEPS)
+
+
+def test_a_name_that_does_not_resolve_yet(nodes):
+    if not nodes.hosts.apart:
+        pytest.skip("needs network namespaces (root)")
+    nodes.hosts.resolve(1, [])
+    nodes.start(1)
+    nodes.until(lambda: "node-0" in (told := (nodes.out / "agents.log").read_text()) and "cannot be retrieved" in told)
+    nodes.start(0)
+    nodes.hosts.resolve(1, [0, 1])
+    nodes.until(lambda: 5 in steps(nodes.out))
+    assert [row["ranks"] for row in lines(nodes.out / "starts.jsonl")][-1] == 2
+
+
+def test_of_two_that_are_the_same_node_one_leaves(long_config, whole, tmp_path):
+    """It was cut off, replaced, and comes back: two agents with a rendezvous each, and one place for checkpoints."""
+    place = ["--checkpoint.url", str(tmp_path / "checkpoints")]
+    first = Run(long_config, tmp_path / "first", 1, *place)
+    first.reach(20)
+    second = Run(long_config, tmp_path / "second", 1, *place)
+    told = first.process.communicate(timeout=120)[0]
+    assert first.process.returncode != 0
+    assert "taken over" in told
+    (start,) = lines(first.out / "starts.jsonl")  # its agent did not start it again
+    second.end()
+    same_weights(second.out, whole)
+    (goes_on,) = lines(second.out / "starts.jsonl")
+    published = [path.parent.name for path in (tmp_path / "checkpoints").glob("step-*/manifest.json")]
+    assert all(int(name[5:13]) <= goes_on["step"] for name in published if name.endswith(start["token"]))
+    assert max(published).endswith(goes_on["token"])

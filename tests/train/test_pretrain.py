@@ -18,13 +18,13 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
 class Run:
     """One start of `equiav pretrain`, under torchrun where W is given."""
 
-    def __init__(self, config, out, W=None, *arguments):
+    def __init__(self, config, out, W=None, *arguments, module="equiav"):
         program = [sys.executable, "-m"]
         if W:
             program += ["torch.distributed.run", "--nproc-per-node", str(W), "--max-restarts", "3", "--rdzv-backend", "c10d",
                         "--rdzv-endpoint", "127.0.0.1:0", "-m"]  # fmt: skip
         self.out = Path(out)
-        self.process = subprocess.Popen([*program, "equiav", "pretrain", "--config", str(config), "--out", str(out), *arguments],
+        self.process = subprocess.Popen([*program, module, "pretrain", "--config", str(config), "--out", str(out), *arguments],
                                         env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
     def reach(self, step):
@@ -92,6 +92,10 @@ def same_run(out, whole, count=24):
     for step, row in theirs.items():
         assert (ours[step]["lr"], ours[step]["clips"]) == (row["lr"], row["clips"])
         assert ours[step]["loss"] == pytest.approx(row["loss"], rel=1e-14), step
+    same_weights(out, whole)
+
+
+def same_weights(out, whole):
     weights, expected = (safetensors.torch.load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
@@ -131,10 +135,44 @@ def test_a_rank_that_stops_is_named_and_the_run_goes_on(run_config, whole, tmp_p
     assert "in forward_backward" in told
 
 
+@pytest.mark.slow
+def test_a_rank_that_does_not_move_is_named(run_config, whole, tmp_path):
+    Run(run_config, tmp_path, 2, "--stall_seconds", "4", module="tests.train.sleeper").end()
+    same_run(tmp_path, whole)
+    for rank in (0, 1):
+        told = (tmp_path / "stalls" / f"rank-{rank}.txt").read_text()
+        assert "rank(s) [1] have not moved for" in told
+        assert "rank 0: step 5, waits for others" in told
+        assert "rank 1: step 5, computes" in told
+        assert ("in sleeps" in told) == (rank == 1)
+
+
+@pytest.mark.slow
+def test_who_is_asked_to_end_does_not_wait_for_those_that_are_gone(run_config, whole, tmp_path):
+    """torchrun would wait for 30 seconds, then kill it."""
+    run = Run(run_config, tmp_path, 2, "--stall_seconds", "500")
+    run.reach(5)
+    waits, stopped = run.workers()[0], run.workers()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(waits, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{waits}/stat").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGKILL)
+    assert "the others no longer answer" in run.end()
+    same_run(tmp_path, whole)
+
+
 def test_killed_and_resized_it_is_the_same_run(run_config, whole, tmp_path):
     run = Run(run_config, tmp_path, 3)
     run.reach(6)
+    begun = time.monotonic()
     os.kill(run.workers()[1], signal.SIGKILL)  # torchrun starts all three again
+    while len(starts := lines(tmp_path / "starts.jsonl")) < 2 or starts[1]["step"] not in steps(tmp_path):
+        time.sleep(0.02)
+    print(f"from a worker's SIGKILL to the next step: {time.monotonic() - begun:.1f} s")
     run.reach(10)
     run.process.terminate()  # as Kubernetes ends a pod: the step is finished and saved
     run.process.communicate(timeout=120)
