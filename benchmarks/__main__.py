@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torchaudio.compliance.kaldi import fbank
 from torchvision.transforms.v2 import functional as tv
 
-from benchmarks import stream
-from equiav.augment import AudioVectors, Batch, ImageVectors, augment_image, augment_spectrogram, log_mel, make_views
+from benchmarks import stream, training
+from benchmarks.training import DEVICE, Row, seconds
+from equiav.augment import AudioVectors, ImageVectors, augment_image, augment_spectrogram, log_mel
 from equiav.augment.draws import Purpose
-from equiav.config import Config, from_dict, load
-from equiav.model import EquiAV
-from equiav.objective import Embeddings, equiav_loss, weights_at
+from equiav.config import Config, from_dict
 from equiav.synthetic import World
 from streaming.processes import keep_freed_memory
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Row = tuple[str, str, str]  # what, figure, beside what it is measured
-
-
-def seconds(call: Callable[[], object], repeat: int = 7) -> float:
-    """Median time of a call, after two to warm up."""
-    times = []
-    for k in range(repeat + 2):
-        started = time.perf_counter()
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        if k >= 2:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def draws() -> Iterator[Row]:
@@ -98,47 +79,13 @@ def synthetic() -> Iterator[Row]:
     yield "synthetic clips at test size", f"{100 / spent:,.0f} clips/s", "one core"
 
 
-def step() -> Iterator[Row]:
-    """A whole training step: views, forward, loss, backward, update. Tiny on CPU, ViT-B on GPU."""
-    argv = ["--model.size", "tiny" if DEVICE == "cpu" else "vit_b16"]
-    config, _ = load(Config, "benchmark", argv, recipe="smoke")
-    m, B = config.model, 32 if DEVICE == "cpu" else 128
-    model = EquiAV(m, config.objective)
-    model.init_weights(0)
-    model.to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    samples = torch.arange(B, device=DEVICE)
-    frames = torch.randint(0, 256, (B, 3, m.image_size, m.image_size), dtype=torch.uint8, device=DEVICE)
-    waveform = torch.randint(-3000, 3000, (B, 160 * m.spectrogram_frames), device=DEVICE).short()
-    batch = Batch(0, samples, frames, waveform, torch.full((B,), waveform.shape[1], device=DEVICE),
-                  torch.ones(B, dtype=torch.bool))  # fmt: skip
-
-    def views() -> None:
-        make_views(config, batch)
-
-    def whole() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-            embeddings = Embeddings(*model(*make_views(config, batch)))
-        loss, _ = equiav_loss(embeddings, weights_at(0, 1, config.objective), config.objective)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    spent = seconds(whole)
-    yield (
-        f"training step, {m.size}, batch {B}",
-        f"{B / spent:,.0f} samples/s",
-        f"views {seconds(views) / spent:.0%} of it",
-    )
-
-
 def plan() -> Iterator[Row]:
     command = [sys.executable, "-m", "equiav", "plan"]
     spent = seconds(lambda: subprocess.run(command, check=True, capture_output=True), 3)
     yield "equiav plan, vit_b16, from the shell", f"{spent:.1f} s", "median of 3"
 
 
-BENCHMARKS = {call.__name__: call for call in (draws, logmel, augment, synthetic, step, plan)}
+BENCHMARKS = {call.__name__: call for call in (draws, logmel, augment, synthetic, *training.BENCHMARKS, plan)}
 BENCHMARKS |= {f"stream_{call.__name__}": call for call in stream.BENCHMARKS}
 
 

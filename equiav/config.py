@@ -317,6 +317,11 @@ class TrainConfig:
         require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "two numbers from 0 to below 1")
         require(self.clip > 0, "train.clip", self.clip, "a positive number")
 
+    @property
+    def micro_batches(self) -> int:
+        """In a step; the most processes that can share it."""
+        return -(-self.batch_size // self.micro_batch)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -47,7 +47,7 @@ class Ranks:
         """What NCCL's flight recorder has of the last collectives, where there is one: a pickle."""
         if self.size == 1 or self.device.type != "cuda":
             return None
-        from torch._C._distributed_c10d import _dump_nccl_trace  # of torch for GPUs only
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of torch for GPUs only
 
         return _dump_nccl_trace()
 

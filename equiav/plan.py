@@ -15,7 +15,7 @@ from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig, requi
 from equiav.model import EquiAV
 
 TABLE_B = (1, 4, 8, 16)
-FLOAT32, BFLOAT16 = 4, 2
+FLOAT32, FLOAT64 = 4, 8
 SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every width
 
 
@@ -28,8 +28,8 @@ class PlanConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.world_size <= self.train.batch_size, "world_size", self.world_size,
-                f"1 to train.batch_size={self.train.batch_size}")  # fmt: skip
+        require(1 <= self.world_size <= self.train.micro_batches, "world_size", self.world_size,
+                f"1 to {self.train.micro_batches}, the micro-batches in a step")  # fmt: skip
 
 
 @dataclass
@@ -52,10 +52,11 @@ class Plan:
     forward: int  # multiply-adds for one sample, everything
     forward_backward: int
     local_batch: int  # the largest of any process
+    kept_batch: int  # of which activations are kept at a time
     activation_bytes: int  # of one sample, kept for the backward pass, bfloat16 autocast
     state_bytes: int  # weights, gradients and both AdamW moments, float32, over all processes
     embedding_bytes: int  # each process receives from the others in one step, float32
-    weight_bytes: int  # each process receives and sends under full sharding in one step
+    weight_bytes: int  # each process receives and sends under full sharding in one step: float32, gradients float64
 
 
 def make_plan(config: PlanConfig) -> Plan:
@@ -81,17 +82,21 @@ def make_plan(config: PlanConfig) -> Plan:
         part = " ".join(name.split(".")[:2]) if "." in name else name
         parts[part] = parts.get(part, 0) + parameter.numel() * (1 + further * (".blocks.1." in name))
     total, W, G = sum(parts.values()), config.world_size, config.train.batch_size
+    p = min(config.train.micro_batch, G)
+    most, fewest = -(-config.train.micro_batches // W), config.train.micro_batches // W  # of a process
+    gathers = most * (3 if config.train.recompute else 2)
     return Plan(
         parameters=parts,
         audio=audio,
         image=image,
         forward=forward + blocks,
         forward_backward=forward + backward + 3 * blocks,  # a product's backward pass is two products
-        local_batch=math.ceil(G / W),
+        local_batch=most * p,
+        kept_batch=p if config.train.recompute else most * p,
         activation_bytes=activations,
         state_bytes=total * FLOAT32 * 4,
-        embedding_bytes=len(trained) * (G - G // W) * config.model.head_width * FLOAT32,
-        weight_bytes=total * (2 * BFLOAT16 + FLOAT32) * (W - 1) // W,  # gathered forward and backward, reduced once
+        embedding_bytes=len(trained) * (G - fewest * p) * config.model.head_width * FLOAT32,
+        weight_bytes=total * (gathers * FLOAT32 + FLOAT64) * (W - 1) // W,
     )
 
 
@@ -212,7 +217,7 @@ def _memory_table(plan: Plan, config: PlanConfig) -> Table:
     )
     table.add_row("samples in the local batch", str(plan.local_batch))
     table.add_row("activations per sample, bfloat16", f"{plan.activation_bytes / mib:.0f} MiB")
-    table.add_row("activations", f"{plan.activation_bytes * plan.local_batch / gib:.2f} GiB")
+    table.add_row("activations", f"{plan.activation_bytes * plan.kept_batch / gib:.2f} GiB")
     table.add_row("weights, gradients, AdamW moments, replicated", f"{plan.state_bytes / gib:.2f} GiB")
     table.add_row("weights, gradients, AdamW moments, fully sharded", f"{plan.state_bytes / W / gib:.2f} GiB")
     table.add_row("embeddings received per step", f"{plan.embedding_bytes / mib:.2f} MiB")

@@ -50,7 +50,7 @@ class PretrainConfig(Config):
     """Without a step, after which the run has stalled: the rank that holds it up is named, every rank writes where it stands to
     `out`/stalls, and the processes end, to be started again. Waiting for a store is no stall within its patience. 0: never."""
     log_samples: bool = False
-    """Write the ids of every step's samples to samples-RANK.jsonl."""
+    """Write the ids of every step's samples to samples-RANK.jsonl, each line with the token of the start (starts.jsonl)."""
 
 
 def run_pretrain(config: PretrainConfig) -> None:
@@ -169,7 +169,7 @@ class _Run:
             self.watch.at(step, "computes")
             if self.config.log_samples:
                 ids = batch.samples[batch.valid].tolist()
-                _append(self.config.out / f"samples-{self.ranks.rank}.jsonl", [step, ids])
+                _append(self.config.out / f"samples-{self.ranks.rank}.jsonl", [self.checkpoints.token, step, ids])
             yield batch
             self.watch.at(step + 1, "waits for data")
 

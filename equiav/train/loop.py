@@ -43,10 +43,9 @@ class TrainState:
 def begin(config: Config, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
     settings = config.train
-    parts = -(-settings.batch_size // settings.micro_batch)
-    require(ranks.size <= parts, "train.micro_batch", settings.micro_batch,
+    require(ranks.size <= settings.micro_batches, "train.micro_batch", settings.micro_batch,
             f"{settings.batch_size // ranks.size} or less: {ranks.size} processes share train.batch_size="
-            f"{settings.batch_size} in whole micro-batches, of which there are {parts}")  # fmt: skip
+            f"{settings.batch_size} in whole micro-batches, of which there are {settings.micro_batches}")  # fmt: skip
     shard = settings.shard or ranks.size
     require(ranks.size % shard == 0, "train.shard", shard, f"a divisor of the {ranks.size} processes")
     with torch.device("meta"):
@@ -131,7 +130,7 @@ def forward_backward(
     settings, device = config.train, ranks.device
     low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
     p = min(settings.micro_batch, settings.batch_size)
-    shares = [share(-(-settings.batch_size // p), rank, ranks.size) for rank in range(ranks.size)]  # in micro-batches
+    shares = [share(settings.micro_batches, rank, ranks.size) for rank in range(ranks.size)]  # in micro-batches
     # As many micro-batches on every rank, so that the collectives of sharded parameters meet; and every one full.
     b = p * max(stop - first for first, stop in shares)
     batch = batch.to(device).padded(b)

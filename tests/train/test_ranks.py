@@ -73,6 +73,16 @@ def test_copies_of_half_the_processes_each(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_blocks(alone, tmp_path):
+    cases = [(settings(compile=True), [])]
+    (one,), (two,) = in_processes(1, cases, tmp_path), in_processes(2, cases, tmp_path)
+    same("compiled", two, one)
+    expected = alone["plain"][0]
+    difference = torch.stack([(one[0][key] - expected[key]).norm() for key in expected]).norm()
+    assert difference <= 1e-6 * torch.stack([g.norm() for g in expected.values()]).norm()
+
+
+@pytest.mark.slow
 def test_sixty_steps_are_the_same_for_one_to_four_processes(tmp_path):
     cases = [(settings(60, micro_batch=1), [])]  # an eighth of the batch
     (expected,) = in_processes(1, [(settings(60, micro_batch=1, recompute=True), [])], tmp_path)
