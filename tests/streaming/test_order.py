@@ -46,6 +46,16 @@ def test_ranks_take_contiguous_parts_of_the_same_steps(seed):
             assert [pair for a, b in parts for pair in pairs(epoch.slots(k, a, b))] == pairs(epoch.slots(k, 0, G))
 
 
+@pytest.mark.parametrize(("G", "unit"), [(64, 8), (61, 8), (7, 2), (5, 8), (256, 32)])
+def test_units_stay_together(G, unit):
+    for W in range(1, 10):
+        parts = [share(G, r, W, unit) for r in range(W)]
+        assert [k for a, b in parts for k in range(a, b)] == list(range(G))
+        assert all(a % unit == 0 for a, b in parts if a < b)
+        counts = [-(-(b - a) // unit) for a, b in parts]
+        assert max(counts) - min(counts) <= 1
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_needs_are_what_the_slots_take(seed):
     rng = np.random.default_rng(seed)
