@@ -161,7 +161,7 @@ class _Run:
                  watch: Watch, asked: _Asked):  # fmt: skip
         self.config, self.ranks, self.state, self.loader, self.checkpoints = config, ranks, state, loader, checkpoints
         self.watch = watch
-        self.asked, self.saved, self.last_save, self.ended = asked, state.step, time.monotonic(), False
+        self.asked, self.saved, self.last_save, self.ended, self.due = asked, state.step, time.monotonic(), False, False
 
     def batches(self) -> Iterator[Batch]:
         self.watch.at(self.state.step, "waits for data")
@@ -174,21 +174,23 @@ class _Run:
             self.watch.at(step + 1, "waits for data")
 
     def signals(self) -> list[float]:
-        """Of this rank, summed over all: whether to end, to save, or to leave the run to another start of it."""
+        """Of this rank, summed over all: asked to end; a save is due; another start has taken over; a save is under way."""
         seconds = self.config.checkpoint.every_seconds
         due = self.ranks.rank == 0 and bool(seconds) and time.monotonic() - self.last_save > seconds
-        return [float(self.asked()), float(due), float(self.checkpoints.superseded)]
+        return [float(self.asked()), float(due), float(self.checkpoints.superseded), float(self.checkpoints.saving)]
 
     def act(self, step: int, signals: list[float]) -> bool:
         if signals[2]:
             raise Superseded(f"{self.checkpoints.store.url}: another start of this run has taken over; this one ends")
         self.ended = signals[0] > 0
         every = self.config.checkpoint.every_steps
-        if not self.ended and (signals[1] or (every and step % every == 0)):
+        self.due = self.due or signals[1] > 0 or bool(every and step % every == 0)
+        if self.due and not signals[3] and not self.ended:  # a store that is slow or down holds up nobody
             self.save()
         return self.ended
 
     def save(self) -> None:
+        self.due = False
         if self.saved == self.state.step:
             return
         self.watch.at(self.state.step, "saves")
@@ -221,7 +223,8 @@ class _Run:
                 now = time.monotonic()
                 rate, last = metrics["clips"] / (now - last), now
                 beside = {"clips_per_second": round(rate, 2), "save_seconds": self.checkpoints.seconds,
-                          "failed_saves": self.checkpoints.failures, "quarantined": len(self.loader.quarantine)}  # fmt: skip
+                          "saved_step": self.checkpoints.saved_step, "failed_saves": self.checkpoints.failures,
+                          "quarantined": len(self.loader.quarantine)}  # fmt: skip
                 line = json.dumps({"step": step, **metrics, **beside})
                 log.write(line + "\n")
                 if console.is_terminal:

@@ -93,6 +93,7 @@ class Checkpoints:
         self.ranks, self.keep, self.keep_every, self.warn = ranks, keep, keep_every, warn
         self.store = Store(url, patience, options)
         self.failures = 0  # saves that came to nothing
+        self.saved_step = 0  # of the last that is durable
         self.seconds = 0.0  # that the last one held up the run
         self._saving: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -147,6 +148,7 @@ class Checkpoints:
     def _write(self, staged: dict[str, Any], writer: Writer, scratch: tempfile.TemporaryDirectory[str]) -> None:
         with scratch:
             save(staged, storage_writer=writer, process_group=self.ranks.storing, no_dist=self.ranks.size == 1)
+        self.saved_step = writer.about["step"]
         if self.ranks.rank == 0:
             self._retire()
 
@@ -207,6 +209,7 @@ class Checkpoints:
                                optim_state_dict=tensors["optimizer"])  # fmt: skip
                 self.ranks.objects(None)  # nobody removes what another still reads
                 state.step, state.skipped = manifest["step"], manifest["skipped"]
+                self.saved_step = state.step
                 return manifest
         return None
 

@@ -40,7 +40,11 @@ class Watch:
         self._ended = threading.Event()
         self._heard: dict[int, tuple[Beat, float]] = {}  # of each rank, and since when it has not changed
         if seconds:
-            threading.Thread(target=self._watch, daemon=True, name="watch").start()
+            self._pause = min(1.0, seconds / 4)
+            for rank in range(ranks.size):
+                self._hear(rank, Beat(0, PHASES[0], 0.0, 0))
+            for target, name in ((self._watch, "watch"), (self._exchange, "beats")):
+                threading.Thread(target=target, daemon=True, name=name).start()
 
     def at(self, step: int, phase: str) -> None:
         """The run moves."""
@@ -54,16 +58,37 @@ class Watch:
 
     def _watch(self) -> None:
         number = 0
-        while not self._ended.wait(min(1.0, self.seconds / 4)):
+        while not self._ended.wait(self._pause):
             number += 1
             step, phase, since = self._at
             if self._left_alone(phase, since):
                 self.tell("asked to end by SIGTERM, and the others no longer answer: ends without the step under way")
                 os._exit(Terminated.status)
             phase = PHASES[-1] if self._in_collective() else phase
-            beats = self._exchange(Beat(step, phase, time.monotonic() - since, number))
-            if problem := self._problem(beats):
+            self._hear(self.ranks.rank, Beat(step, phase, time.monotonic() - since, number))
+            if problem := self._problem(self._beats()):
                 self._end(problem)
+
+    def _exchange(self) -> None:
+        """Beats to the others and from them, in a thread of its own: the store of a host that is cut off answers never."""
+        own, store = self.ranks.rank, self.ranks.store
+        while store is not None and not self._ended.wait(self._pause):
+            try:
+                store.set(f"beat/{own}", json.dumps(self._heard[own][0]))
+                for rank in set(range(self.ranks.size)) - {own}:
+                    if store.check([f"beat/{rank}"]):
+                        self._hear(rank, Beat(*json.loads(store.get(f"beat/{rank}"))))
+            except RuntimeError:
+                pass  # rank 0, which keeps the store, is gone: nobody's beat changes any more
+
+    def _hear(self, rank: int, beat: Beat) -> None:
+        if rank not in self._heard or self._heard[rank][0].number != beat.number:
+            self._heard[rank] = (beat, time.monotonic())
+
+    def _beats(self) -> dict[int, tuple[Beat, float]]:
+        """Everyone's last beat, and for how long it has been the last."""
+        now = time.monotonic()
+        return {rank: (beat, now - since) for rank, (beat, since) in dict(self._heard).items()}
 
     def _left_alone(self, phase: str, since: float) -> bool:
         """Asked to end, in a step that takes far too long: a launcher ends those whose peers are gone, and waits for them."""
@@ -80,23 +105,6 @@ class Watch:
                 return True
             frame = frame.f_back
         return False
-
-    def _exchange(self, own: Beat) -> dict[int, tuple[Beat, float]]:
-        """Everyone's last beat, and for how long it has been the last."""
-        now = time.monotonic()
-        said = {self.ranks.rank: own}
-        if self.ranks.store is not None:
-            try:
-                self.ranks.store.set(f"beat/{self.ranks.rank}", json.dumps(own))
-                for rank in range(self.ranks.size):
-                    if self.ranks.store.check([f"beat/{rank}"]):
-                        said[rank] = Beat(*json.loads(self.ranks.store.get(f"beat/{rank}")))
-            except RuntimeError:
-                pass  # rank 0, which keeps the store, is gone: nobody's beat changes any more
-        for rank, beat in said.items():
-            if rank not in self._heard or self._heard[rank][0].number != beat.number:
-                self._heard[rank] = (beat, now)
-        return {rank: (beat, now - since) for rank, (beat, since) in self._heard.items()}
 
     def _problem(self, beats: dict[int, tuple[Beat, float]]) -> str:
         """What holds the run up, where something does."""
@@ -116,7 +124,7 @@ class Watch:
         path = self.folder / f"rank-{self.ranks.rank}.txt"
         with path.open("w") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {problem}\n")
-            for rank, (beat, seconds) in sorted(self._heard_now().items()):
+            for rank, (beat, seconds) in sorted(self._beats().items()):
                 file.write(
                     f"rank {rank}: step {beat.step}, {beat.phase} for {beat.seconds:.0f} s, heard {seconds:.0f} s ago\n"
                 )
@@ -127,7 +135,3 @@ class Watch:
         self.tell(f"the run has stalled: {problem}. Where this rank stands: {path}")
         time.sleep(2)  # the others notice, too
         os._exit(Stalled.status)
-
-    def _heard_now(self) -> dict[int, tuple[Beat, float]]:
-        now = time.monotonic()
-        return {rank: (beat, now - since) for rank, (beat, since) in self._heard.items()}

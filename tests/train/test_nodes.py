@@ -153,9 +153,12 @@ def test_a_node_that_is_cut_off_for_half_a_minute(nodes, whole, number):
     nodes.start(0)
     nodes.start(1)
     nodes.until(lambda: 5 in steps(nodes.out))
+    workers = nodes.workers()
     nodes.hosts.cut(number)
     begun = time.monotonic()
     nodes.until(lambda: time.monotonic() - begun > 30)
+    assert len(workers) == 2
+    assert not set(workers) & set(nodes.workers())  # neither waits for what may never come
     nodes.hosts.join(number)
     print("back at", max(steps(nodes.out)))
     nodes.finish()

@@ -12,20 +12,24 @@ import pytest
 import safetensors.torch
 import torch
 
+from equiav.local_s3 import LocalS3
+from tests.streaming.fault_proxy import FaultProxy
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
 
 
 class Run:
     """One start of `equiav pretrain`, under torchrun where W is given."""
 
-    def __init__(self, config, out, W=None, *arguments, module="equiav"):
+    def __init__(self, config, out, W=None, *arguments, module="equiav", env=None):
         program = [sys.executable, "-m"]
         if W:
             program += ["torch.distributed.run", "--nproc-per-node", str(W), "--max-restarts", "3", "--rdzv-backend", "c10d",
                         "--rdzv-endpoint", "127.0.0.1:0", "-m"]  # fmt: skip
         self.out = Path(out)
-        self.process = subprocess.Popen([*program, module, "pretrain", "--config", str(config), "--out", str(out), *arguments],
-                                        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        program += [module, "pretrain", "--config", str(config), "--out", str(out), *arguments]
+        self.process = subprocess.Popen(program, env={**ENV, **(env or {})}, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
     def reach(self, step):
         """Waits until a step is in the log."""
@@ -162,6 +166,27 @@ def test_who_is_asked_to_end_does_not_wait_for_those_that_are_gone(run_config, w
     os.kill(stopped, signal.SIGKILL)
     assert "the others no longer answer" in run.end()
     same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_holds_up_nobody(run_config, whole, tmp_path):
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    with LocalS3(tmp_path / "store") as s3:
+        proxy = FaultProxy(s3.port)
+        env = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret,
+               "AWS_ENDPOINT_URL": proxy.options()["endpoint_url"]}  # fmt: skip
+        run = Run(run_config, tmp_path / "out", 2, "--checkpoint.url", "s3://runs/one", env=env)
+        run.reach(6)
+        proxy.down = True
+        run.reach(20)  # past several saves that were due
+        proxy.down = False
+        run.end()
+        proxy.close()
+        rows = steps(run.out)
+        assert max(row["saved_step"] for step, row in rows.items() if step <= 20) <= 8
+        assert rows[20]["failed_saves"] == 0
+        assert list((tmp_path / "store" / "runs" / "one").glob("step-00000024-*/manifest.json"))
+    same_run(run.out, whole)
 
 
 def test_killed_and_resized_it_is_the_same_run(run_config, whole, tmp_path):
