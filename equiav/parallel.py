@@ -146,6 +146,14 @@ def add_gradients(model: nn.Module, backwards: Sequence[Callable[[], None]]) -> 
         p.grad = total.to(p.dtype)
 
 
+def own_and_whole_bytes(model: nn.Module) -> tuple[int, int]:
+    """Of the weights: what this rank holds, and all."""
+    weights = [p.detach() for p in model.parameters()]
+    return sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in weights), sum(
+        x.nbytes for x in weights
+    )
+
+
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
     """This rank's share of the square of their norm, float64."""
     own, copies = [], 1

@@ -65,9 +65,8 @@ def run_pretrain(config: PretrainConfig) -> None:
             _run(config, ranks, asked)
         except Superseded:
             if "TORCHELASTIC_RUN_ID" in os.environ:
-                os.kill(
-                    os.getppid(), signal.SIGTERM
-                )  # the agent would start it again, and that would take over in its turn
+                # The agent would start it again, and that would take over in its turn.
+                os.kill(os.getppid(), signal.SIGTERM)
             raise
     ranks.close()
 
@@ -85,6 +84,7 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: _Asked) -> None:
         c.url or str(config.out / "checkpoints"), ranks, c.keep, c.keep_every, c.patience, warn=tell
     )
     state = begin(config, ranks)
+    checkpoints.require_room(state)
     with open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size,
                      quarantine=config.out / "quarantine.jsonl") as loader:  # fmt: skip
         found = checkpoints.load(state)
@@ -112,13 +112,14 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: _Asked) -> None:
         try:
             with run.logging() as report:
                 train(config, ranks, state, run.batches(), report, run.signals, run.act)
+            run.save()
+            checkpoints.wait()
         except NotFinite as error:
             (config.out / "not_finite.json").write_text(json.dumps(error.steps))
             raise
-        run.save()
-        checkpoints.wait()
-        watch.end()
-        checkpoints.close()
+        finally:
+            watch.end()
+            checkpoints.close()
         if run.ended:
             raise Terminated(f"asked to end by SIGTERM; step {state.step} is saved at {checkpoints.store.url}")
     weights = ranks.whole(state.model)
@@ -132,12 +133,13 @@ class _Asked:
     """Whether SIGTERM has come. Python's own handlers wait for the main thread, which may be in a collective that never ends."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()
+        self._read, self._write = os.pipe()  # never closed: the watch may still ask
         self._come = False
 
     def __call__(self) -> bool:
         with suppress(BlockingIOError):
-            self._come = self._come or signal.SIGTERM in os.read(self._read, 4096)
+            if signal.SIGTERM in os.read(self._read, 4096):
+                self._come = True
         return self._come
 
     def __enter__(self) -> _Asked:
@@ -150,8 +152,6 @@ class _Asked:
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._fd_before)
         signal.signal(signal.SIGTERM, self._before)
-        os.close(self._read)
-        os.close(self._write)
 
 
 class _Run:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from xxhash import xxh3_64
 
 from equiav.config import ConfigError
 from equiav.ending import Superseded
-from equiav.parallel import Ranks
+from equiav.parallel import Ranks, own_and_whole_bytes
 from equiav.train.loop import TrainState
 from streaming import Store, StoreError
 from streaming.store import Missing, Short
@@ -131,6 +132,18 @@ class Checkpoints:
                 self.superseded = True
             except StoreError:
                 pass  # a save will tell
+
+    def require_room(self, state: TrainState) -> None:
+        """For one checkpoint, before the first step: where ranks write it first, and where it is kept, if that is a disk."""
+        own, whole = (3 * size for size in own_and_whole_bytes(state.model))  # weights and both moments
+        places = [(tempfile.gettempdir(), own * self.ranks.local_size, "TMPDIR")]
+        if self.store.local and self.ranks.rank == 0:
+            places.append((self.store.root, whole, "checkpoint.url"))
+        problems = [f"{place} has room for {free / 2**20:,.1f} MiB, a checkpoint takes {needed / 2**20:,.1f} there ({setting})"
+                    for place, needed, setting in places if (free := shutil.disk_usage(place).free) < needed]  # fmt: skip
+        everyones = self.ranks.objects(problems)
+        if any(everyones):
+            raise ConfigError(next(of_rank[0] for of_rank in everyones if of_rank))
 
     # ---- saving
 

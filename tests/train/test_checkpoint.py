@@ -246,7 +246,7 @@ def test_a_place_that_cannot_be_written_is_found_at_the_start(s3, tmp_path, what
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_costs_the_save_and_not_the_run(tmp_path):
+def test_a_full_disk_is_found_at_the_start_and_later_costs_the_save_but_not_the_run(tmp_path):
     disk = Path(tmp_path / "disk")
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -254,6 +254,10 @@ def test_a_full_disk_costs_the_save_and_not_the_run(tmp_path):
     try:
         told = []
         checkpoints = Checkpoints(str(disk / "x"), ALONE, patience=1, warn=told.append)
+        with pytest.raises(
+            ConfigError, match=rf"{disk}/x has room for 0\.\d MiB, a checkpoint takes .* there \(checkpoint\.url\)"
+        ):
+            checkpoints.require_room(begin(config(2), ALONE))
         checkpoints.save(begin(config(2), ALONE), {})
         checkpoints.wait()
         assert checkpoints.failures == 1

@@ -12,7 +12,7 @@ import yaml
 
 from tests.train.hosts import Hosts
 from tests.train.ranks import free_port
-from tests.train.test_pretrain import ENV, Run, lines, same_run, same_weights, steps
+from tests.train.test_pretrain import ENV, Run, lines, same_run, same_weights, steps, workers
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +21,8 @@ class Nodes:
     """Agents by number; the first hosts the rendezvous. As Kubernetes would, `until` starts again what has failed."""
 
     def __init__(self, hosts, config, out):
-        self.hosts, self.config, self.out, self.port, self.agents, self.wanted = (
-            hosts,
-            config,
-            out,
-            free_port(),
-            {},
-            set(),
-        )
+        self.hosts, self.config, self.out, self.port = hosts, config, out, free_port()
+        self.agents, self.wanted = {}, set()
         self.log = (out / "agents.log").open("ab")
 
     def start(self, number):
@@ -51,11 +45,7 @@ class Nodes:
         self.agents[number].wait()
 
     def workers(self):
-        parents = [str(agent.pid) for agent in self.agents.values()]
-        found = subprocess.run(
-            ["pgrep", "-P", ",".join(parents), "-f", "equiav pretrain"], capture_output=True, text=True
-        )
-        return [int(pid) for pid in found.stdout.split()]
+        return list(workers([agent.pid for agent in self.agents.values()]).values())
 
     def until(self, condition, seconds=120):
         begun = time.monotonic()

@@ -41,21 +41,26 @@ class Run:
 
     def workers(self):
         """rank -> process"""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                environ = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == self.process.pid and "RANK" in environ:
-                found[int(environ["RANK"])] = int(path.name)
-        return found
+        return workers([self.process.pid])
 
     def end(self, status=0):
         text = self.process.communicate(timeout=120)[0]
         assert self.process.returncode == status, text
         return text
+
+
+def workers(agents):
+    """rank -> process, of all that these processes have started"""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent in agents and "RANK" in environ:
+            found[int(environ["RANK"])] = int(path.name)
+    return found
 
 
 def lines(path):
