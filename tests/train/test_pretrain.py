@@ -124,6 +124,7 @@ def test_the_same_command_says_that_the_run_is_finished(run_config, whole):
     assert (whole / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_is_named_and_the_run_goes_on(run_config, whole, tmp_path):
     run = Run(run_config, tmp_path, 2, "--stall_seconds", "3")
     run.reach(5)
