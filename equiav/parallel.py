@@ -149,9 +149,8 @@ def add_gradients(model: nn.Module, backwards: Sequence[Callable[[], None]]) -> 
 def own_and_whole_bytes(model: nn.Module) -> tuple[int, int]:
     """Of the weights: what this rank holds, and all."""
     weights = [p.detach() for p in model.parameters()]
-    return sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in weights), sum(
-        x.nbytes for x in weights
-    )
+    own = sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in weights)
+    return own, sum(x.nbytes for x in weights)
 
 
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
