@@ -17,7 +17,7 @@ from benchmarks.training import DEVICE, Row, seconds
 from equiav.augment import AudioVectors, ImageVectors, augment_image, augment_spectrogram, log_mel
 from equiav.augment.draws import Purpose
 from equiav.config import Config, from_dict
-from equiav.synthetic import World
+from equiav.data.synthetic import World
 from streaming.processes import keep_freed_memory
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from equiav.clips import ENCODE_AUDIO, encode_frame
 from equiav.config import Config, from_dict
-from equiav.decoder import ClipDecoder
-from equiav.local_s3 import LocalS3
-from equiav.synthetic import World
+from equiav.data.clips import ENCODE_AUDIO, encode_frame
+from equiav.data.decoder import ClipDecoder
+from equiav.data.local_s3 import LocalS3
+from equiav.data.synthetic import World
 from streaming import Dataset, Epoch, Loader, Order, Store
 from streaming.fetch import REQUEST
 from streaming.pack import pack

@@ -13,9 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from equiav.augment import Batch, make_views
+from equiav.commands.plan import PlanConfig, make_plan
 from equiav.config import Config, from_dict, load
 from equiav.parallel import Ranks
-from equiav.plan import PlanConfig, make_plan
 from equiav.train import TrainState, begin, train
 from equiav.train.checkpoint import Checkpoints
 

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"equiav: {problem}", file=sys.stderr)
         return 1
 
-    from equiav.clips import BadClipError
     from equiav.config import ConfigError
+    from equiav.data.clips import BadClipError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
     from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
@@ -79,29 +79,29 @@ def _run(command: str, argv: list[str]) -> None:
     match command:
         case "smoke":
             try:
-                from equiav.smoke import SmokeConfig as Settings
-                from equiav.smoke import run_smoke as run
+                from equiav.commands.smoke import SmokeConfig as Settings
+                from equiav.commands.smoke import run_smoke as run
             except ModuleNotFoundError as error:
                 raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
             recipe = "smoke"
         case "pretrain":
-            from equiav.pretrain import PretrainConfig as Settings
-            from equiav.pretrain import run_pretrain as run
+            from equiav.commands.pretrain import PretrainConfig as Settings
+            from equiav.commands.pretrain import run_pretrain as run
         case "pack":
-            from equiav.pack import PackConfig as Settings
-            from equiav.pack import run_pack as run
+            from equiav.commands.pack import PackConfig as Settings
+            from equiav.commands.pack import run_pack as run
         case "index":
-            from equiav.pack import IndexConfig as Settings
-            from equiav.pack import run_index as run
+            from equiav.commands.pack import IndexConfig as Settings
+            from equiav.commands.pack import run_index as run
         case "verify":
-            from equiav.pack import VerifyConfig as Settings
-            from equiav.pack import run_verify as run
+            from equiav.commands.pack import VerifyConfig as Settings
+            from equiav.commands.pack import run_verify as run
         case "plan":
-            from equiav.plan import PlanConfig as Settings
-            from equiav.plan import run_plan as run
+            from equiav.commands.plan import PlanConfig as Settings
+            from equiav.commands.plan import run_plan as run
         case _:
-            from equiav.weights import ImportConfig as Settings
-            from equiav.weights import run_import as run
+            from equiav.commands.importing import ImportConfig as Settings
+            from equiav.commands.importing import run_import as run
 
     config, show = load(Settings, command, argv, recipe)
     # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.

@@ -62,7 +62,7 @@ def test_every_recipe_is_valid_and_introduces_itself():
     assert {"smoke", "audioset2m"} <= set(recipe_names())
     for name in recipe_names():
         assert read("--config", name)
-        assert (resources.files("equiav.recipes") / f"{name}.yaml").read_text().startswith("# ")
+        assert (resources.files("equiav.config.recipes") / f"{name}.yaml").read_text().startswith("# ")
 
 
 def test_printed_config_reads_back_to_itself(yaml_file):

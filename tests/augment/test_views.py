@@ -16,7 +16,7 @@ from equiav.augment import (
     original_image,
     sampled_vectors,
 )  # fmt: skip
-from equiav.synthetic import World
+from equiav.data.synthetic import World
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(6)]
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from equiav.cli import main
+from equiav.commands.importing import ImportConfig, import_checkpoint
 from equiav.config import ConfigError, ModelConfig, ObjectiveConfig
 from equiav.model.importers import CheckpointError
-from equiav.weights import ImportConfig, import_checkpoint, load_model, save_model
+from equiav.weights import load_model, save_model
 
 D, DEPTH, AUG, HIDDEN, OUT = 64, 3, 48, 80, 32
 SMALL = ModelConfig(

@@ -1,6 +1,6 @@
 import pytest
 
-from equiav.local_s3 import LocalS3
+from equiav.data.local_s3 import LocalS3
 from tests.streaming.toys import make_dataset
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from equiav.local_s3 import LocalS3
+from equiav.data.local_s3 import LocalS3
 from streaming import Store
 from streaming.store import Denied, Missing, Short, StoreError
 from tests.streaming.fault_proxy import FaultProxy

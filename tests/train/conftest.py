@@ -2,8 +2,8 @@ import pytest
 import yaml
 
 from equiav.config import DataConfig
-from equiav.sources import EncodeSynthetic, Shape
-from equiav.synthetic import World
+from equiav.data.sources import EncodeSynthetic, Shape
+from equiav.data.synthetic import World
 from streaming import Store
 from streaming.pack import pack
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from equiav.augment import Batch
 from equiav.config import Config, from_dict
+from equiav.data.synthetic import World
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
-from equiav.synthetic import World
 from equiav.train import begin, train
 from equiav.train.loop import forward_backward
 from streaming.order import share

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from equiav.config import Config, ConfigError, from_dict
+from equiav.data.local_s3 import LocalS3
 from equiav.ending import Superseded
-from equiav.local_s3 import LocalS3
 from equiav.parallel import Ranks
 from equiav.train import begin, train
 from equiav.train.checkpoint import Checkpoints

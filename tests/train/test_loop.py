@@ -10,8 +10,8 @@ import torch
 
 from equiav.augment import Batch
 from equiav.config import TrainConfig
+from equiav.data.synthetic import World
 from equiav.parallel import Ranks
-from equiav.synthetic import World
 from equiav.train import NotFinite, begin, loop, train
 from equiav.train.schedule import learning_rate
 

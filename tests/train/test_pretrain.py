@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from equiav.local_s3 import LocalS3
+from equiav.data.local_s3 import LocalS3
 from tests.streaming.fault_proxy import FaultProxy
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}

@@ -25,8 +25,8 @@ from rich.progress import (
 from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, require
-from equiav.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
-from equiav.synthetic import World
+from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
+from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import index_shard, verify_shard, write_index
 from streaming.order import permutation

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equiav.config import Config, require, to_yaml
-from equiav.decoder import ClipDecoder
+from equiav.data.decoder import ClipDecoder
+from equiav.data.local_s3 import LocalS3
+from equiav.data.sources import EncodeSynthetic, Shape
+from equiav.data.stream import batches, open_stream
+from equiav.data.synthetic import World
 from equiav.evaluate.report import plot_run
 from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
-from equiav.local_s3 import LocalS3
 from equiav.parallel import Ranks
-from equiav.sources import EncodeSynthetic, Shape
-from equiav.stream import batches, open_stream
-from equiav.synthetic import World
 from equiav.train import begin, train
 from equiav.weights import save_model
 from streaming import Dataset, Loader, Order, Stats, Store

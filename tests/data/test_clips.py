@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equiav.clips import BadClipError, check_audio, check_frame, decode_frame, decode_wav, encode_frame, encode_wav
 from equiav.config import DataConfig
+from equiav.data.clips import BadClipError, check_audio, check_frame, decode_frame, decode_wav, encode_frame, encode_wav
 
 DATA = DataConfig()
 RATE = 16000

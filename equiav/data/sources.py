@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from equiav.clips import ENCODE_AUDIO, BadClipError, check_audio, decode_frame, encode_frame
 from equiav.config import ConfigError, DataConfig
-from equiav.synthetic import World
+from equiav.data.clips import ENCODE_AUDIO, BadClipError, check_audio, decode_frame, encode_frame
+from equiav.data.synthetic import World
 from streaming import BadSample
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".3gp")

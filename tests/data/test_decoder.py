@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equiav.clips import encode_flac, encode_frame, encode_wav
 from equiav.config import DataConfig, ModelConfig
-from equiav.decoder import ClipDecoder
+from equiav.data.clips import encode_flac, encode_frame, encode_wav
+from equiav.data.decoder import ClipDecoder
 from streaming import BadSample
 
 DATA = DataConfig(frame_size=32)

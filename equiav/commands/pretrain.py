@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equiav.augment import Batch
 from equiav.config import CheckpointConfig, Config, ConfigError, require, to_dict, to_yaml
+from equiav.data.stream import batches, open_stream
 from equiav.ending import Superseded, Terminated
 from equiav.parallel import Ranks
-from equiav.stream import batches, open_stream
 from equiav.train import NotFinite, TrainState, begin, train
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.watch import Watch

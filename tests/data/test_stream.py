@@ -17,10 +17,10 @@ from PIL import Image
 from equiav import cli
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, ConfigError, DataConfig, from_dict
-from equiav.local_s3 import LocalS3
-from equiav.sources import EncodeSynthetic, Shape
-from equiav.stream import batches, open_stream
-from equiav.synthetic import World
+from equiav.data.local_s3 import LocalS3
+from equiav.data.sources import EncodeSynthetic, Shape
+from equiav.data.stream import batches, open_stream
+from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store, StoreError
 from streaming.pack import pack
 

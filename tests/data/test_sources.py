@@ -10,10 +10,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from equiav.clips import decode_frame, decode_wav, encode_frame, encode_wav
 from equiav.config import ConfigError, DataConfig
-from equiav.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
-from equiav.synthetic import World
+from equiav.data.clips import decode_frame, decode_wav, encode_frame, encode_wav
+from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
+from equiav.data.synthetic import World
 from streaming import BadSample
 from tests.videos import peaks, ramp, rotate, still, time_of, tones, write_video
 

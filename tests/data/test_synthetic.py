@@ -5,9 +5,9 @@ import pytest
 import torch
 from torchaudio.functional import spectrogram as stft
 
-from equiav.clips import check_audio, decode_frame, encode_frame
 from equiav.config import DataConfig
-from equiav.synthetic import ATTRIBUTES, CLASSES, SHAPES, World
+from equiav.data.clips import check_audio, decode_frame, encode_frame
+from equiav.data.synthetic import ATTRIBUTES, CLASSES, SHAPES, World
 
 WORLD = World(seconds=2.56)
 CLIPS = [WORLD.clip(i) for i in range(200)]

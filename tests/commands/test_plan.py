@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from equiav.commands.plan import PlanConfig, make_plan
 from equiav.config import ConfigError, from_dict
 from equiav.model import EquiAV
-from equiav.plan import PlanConfig, make_plan
 
 
 def plan(size="vit_b16", world_size=8, **sections):

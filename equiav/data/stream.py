@@ -12,7 +12,7 @@ import torch
 from equiav.augment import Batch
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, require
-from equiav.decoder import ClipDecoder
+from equiav.data.decoder import ClipDecoder
 from streaming import Dataset, Loader, Order, Quarantine, Store
 
 

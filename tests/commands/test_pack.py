@@ -10,10 +10,10 @@ import pytest
 import webdataset
 
 from equiav import cli
-from equiav.clips import decode_frame, decode_wav, encode_frame, encode_wav
+from equiav.commands.pack import IndexConfig, PackConfig, VerifyConfig, run_index, run_pack, run_verify
 from equiav.config import ConfigError, DataConfig
-from equiav.pack import IndexConfig, PackConfig, VerifyConfig, run_index, run_pack, run_verify
-from equiav.synthetic import World
+from equiav.data.clips import decode_frame, decode_wav, encode_frame, encode_wav
+from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store
 from tests.videos import peaks, ramp, still, time_of, tones, write_video
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from equiav.clips import DECODE_AUDIO, BadClipError, central_square, decode_frame
 from equiav.config import DataConfig, ModelConfig
+from equiav.data.clips import DECODE_AUDIO, BadClipError, central_square, decode_frame
 from streaming import BadSample
 
 IMAGES = ("jpg", "jpeg", "png")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from equiav.clips import decode_frame, encode_frame
+from equiav.commands.smoke import HELD_OUT_FROM, SmokeConfig, held_out_pairs, pack_clips, write_report
 from equiav.config import from_dict
-from equiav.local_s3 import LocalS3
-from equiav.smoke import HELD_OUT_FROM, SmokeConfig, held_out_pairs, pack_clips, write_report
-from equiav.stream import batches, open_stream
-from equiav.synthetic import World
+from equiav.data.clips import decode_frame, encode_frame
+from equiav.data.local_s3 import LocalS3
+from equiav.data.stream import batches, open_stream
+from equiav.data.synthetic import World
 from streaming import Stats
 
 
