@@ -68,8 +68,14 @@ def shards(audio: str) -> Path:
     return folder
 
 
-def open_loader(url: str, workers: int = 1, cache: Path | None = None, options: dict[str, Any] | None = None,
-                window: int = 16, **arguments: Any) -> Loader:  # fmt: skip
+def open_loader(
+    url: str,
+    workers: int = 1,
+    cache: Path | None = None,
+    options: dict[str, Any] | None = None,
+    window: int = 16,
+    **arguments: Any,
+) -> Loader:
     config = from_dict(Config, {}, "benchmark")
     dataset = Dataset(Store(url, options=options), cache)
     order = Order(dataset.fingerprint, 0, BATCH, lanes=2, window=window)
@@ -138,8 +144,11 @@ def bare_rate(audio: str) -> float:
 def local() -> Iterator[Row]:
     for audio in ("wav", "flac"):
         figure, spent = local_rate(audio)
-        yield (f"stream, local shards, {audio.upper()}, one decoding process", f"{figure:,.0f} samples/s",
-               f"{figure / bare_rate(audio):.2f} of the bare decoder's rate; {1000 * spent:.2f} ms of CPU a sample")  # fmt: skip
+        yield (
+            f"stream, local shards, {audio.upper()}, one decoding process",
+            f"{figure:,.0f} samples/s",
+            f"{figure / bare_rate(audio):.2f} of the bare decoder's rate; {1000 * spent:.2f} ms of CPU a sample",
+        )
 
 
 def read_all(connection: Any, url: str, options: dict[str, Any]) -> None:
@@ -238,15 +247,27 @@ def rivals() -> Iterator[Row]:
         for path in sorted(shards(audio).glob("*.tar"))[:4]:
             (some / path.name).symlink_to(path)
         for name in RIVALS:
-            command = [str(python), str(here / "rivals" / "run.py"), name, str(some), str(Path(scratch().name, "rivals")),
-                       "--seconds", "6", "--audio", audio]  # fmt: skip
+            command = [
+                str(python),
+                str(here / "rivals" / "run.py"),
+                name,
+                str(some),
+                str(Path(scratch().name, "rivals")),
+                "--seconds",
+                "6",
+                "--audio",
+                audio,
+            ]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             theirs = json.loads(result.stdout.strip().splitlines()[-1])
             local_rate.cache_clear()  # measured again, beside each
             ours, spent = local_rate(audio)
-            yield (f"stream beside {name} {theirs['version']}, {audio.upper()}", f"{ours / theirs['samples_per_s']:.2f}x",
-                   f"{ours:,.0f} against {theirs['samples_per_s']:,.0f} samples/s; "
-                   f"{1000 * spent:.2f} against {1000 * theirs['cpu_s_per_sample']:.2f} ms of CPU a sample")  # fmt: skip
+            yield (
+                f"stream beside {name} {theirs['version']}, {audio.upper()}",
+                f"{ours / theirs['samples_per_s']:.2f}x",
+                f"{ours:,.0f} against {theirs['samples_per_s']:,.0f} samples/s; "
+                f"{1000 * spent:.2f} against {1000 * theirs['cpu_s_per_sample']:.2f} ms of CPU a sample",
+            )
 
 
 def mixing() -> Iterator[Row]:

@@ -126,8 +126,10 @@ def _environment_problem() -> str | None:
     found = importlib.util.find_spec("streaming")
     if found is None or found.origin is None or Path(found.origin).parent != ours:
         where = found.origin if found else "nowhere"
-        return (f"`import streaming` finds {where}, expected {ours}: another distribution (mosaicml-streaming?) has a package "
-                "of that name; install EquiAV into an environment of its own")  # fmt: skip
+        return (
+            f"`import streaming` finds {where}, expected {ours}: another distribution (mosaicml-streaming?) has a package "
+            "of that name; install EquiAV into an environment of its own"
+        )
     try:
         importlib.import_module("torchaudio")
     except (ImportError, OSError) as error:

@@ -39,8 +39,14 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
             self.store = _meet(self.rank, self.size, wait)
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=wait,
-                                    device_id=self.device if device == "cuda" else None)  # fmt: skip
+            dist.init_process_group(
+                backend,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=wait,
+                device_id=self.device if device == "cuda" else None,
+            )
             self.storing = dist.new_group(backend="gloo", timeout=wait)
 
     def flights(self) -> bytes | None:

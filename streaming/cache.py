@@ -108,8 +108,10 @@ class Cache:
                 if file is not None:
                     os.unlink(part)
                     os.close(file)
-                raise CacheError(f"the cache folder {self.root} has no room within its limit of {self.limit} bytes: {error}; "
-                                 "free space on that disk or lower the limit") from None  # fmt: skip
+                raise CacheError(
+                    f"the cache folder {self.root} has no room within its limit of {self.limit} bytes: {error}; "
+                    "free space on that disk or lower the limit"
+                ) from None
             return Entry(path, file)
 
     def commit(self, entry: Entry) -> None:

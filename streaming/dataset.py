@@ -49,8 +49,16 @@ def encode_index(shards: list[Shard]) -> bytes:
         raise DatasetError(
             f"shard name {max(shards, key=lambda s: len(s.name)).name} is longer than {LONGEST_NAME} characters"
         )
-    lines = b"".join(b" ".join([s.name.encode().ljust(width), *(str(value).encode().rjust(COLUMNS[column]) for column, value
-                                in zip(COLUMNS, s[1:], strict=True))]) + b"\n" for s in shards)  # fmt: skip
+    lines = b"".join(
+        b" ".join(
+            [
+                s.name.encode().ljust(width),
+                *(str(value).encode().rjust(COLUMNS[column]) for column, value in zip(COLUMNS, s[1:], strict=True)),
+            ]
+        )
+        + b"\n"
+        for s in shards
+    )
     head = _head(len(shards), sum(s.samples for s in shards), sum(s.bytes for s in shards), width, lines)
     return json.dumps(head).encode() + b"\n" + lines
 
@@ -80,8 +88,10 @@ class Dataset:
                 for start in range(0, size, PIECE):
                     file.write(store.read(INDEX, start, min(start + PIECE, size)))
             except Missing as error:
-                raise DatasetError(f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes "
-                                   "the index of shards that are there already") from None  # fmt: skip
+                raise DatasetError(
+                    f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes "
+                    "the index of shards that are there already"
+                ) from None
             file.flush()
             if not size:
                 raise DatasetError(f"{url}/{INDEX} is empty")
@@ -108,8 +118,10 @@ class Dataset:
         self._rows = np.frombuffer(self._map, row, rows, end) if rows else np.empty(0, row)
         self.samples, self.bytes = int(self._numbers("samples").sum()), int(self._numbers("bytes").sum())
         if rest or head != _head(rows, self.samples, self.bytes, width, memoryview(self._map)[end:]):
-            raise DatasetError(f"{url}/{INDEX} is damaged: its lines are not those that its first line says; `equiav index` "
-                               "makes it anew")  # fmt: skip
+            raise DatasetError(
+                f"{url}/{INDEX} is damaged: its lines are not those that its first line says; `equiav index` "
+                "makes it anew"
+            )
         self.fingerprint: str = head["fingerprint"]
         if not self.samples:
             raise DatasetError(f"{url} has no samples")
@@ -120,8 +132,13 @@ class Dataset:
 
     def __getitem__(self, number: int) -> Shard:
         row = self._rows[number]
-        return Shard(row["name"].decode().rstrip(), int(row["samples"]), int(row["bytes"]),
-                     row["checksum"].decode(), row["offsets"].decode())  # fmt: skip
+        return Shard(
+            row["name"].decode().rstrip(),
+            int(row["samples"]),
+            int(row["bytes"]),
+            row["checksum"].decode(),
+            row["offsets"].decode(),
+        )
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[k] for k in range(len(self)))

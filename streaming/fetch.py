@@ -153,8 +153,13 @@ class Fetcher:
         places = {piece.number: _files(entries[piece.number], piece) for piece in pieces if piece.number in entries}
         self._finishing.submit(self._guarded, self._finish, key, {**ready, **places}, entries, requests)
 
-    def _finish(self, key: Any, ready: dict[int, Files | Unusable], entries: dict[int, Entry],
-                requests: dict[int, list[Future[Missing | None]]]) -> None:  # fmt: skip
+    def _finish(
+        self,
+        key: Any,
+        ready: dict[int, Files | Unusable],
+        entries: dict[int, Entry],
+        requests: dict[int, list[Future[Missing | None]]],
+    ) -> None:
         """When every byte is there: says that the window is ready."""
         for number, futures in requests.items():
             missing = [failure for future in futures if (failure := future.result())]

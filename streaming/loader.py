@@ -400,8 +400,11 @@ class Loader:
         self._release((np.inf, np.inf))
 
     def _files(self, epoch: int, step: _Step, shard: int) -> Files | Unusable:
-        return next(ready[shard] for w in range(step.windows[0], step.windows[1] + 1)
-                    if shard in (ready := self._windows[epoch, w].files or {}))  # fmt: skip
+        return next(
+            ready[shard]
+            for w in range(step.windows[0], step.windows[1] + 1)
+            if shard in (ready := self._windows[epoch, w].files or {})
+        )
 
     def _check_room(self, limit: int, sharers: int) -> None:
         """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever. Where three do,
@@ -420,9 +423,11 @@ class Loader:
         needed = room(held)
         self._hold = held + 1 if limit >= room(held + 1) else held
         if limit < needed:
-            raise CacheError(f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of "
-                             f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
-                             "node. Raise it, or lower the window, or pack smaller shards")  # fmt: skip
+            raise CacheError(
+                f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of "
+                f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
+                "node. Raise it, or lower the window, or pack smaller shards"
+            )
 
 
 class _Buffers:

@@ -58,9 +58,18 @@ class Record(NamedTuple):
         return cls([Shard(*shard) for shard in record["shards"]], record["rejected"], record["items"])
 
 
-def pack(items: Sequence[Item], encode: Encode, store: Store, *, processes: int, max_shard_bytes: int = 256 << 20,
-         part_items: int = 512, settings: str = "", timeout: float = 600.0,
-         report: Callable[[Progress], None] = lambda progress: None) -> Progress:  # fmt: skip
+def pack(
+    items: Sequence[Item],
+    encode: Encode,
+    store: Store,
+    *,
+    processes: int,
+    max_shard_bytes: int = 256 << 20,
+    part_items: int = 512,
+    settings: str = "",
+    timeout: float = 600.0,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
     """Writes a dataset into an empty place, or goes on with what an earlier call with the same items and `settings` began.
 
     `encode` raises BadSample for what cannot be used. An item over which its process dies, or that takes longer than
@@ -77,8 +86,10 @@ def pack(items: Sequence[Item], encode: Encode, store: Store, *, processes: int,
             raise DatasetError(f"{store.url} already holds a dataset; remove it, or pack into another folder")
         return _clear_up(store, len(items))  # it was killed after the index
     if begun and begun != {"items": len(items), "digest": digest}:
-        raise DatasetError(f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
-                           "go on with those, or remove the folder")  # fmt: skip
+        raise DatasetError(
+            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
+            "go on with those, or remove the folder"
+        )
     if not begun:
         store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
 
@@ -200,8 +211,15 @@ def run_packer(connection: Connection, encode: Encode, settings: Settings) -> No
         connection.send(("done", _pack_part(connection, encode, store, settings, part, items, fatal)))
 
 
-def _pack_part(connection: Connection, encode: Encode, store: Store, settings: Settings, part: int, items: list[Item],
-               fatal: dict[int, tuple[str, str]]) -> Record:  # fmt: skip
+def _pack_part(
+    connection: Connection,
+    encode: Encode,
+    store: Store,
+    settings: Settings,
+    part: int,
+    items: list[Item],
+    fatal: dict[int, tuple[str, str]],
+) -> Record:
     shards: list[Shard] = []
     rejected: list[dict[str, str]] = []
     writer = None
@@ -216,8 +234,10 @@ def _pack_part(connection: Connection, encode: Encode, store: Store, settings: S
             continue
         finally:
             connection.send(("write", k + 1))
-        size = sum(len(tarfile.TarInfo(f"{key}.{name}").tobuf()) + -(-len(data) // BLOCK) * BLOCK
-                   for name, data in members.items())  # fmt: skip
+        size = sum(
+            len(tarfile.TarInfo(f"{key}.{name}").tobuf()) + -(-len(data) // BLOCK) * BLOCK
+            for name, data in members.items()
+        )
         if writer and _padded(writer.size + size) > settings.max_shard_bytes:
             shards.append(writer.finish(store))
             writer = None

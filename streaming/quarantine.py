@@ -57,9 +57,11 @@ class Quarantine:
                 file.write(line)
         if len(self) > self.max_bad * self.total + 1e-6:
             counts = ", ".join(f"{count} {name}" for name, count in self.counts().most_common())
-            raise TooManyBadSamples(f"{len(self)} of {self.total} samples cannot be used ({counts}), more than "
-                                    f"max_bad={self.max_bad:g} allows; the last was sample {sample}, {where}: {detail or reason}"
-                                    + (f". All are listed in {self.path}" if self.path else ""))  # fmt: skip
+            raise TooManyBadSamples(
+                f"{len(self)} of {self.total} samples cannot be used ({counts}), more than "
+                f"max_bad={self.max_bad:g} allows; the last was sample {sample}, {where}: {detail or reason}"
+                + (f". All are listed in {self.path}" if self.path else "")
+            )
 
     def counts(self) -> Counter[str]:
         return Counter(self._reasons.values())

@@ -47,8 +47,10 @@ def scan(path: Path, name: str) -> list[Sample]:
                 if any("\ud800" <= letter <= "\udfff" for letter in info.name):
                     raise ShardError(f"shard {name}: member {info.name!a}: its name is not UTF-8")
                 if info.offset_data + info.size > size:
-                    raise ShardError(f"shard {name}: truncated in member {info.name}: it ends at byte "
-                                     f"{info.offset_data + info.size}, the file at {size}")  # fmt: skip
+                    raise ShardError(
+                        f"shard {name}: truncated in member {info.name}: it ends at byte "
+                        f"{info.offset_data + info.size}, the file at {size}"
+                    )
                 folder, _, base = info.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
                 if not dot or not stem:
@@ -66,8 +68,10 @@ def scan(path: Path, name: str) -> list[Sample]:
                 samples[-1].members[extension] = Member(info.offset_data, info.size, checksum)
             raw.seek(tar.offset)  # tarfile takes a damaged header, and the end of the file, for the end of the tar
             if raw.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-                raise ShardError(f"shard {name}: truncated or damaged at byte {tar.offset}: there is neither a member nor the "
-                                 "two empty blocks that end a tar")  # fmt: skip
+                raise ShardError(
+                    f"shard {name}: truncated or damaged at byte {tar.offset}: there is neither a member nor the "
+                    "two empty blocks that end a tar"
+                )
     except tarfile.TarError as error:
         raise ShardError(f"shard {name}: not a plain tar file ({error})") from None
     if not samples:

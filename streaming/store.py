@@ -171,8 +171,9 @@ class Store:
                 self._judge(url, error)
                 waited = time.monotonic() - begun
                 if waited > self.patience:
-                    raise StoreError(f"{url}: no answer for {waited:.0f} s (patience); the last was "
-                                     f"{type(error).__name__}: {error}") from error  # fmt: skip
+                    raise StoreError(
+                        f"{url}: no answer for {waited:.0f} s (patience); the last was {type(error).__name__}: {error}"
+                    ) from error
                 with self._lock:
                     self.counts["retries"] += 1
                 time.sleep(delay * random.uniform(0.5, 1.0))
@@ -184,11 +185,15 @@ class Store:
         if status == 404 or isinstance(error, FileNotFoundError | NotADirectoryError):
             raise Missing(f"{url} does not exist ({error})") from None
         if "Credentials" in name:
-            raise Denied(f"{url}: no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
-                         "profile or a service account, or AWS_NO_SIGN_REQUEST=1 for a public bucket") from None  # fmt: skip
+            raise Denied(
+                f"{url}: no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+                "profile or a service account, or AWS_NO_SIGN_REQUEST=1 for a public bucket"
+            ) from None
         if status in (401, 403) or isinstance(error, PermissionError):
-            raise Denied(f"{url}: access is refused ({error}); check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-                         "a profile or a service account) and what they may do there") from None  # fmt: skip
+            raise Denied(
+                f"{url}: access is refused ({error}); check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "a profile or a service account) and what they may do there"
+            ) from None
         if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
             raise StoreError(f"{url}: the store rejects the request ({error})") from error
         if (
@@ -208,8 +213,13 @@ def _passing() -> tuple[type[Exception], ...]:
     """What botocore raises for trouble on the way; its other errors are about how it was called."""
     from botocore import exceptions, parsers
 
-    return (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError,
-            exceptions.FlexibleChecksumError, parsers.ResponseParserError)  # fmt: skip
+    return (
+        exceptions.ConnectionError,
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        exceptions.FlexibleChecksumError,
+        parsers.ResponseParserError,
+    )
 
 
 def _status(error: BaseException | None) -> int | None:

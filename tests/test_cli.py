@@ -81,8 +81,21 @@ def test_plan_prints_its_tables(capsys):
 
 def test_smoke_at_its_smallest(tmp_path, capsys):
     """Every part of the command, in seconds; the whole run is tests/test_smoke.py."""
-    argv = ["smoke", "--clips", "16", "--held_out", "10", "--out", str(tmp_path / "run"),
-            "--train.steps", "3", "--train.batch_size", "8", "--train.warmup_steps", "1"]  # fmt: skip
+    argv = [
+        "smoke",
+        "--clips",
+        "16",
+        "--held_out",
+        "10",
+        "--out",
+        str(tmp_path / "run"),
+        "--train.steps",
+        "3",
+        "--train.batch_size",
+        "8",
+        "--train.warmup_steps",
+        "1",
+    ]
     for _ in range(2):  # a second run takes the first one's place
         assert cli.main(argv) == 0
     run = tmp_path / "run"

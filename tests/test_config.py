@@ -73,24 +73,27 @@ def test_printed_config_reads_back_to_itself(yaml_file):
     assert yaml.safe_load(text) == to_dict(config)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("model:\n  widht: 3\n", "unknown field model.widht; did you mean model.width"),
-    ("trian:\n  lr: 1\n", "unknown field trian; did you mean train"),
-    ("zzz: 1\n", "unknown field zzz; the fields are model, augment"),
-    ("model:\n  depth: deep\n", "model.depth: found 'deep', expected int"),
-    ("train:\n  steps: 1.5\n", "train.steps: found 1.5, expected int"),
-    ("train:\n  lr: fast\n", "train.lr: .*'fast'.*expected float"),
-    ("train:\n  lr: .nan\n", "train.lr: found nan, expected float"),
-    ("seed: true\n", "seed: found True, expected int"),
-    ("model:\n  predictor: magic\n", "model.predictor: .*magic.*expected .*attention"),
-    ("model:\n  size: huge\n", "model.size is 'huge', expected one of tiny, vit_s16"),
-    ("model: 3\n", "model: .*expected ModelConfig"),
-    ("augment: []\n", "augment: .*expected AugmentConfig"),
-    ("- 1\n", "expected settings .* found list"),
-    ("a: [\n", "not valid YAML"),
-    ("model:\n  width: 63\n", "model.width is 63, expected a multiple of model.heads"),
-    ("train:\n  clip: -1\n", "train.clip is -1.0, expected a positive number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  widht: 3\n", "unknown field model.widht; did you mean model.width"),
+        ("trian:\n  lr: 1\n", "unknown field trian; did you mean train"),
+        ("zzz: 1\n", "unknown field zzz; the fields are model, augment"),
+        ("model:\n  depth: deep\n", "model.depth: found 'deep', expected int"),
+        ("train:\n  steps: 1.5\n", "train.steps: found 1.5, expected int"),
+        ("train:\n  lr: fast\n", "train.lr: .*'fast'.*expected float"),
+        ("train:\n  lr: .nan\n", "train.lr: found nan, expected float"),
+        ("seed: true\n", "seed: found True, expected int"),
+        ("model:\n  predictor: magic\n", "model.predictor: .*magic.*expected .*attention"),
+        ("model:\n  size: huge\n", "model.size is 'huge', expected one of tiny, vit_s16"),
+        ("model: 3\n", "model: .*expected ModelConfig"),
+        ("augment: []\n", "augment: .*expected AugmentConfig"),
+        ("- 1\n", "expected settings .* found list"),
+        ("a: [\n", "not valid YAML"),
+        ("model:\n  width: 63\n", "model.width is 63, expected a multiple of model.heads"),
+        ("train:\n  clip: -1\n", "train.clip is -1.0, expected a positive number"),
+    ],
+)
 def test_mistakes_in_a_file_are_named(yaml_file, text, message):
     path = yaml_file(text)
     with pytest.raises(ConfigError, match=message) as error:
@@ -98,14 +101,17 @@ def test_mistakes_in_a_file_are_named(yaml_file, text, message):
     assert path in str(error.value)
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--model.widht", "3"], "--model.width"),
-    (["--train.stpes", "3"], "--train.steps"),
-    (["--train.steps", "many"], "--train.steps"),
-    (["--model.predictor", "magic"], "attention"),
-    (["--model.width", "63"], "model.width is 63"),
-    (["--model.size", "vit_h"], "model.size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.widht", "3"], "--model.width"),
+        (["--train.stpes", "3"], "--train.steps"),
+        (["--train.steps", "many"], "--train.steps"),
+        (["--model.predictor", "magic"], "attention"),
+        (["--model.width", "63"], "model.width is 63"),
+        (["--model.size", "vit_h"], "model.size"),
+    ],
+)
 def test_mistakes_on_the_line_are_named(capsys, argv, message):
     with pytest.raises((SystemExit, ConfigError)) as error:
         read(*argv)
@@ -118,19 +124,45 @@ def test_missing_config_names_the_recipes():
         read("--config", "nowhere.yaml")
 
 
-@pytest.mark.parametrize(("section", "field", "value"), [
-    ("model", "depth", 0), ("model", "predictor_heads", 0), ("model", "predictor_width", -8), ("model", "width", 66),
-    ("augment", "blur_p", -0.1), ("augment", "blur_sigma", [0.0, 2.0]), ("train", "lr_start", 0.0), ("train", "clip", 0.0),
-    ("train", "warmup_steps", -1),
-    ("model", "image_size", 65), ("model", "spectrogram_mels", 60), ("model", "predictor_width", 63),
-    ("augment", "blur_p", 1.5), ("augment", "crop_scale", [0.5, 1.5]), ("augment", "crop_scale", [0.5, 0.1]),
-    ("augment", "jitter_factor", 1.0), ("augment", "jitter_hue", 0.6), ("augment", "max_mask_frames", 256),
-    ("augment", "max_mask_mels", 64), ("augment", "max_mask_mels", -1),
-    ("objective", "centroid_size", 0), ("objective", "temperature", 0.0), ("objective", "two_stage_split", 1.0),
-    ("objective", "weight_inter", -1.0), ("data", "sample_rate", 0), ("data", "audio_std", 0.0), ("data", "min_seconds", 0.01),
-    ("data", "silence", 1.0), ("train", "batch_size", 1), ("train", "steps", 0), ("train", "warmup_steps", 10**9),
-    ("train", "lr_start", 1.0), ("train", "weight_decay", -1.0), ("train", "betas", [0.9, 1.0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "depth", 0),
+        ("model", "predictor_heads", 0),
+        ("model", "predictor_width", -8),
+        ("model", "width", 66),
+        ("augment", "blur_p", -0.1),
+        ("augment", "blur_sigma", [0.0, 2.0]),
+        ("train", "lr_start", 0.0),
+        ("train", "clip", 0.0),
+        ("train", "warmup_steps", -1),
+        ("model", "image_size", 65),
+        ("model", "spectrogram_mels", 60),
+        ("model", "predictor_width", 63),
+        ("augment", "blur_p", 1.5),
+        ("augment", "crop_scale", [0.5, 1.5]),
+        ("augment", "crop_scale", [0.5, 0.1]),
+        ("augment", "jitter_factor", 1.0),
+        ("augment", "jitter_hue", 0.6),
+        ("augment", "max_mask_frames", 256),
+        ("augment", "max_mask_mels", 64),
+        ("augment", "max_mask_mels", -1),
+        ("objective", "centroid_size", 0),
+        ("objective", "temperature", 0.0),
+        ("objective", "two_stage_split", 1.0),
+        ("objective", "weight_inter", -1.0),
+        ("data", "sample_rate", 0),
+        ("data", "audio_std", 0.0),
+        ("data", "min_seconds", 0.01),
+        ("data", "silence", 1.0),
+        ("train", "batch_size", 1),
+        ("train", "steps", 0),
+        ("train", "warmup_steps", 10**9),
+        ("train", "lr_start", 1.0),
+        ("train", "weight_decay", -1.0),
+        ("train", "betas", [0.9, 1.0]),
+    ],
+)
 def test_values_out_of_range_are_named(section, field, value):
     values = {"model": {"size": "tiny"}}
     values.setdefault(section, {})[field] = value

@@ -95,22 +95,25 @@ def test_rules_hold(module, path):
     assert not [*violations(module, tree), *impurities(module, tree)]
 
 
-@pytest.mark.parametrize(("module", "source"), [
-    ("equiav.model.encoder", "import torch.distributed as dist"),
-    ("equiav.model.encoder", "from torch import distributed"),
-    ("equiav.model.head", "from equiav.train import loop"),
-    ("equiav.augment.views", "def f():\n    from equiav.model import EquiAV"),
-    ("equiav.objective", "import equiav.train"),
-    ("equiav.commands.smoke", "from equiav.cli import main"),
-    ("equiav.commands.smoke", "from equiav.commands.pretrain import run_pretrain"),
-    ("equiav.config.settings", "from equiav import model"),
-    ("equiav.data.stream", "from equiav.train import train"),
-    ("equiav.model.head", "x = torch.load('f')"),
-    ("equiav.augment.draws", "torch.manual_seed(0)"),
-    ("equiav.augment.draws", "u = torch.rand(3)"),
-    ("streaming.order", "from equiav.config import Config"),
-    ("launch.pretrain", "import torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("equiav.model.encoder", "import torch.distributed as dist"),
+        ("equiav.model.encoder", "from torch import distributed"),
+        ("equiav.model.head", "from equiav.train import loop"),
+        ("equiav.augment.views", "def f():\n    from equiav.model import EquiAV"),
+        ("equiav.objective", "import equiav.train"),
+        ("equiav.commands.smoke", "from equiav.cli import main"),
+        ("equiav.commands.smoke", "from equiav.commands.pretrain import run_pretrain"),
+        ("equiav.config.settings", "from equiav import model"),
+        ("equiav.data.stream", "from equiav.train import train"),
+        ("equiav.model.head", "x = torch.load('f')"),
+        ("equiav.augment.draws", "torch.manual_seed(0)"),
+        ("equiav.augment.draws", "u = torch.rand(3)"),
+        ("streaming.order", "from equiav.config import Config"),
+        ("launch.pretrain", "import torch"),
+    ],
+)
 def test_breaking_a_rule_is_seen(module, source):
     tree = ast.parse(source)
     assert [*violations(module, tree), *impurities(module, tree)]

@@ -104,8 +104,11 @@ def embeddings(**replaced):
 def test_total_is_the_weighted_sum():
     e, config = embeddings(), ObjectiveConfig(weight_inter=0.5, weight_intra_audio=2, weight_intra_image=3)
     loss, terms = equiav_loss(e, weights_at(0, 1, config), config)
-    plain = (0.5 * plain_info_nce(e.inter_a, e.inter_v, TAU) + 2 * plain_nt_xent(e.intra_a, e.aug_a, TAU, True)
-             + 3 * plain_nt_xent(e.intra_v, e.aug_v, TAU, True))  # fmt: skip
+    plain = (
+        0.5 * plain_info_nce(e.inter_a, e.inter_v, TAU)
+        + 2 * plain_nt_xent(e.intra_a, e.aug_a, TAU, True)
+        + 3 * plain_nt_xent(e.intra_v, e.aug_v, TAU, True)
+    )
     same_value_and_gradients(loss, plain, e.inter_a, e.inter_v, e.intra_a, e.aug_a, e.intra_v, e.aug_v)
     cosines = torch.stack([sim(p, q) for p, q in zip(e.intra_a, e.aug_a, strict=True)])
     unpredicted = torch.stack([sim(p, q) for p, q in zip(e.plain_a, e.aug_a, strict=True)])
@@ -157,14 +160,17 @@ def in_parts(e, shares, config, weights, piece=0):
     "settings", [{}, {"intra_positive_in_denominator": False}, {"intra": "none"}, {"learnable_temperature": True}]
 )
 @pytest.mark.parametrize("piece", [0, 2])
-@pytest.mark.parametrize("shares", [
-    [[0, 1, 2], [3, 4], [5, 6]],
-    [[0, 1, 2, 3, 4, 5, 6]],
-    [[0, 1, 2, 3], [4, 5, 6]],
-    [[0, -1, 1], [-1, -1], [2, 3, 4], [5, 6, -1]],  # quarantined, or beyond the end
-    [[k] for k in range(7)],
-    [[], [0, 1, 2, 3, 4, 5], [6]],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [[0, 1, 2], [3, 4], [5, 6]],
+        [[0, 1, 2, 3, 4, 5, 6]],
+        [[0, 1, 2, 3], [4, 5, 6]],
+        [[0, -1, 1], [-1, -1], [2, 3, 4], [5, 6, -1]],  # quarantined, or beyond the end
+        [[k] for k in range(7)],
+        [[], [0, 1, 2, 3, 4, 5], [6]],
+    ],
+)
 def test_processes_add_up_to_one(settings, shares, piece):
     """Losses and terms sum to the single process's; each has the gradient of the whole loss by its own rows."""
     config = ObjectiveConfig(weight_intra_audio=2.0, weight_inter=0.5, **settings)
@@ -219,8 +225,11 @@ def test_learned_temperature_is_used_and_trained():
     e = embeddings(temperature=tau.expand(N))
     loss, _ = equiav_loss(e, weights_at(0, 1, config), config)
     assert loss.dim() == 0
-    plain = (plain_info_nce(e.inter_a, e.inter_v, tau) + plain_nt_xent(e.intra_a, e.aug_a, tau, True)
-             + plain_nt_xent(e.intra_v, e.aug_v, tau, True))  # fmt: skip
+    plain = (
+        plain_info_nce(e.inter_a, e.inter_v, tau)
+        + plain_nt_xent(e.intra_a, e.aug_a, tau, True)
+        + plain_nt_xent(e.intra_v, e.aug_v, tau, True)
+    )
     same_value_and_gradients(loss, plain, tau)
 
 
@@ -297,8 +306,11 @@ def test_an_anchors_own_kind_counts_against_it():
 def test_image_side_of_the_report_and_the_denominator_switch():
     e, config = embeddings(), ObjectiveConfig(intra_positive_in_denominator=False, temperature=0.3)
     loss, terms = equiav_loss(e, weights_at(0, 1, config), config)
-    plain = (plain_info_nce(e.inter_a, e.inter_v, 0.3) + plain_nt_xent(e.intra_a, e.aug_a, 0.3, False)
-             + plain_nt_xent(e.intra_v, e.aug_v, 0.3, False))  # fmt: skip
+    plain = (
+        plain_info_nce(e.inter_a, e.inter_v, 0.3)
+        + plain_nt_xent(e.intra_a, e.aug_a, 0.3, False)
+        + plain_nt_xent(e.intra_v, e.aug_v, 0.3, False)
+    )
     assert loss.item() == pytest.approx(plain.item(), rel=1e-9)
     cosine = torch.nn.functional.cosine_similarity
     similarity = cosine(e.intra_v, e.aug_v).mean().item()

@@ -32,8 +32,22 @@ def tones(seconds, rate, pitches, loudness=0.4):
     return np.stack([(loudness * 32767 * np.sin(2 * np.pi * pitch * time)).astype(np.int16) for pitch in pitches])
 
 
-def write_video(path, *, seconds=3.0, size=(96, 64), fps=10, times=None, picture=ramp, video="mpeg4", sound="aac",
-                rate=44100, pitches=(440, 1000), loudness=0.4, aspect=None, audio=None):  # fmt: skip
+def write_video(
+    path,
+    *,
+    seconds=3.0,
+    size=(96, 64),
+    fps=10,
+    times=None,
+    picture=ramp,
+    video="mpeg4",
+    sound="aac",
+    rate=44100,
+    pitches=(440, 1000),
+    loudness=0.4,
+    aspect=None,
+    audio=None,
+):
     """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without."""
     with av.open(str(path), "w") as file:
         streams = []

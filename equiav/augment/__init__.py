@@ -6,5 +6,16 @@ from equiav.augment.transforms import augment_image, augment_spectrogram, origin
 from equiav.augment.vectors import AudioVectors, ImageVectors
 from equiav.augment.views import Batch, Views, make_views, sampled_vectors
 
-__all__ = ["AudioVectors", "Batch", "ImageVectors", "Views", "augment_image", "augment_spectrogram", "log_mel", "make_views",
-           "normalised_spectrogram", "original_image", "sampled_vectors"]  # fmt: skip
+__all__ = [
+    "AudioVectors",
+    "Batch",
+    "ImageVectors",
+    "Views",
+    "augment_image",
+    "augment_spectrogram",
+    "log_mel",
+    "make_views",
+    "normalised_spectrogram",
+    "original_image",
+    "sampled_vectors",
+]

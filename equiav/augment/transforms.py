@@ -101,8 +101,12 @@ def _within(places: Tensor, start: Tensor, stop: Tensor) -> Tensor:
 def _box(p: Parameters, width: int, height: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The crop; the whole picture where it is off."""
     on = p["crop_on"] > 0
-    return (p["left"], p["top"], p["width"].where(on, torch.full_like(p["width"], width)),
-            p["height"].where(on, torch.full_like(p["height"], height)))  # fmt: skip
+    return (
+        p["left"],
+        p["top"],
+        p["width"].where(on, torch.full_like(p["width"], width)),
+        p["height"].where(on, torch.full_like(p["height"], height)),
+    )
 
 
 # ---- antialiased resampling of a box: bilinear, torchvision's resized_crop(antialias=True) -------------------------

@@ -105,10 +105,17 @@ class ImageVectors(_Vectors):
         blur = _coin(u, a.blur_p)
         sigma = _between(u, *a.blur_sigma)
         return {
-            "crop_on": torch.ones_like(on), "left": left, "top": top, "width": width, "height": height,
-            **_jitter(on, order, jitter), "blur_on": blur, "sigma": sigma * blur,
-            "flip": _coin(u, a.flip_p), "gray": _coin(u, a.gray_p),
-        }  # fmt: skip
+            "crop_on": torch.ones_like(on),
+            "left": left,
+            "top": top,
+            "width": width,
+            "height": height,
+            **_jitter(on, order, jitter),
+            "blur_on": blur,
+            "sigma": sigma * blur,
+            "flip": _coin(u, a.flip_p),
+            "gray": _coin(u, a.gray_p),
+        }
 
 
 class AudioVectors(_Vectors):
@@ -118,8 +125,18 @@ class AudioVectors(_Vectors):
         if augment.variant == "released":  # masks unscaled, positions divided by the other axis's length
             scale = {"shift": 1 / T, "left": 1 / F, "top": 1 / T, "width": 1 / F, "height": 1 / T}
         else:
-            scale = {"t0": 1 / T, "t1": 1 / T, "f0": 1 / F, "f1": 1 / F, "shift": 1 / T,
-                     "left": 1 / T, "width": 1 / T, "top": 1 / F, "height": 1 / F, **_unit_scale(augment)}  # fmt: skip
+            scale = {
+                "t0": 1 / T,
+                "t1": 1 / T,
+                "f0": 1 / F,
+                "f1": 1 / F,
+                "shift": 1 / T,
+                "left": 1 / T,
+                "width": 1 / T,
+                "top": 1 / F,
+                "height": 1 / F,
+                **_unit_scale(augment),
+            }
         super().__init__(augment, slots, scale)
 
     def _parameters(self, u: Uniforms) -> Parameters:
@@ -141,19 +158,37 @@ class AudioVectors(_Vectors):
         blur = _coin(u, a.blur_p)
         sigma = _between(u, *a.blur_sigma)
         return {
-            "mask_on": on, "t0": t0 * on, "t1": t1 * on, "f0": f0 * on, "f1": f1 * on,
-            "shift_on": on, "shift": shift * on,
-            "crop_on": torch.ones_like(on), "left": left, "top": top, "width": width, "height": height,
-            **_jitter(jitter_on, order, jitter), "blur_on": blur, "sigma": sigma * blur, "flip": _coin(u, a.flip_p),
-        }  # fmt: skip
+            "mask_on": on,
+            "t0": t0 * on,
+            "t1": t1 * on,
+            "f0": f0 * on,
+            "f1": f1 * on,
+            "shift_on": on,
+            "shift": shift * on,
+            "crop_on": torch.ones_like(on),
+            "left": left,
+            "top": top,
+            "width": width,
+            "height": height,
+            **_jitter(jitter_on, order, jitter),
+            "blur_on": blur,
+            "sigma": sigma * blur,
+            "flip": _coin(u, a.flip_p),
+        }
 
 
 def _unit_scale(augment: AugmentConfig) -> dict[str, float]:
     """The paper variant brings every element to about [-1, 1]."""
     factor = 1 / augment.jitter_factor if augment.jitter_factor else 1.0
     hue = 1 / augment.jitter_hue if augment.jitter_hue else 1.0
-    return {**dict.fromkeys(ORDER, 1 / 3), "brightness": factor, "contrast": factor, "saturation": factor,
-            "hue": hue, "sigma": 1 / augment.blur_sigma[1]}  # fmt: skip
+    return {
+        **dict.fromkeys(ORDER, 1 / 3),
+        "brightness": factor,
+        "contrast": factor,
+        "saturation": factor,
+        "hue": hue,
+        "sigma": 1 / augment.blur_sigma[1],
+    }
 
 
 def _coin(u: Uniforms, p: float) -> Tensor:
@@ -179,8 +214,11 @@ def _permutation(u: Uniforms, n: int) -> Tensor:
 
 def _jitter(on: Tensor, order: Tensor, factors: list[Tensor]) -> Parameters:
     order = torch.where(on.bool().unsqueeze(-1), order, torch.arange(4.0, dtype=order.dtype, device=order.device))
-    return {"jitter_on": on, **dict(zip(ORDER, order.unbind(-1), strict=True)),
-            **{name: factor * on for name, factor in zip(JITTER[5:], factors, strict=True)}}  # fmt: skip
+    return {
+        "jitter_on": on,
+        **dict(zip(ORDER, order.unbind(-1), strict=True)),
+        **{name: factor * on for name, factor in zip(JITTER[5:], factors, strict=True)},
+    }
 
 
 def _mask(u: Uniforms, longest: int, size: int) -> tuple[Tensor, Tensor]:

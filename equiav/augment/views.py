@@ -60,8 +60,10 @@ def sampled_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Vectors for the centroid of Eq. 12: t_a (B, queries, 24), t_v (B, queries, 18). They have no view of their own."""
     audio, image = (kind(settings.model, settings.augment) for kind in (AudioVectors, ImageVectors))
-    return (audio.draw(seed, epoch, samples, Purpose.CENTROID_AUDIO, queries),
-            image.draw(seed, epoch, samples, Purpose.CENTROID_IMAGE, queries))  # fmt: skip
+    return (
+        audio.draw(seed, epoch, samples, Purpose.CENTROID_AUDIO, queries),
+        image.draw(seed, epoch, samples, Purpose.CENTROID_IMAGE, queries),
+    )
 
 
 @torch.no_grad()

@@ -122,8 +122,17 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             note = f"{packed.shards} shards, {packed.bytes / 2**20:,.0f} MiB, {packed.rejected.total()} rejected"
             progress.update(bar, completed=packed.items, note=note)
 
-        done = pack(items, encode, store, processes=config.processes, max_shard_bytes=config.max_shard_bytes,
-                    part_items=config.shard_samples, settings=repr(shape), timeout=config.timeout, report=report)  # fmt: skip
+        done = pack(
+            items,
+            encode,
+            store,
+            processes=config.processes,
+            max_shard_bytes=config.max_shard_bytes,
+            part_items=config.shard_samples,
+            settings=repr(shape),
+            timeout=config.timeout,
+            report=report,
+        )
         report(done)
     kept = len(items) - done.rejected.total()
     console.print(
@@ -197,5 +206,13 @@ class _Rate(ProgressColumn):
 
 
 def _bar(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description:9s}"), BarColumn(16), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
-                    TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"), console=console)  # fmt: skip
+    return Progress(
+        TextColumn("{task.description:9s}"),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

@@ -28,8 +28,12 @@ class PlanConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.world_size <= self.train.micro_batches, "world_size", self.world_size,
-                f"1 to {self.train.micro_batches}, the micro-batches in a step")  # fmt: skip
+        require(
+            1 <= self.world_size <= self.train.micro_batches,
+            "world_size",
+            self.world_size,
+            f"1 to {self.train.micro_batches}, the micro-batches in a step",
+        )
 
 
 @dataclass
@@ -129,11 +133,13 @@ def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Con
     heads = part("intra_head", "inter_head")
     sizes = sorted({*TABLE_B, config.objective.centroid_size})
     return Side(
-        encoder=encoder, predictor=part("predictor"), heads=heads,
+        encoder=encoder,
+        predictor=part("predictor"),
+        heads=heads,
         baseline=encoder + one + heads,
         centroid={S: S * query for S in sizes},
         separate={S: one + (S - 1) * query for S in sizes},
-    )  # fmt: skip
+    )
 
 
 def _activation_bytes(config: Config) -> int:
@@ -193,15 +199,24 @@ def _compute_table(plan: Plan) -> Table:
 
 def _centroid_table(plan: Plan) -> Table:
     table = _table(
-        "Appendix Table B: multiply-adds by the size S of the centroid, billions", "S",
-        "audio", "added", "here", "image", "added", "here",
-    )  # fmt: skip
+        "Appendix Table B: multiply-adds by the size S of the centroid, billions",
+        "S",
+        "audio",
+        "added",
+        "here",
+        "image",
+        "added",
+        "here",
+    )
     table.add_row("baseline", f"{plan.audio.baseline / 1e9:.2f}", "", "", f"{plan.image.baseline / 1e9:.2f}", "", "")
     for S in plan.audio.separate:
         cells = []
         for side in (plan.audio, plan.image):
-            cells += [f"{(side.baseline + side.separate[S]) / 1e9:.2f}", f"+{side.separate[S] / 1e9:.2f}",
-                      f"+{side.centroid[S] / 1e9:.3f}"]  # fmt: skip
+            cells += [
+                f"{(side.baseline + side.separate[S]) / 1e9:.2f}",
+                f"+{side.separate[S] / 1e9:.2f}",
+                f"+{side.centroid[S] / 1e9:.3f}",
+            ]
         table.add_row(str(S), *cells)
     table.caption = (
         "added: key and value computed again for the centroid, as the paper counts; here: shared with the view's query"

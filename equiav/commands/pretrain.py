@@ -33,8 +33,21 @@ from streaming import Loader
 from streaming.processes import end_with_parent, keep_freed_memory
 
 ROUNDING = ("device", "train.micro_batch", "train.compile")  # the same run, but for the last bits from there on
-WITHOUT_EFFECT = ("out", "resume", "log_samples", "stall_seconds", "checkpoint", "stream.url", "stream.workers", "stream.ahead",
-                  "stream.cache", "stream.cache_bytes", "stream.patience", "train.recompute", "train.shard")  # fmt: skip
+WITHOUT_EFFECT = (
+    "out",
+    "resume",
+    "log_samples",
+    "stall_seconds",
+    "checkpoint",
+    "stream.url",
+    "stream.workers",
+    "stream.ahead",
+    "stream.cache",
+    "stream.cache_bytes",
+    "stream.patience",
+    "train.recompute",
+    "train.shard",
+)
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,16 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: _Asked) -> None:
     )
     state = begin(config, ranks)
     checkpoints.require_room(state)
-    with open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size,
-                     quarantine=config.out / "quarantine.jsonl") as loader:  # fmt: skip
+    with open_stream(
+        config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size, quarantine=config.out / "quarantine.jsonl"
+    ) as loader:
         found = checkpoints.load(state)
         if found is not None:
             if config.resume == "never":
-                raise ConfigError(f"resume is never, and {checkpoints.store.url} holds a checkpoint of step {state.step}; choose "
-                                  "another folder")  # fmt: skip
+                raise ConfigError(
+                    f"resume is never, and {checkpoints.store.url} holds a checkpoint of step {state.step}; choose "
+                    "another folder"
+                )
             otherwise = _same_run(config, found["config"], checkpoints.store.url)
             if first and otherwise:
                 tell(f"rounded otherwise from step {state.step} on: {otherwise}")
@@ -104,8 +120,10 @@ def _run(config: PretrainConfig, ranks: Ranks, asked: _Asked) -> None:
             how = "goes on at" if found else "begins at"
             tell(f"{how} step {state.step} of {config.train.steps}, {ranks.size} process(es)")
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and ranks.size > ranks.local_size:
-                tell("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node: without it, this one's agent keeps "
-                     "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)")  # fmt: skip
+                tell(
+                    "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node: without it, this one's agent keeps "
+                    "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)"
+                )
         patience = max(config.stream.patience, config.checkpoint.patience)
         watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
         run = _Run(config, ranks, state, loader, checkpoints, watch, asked)
@@ -157,8 +175,16 @@ class _Asked:
 class _Run:
     """What happens beside the steps."""
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks, state: TrainState, loader: Loader, checkpoints: Checkpoints,
-                 watch: Watch, asked: _Asked):  # fmt: skip
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks,
+        state: TrainState,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        watch: Watch,
+        asked: _Asked,
+    ):
         self.config, self.ranks, self.state, self.loader, self.checkpoints = config, ranks, state, loader, checkpoints
         self.watch = watch
         self.asked, self.saved, self.last_save, self.ended, self.due = asked, state.step, time.monotonic(), False, False
@@ -210,8 +236,13 @@ class _Run:
         console, steps = Console(), self.config.train.steps
         path = self.config.out / "metrics.jsonl"
         _keep_before(path, self.state.step)
-        columns = [TextColumn("pretraining"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-                   TextColumn("{task.fields[note]}")]  # fmt: skip
+        columns = [
+            TextColumn("pretraining"),
+            BarColumn(16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+        ]
         with (
             path.open("a", buffering=1) as log,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
@@ -222,9 +253,13 @@ class _Run:
                 nonlocal last
                 now = time.monotonic()
                 rate, last = metrics["clips"] / (now - last), now
-                beside = {"clips_per_second": round(rate, 2), "save_seconds": self.checkpoints.seconds,
-                          "saved_step": self.checkpoints.saved_step, "failed_saves": self.checkpoints.failures,
-                          "quarantined": len(self.loader.quarantine)}  # fmt: skip
+                beside = {
+                    "clips_per_second": round(rate, 2),
+                    "save_seconds": self.checkpoints.seconds,
+                    "saved_step": self.checkpoints.saved_step,
+                    "failed_saves": self.checkpoints.failures,
+                    "quarantined": len(self.loader.quarantine),
+                }
                 line = json.dumps({"step": step, **metrics, **beside})
                 log.write(line + "\n")
                 if console.is_terminal:
@@ -238,12 +273,17 @@ class _Run:
 def _same_run(config: Config, began_with: dict[str, Any], url: str) -> str:
     """A run is a function of its config: another config is another run. -> what changed of the settings that only round."""
     now, then = _flat(json.loads(json.dumps(to_dict(config)))), _flat(began_with)
-    changed = {name: f"{name} is {now.get(name)}, was {then.get(name)}" for name in sorted(now.keys() | then.keys())
-               if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)}  # fmt: skip
+    changed = {
+        name: f"{name} is {now.get(name)}, was {then.get(name)}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)
+    }
     refused = [told for name, told in changed.items() if name not in ROUNDING]
     if refused:
-        raise ConfigError(f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or "
-                          "begin a new run in another folder")  # fmt: skip
+        raise ConfigError(
+            f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or "
+            "begin a new run in another folder"
+        )
     return "; ".join(changed.values())
 
 
@@ -258,9 +298,15 @@ def environment() -> dict[str, Any]:
     """What a run's result depends on beside its config, as far as it can be known."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     code = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"equiav": version("equiav"), "code": code, "torch": torch.__version__, "python": platform.python_version(),
-            "host": platform.node(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else ""}  # fmt: skip
+    return {
+        "equiav": version("equiav"),
+        "code": code,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
 
 
 def _append(path: Path, value: Any) -> None:

@@ -72,8 +72,13 @@ def run_smoke(config: SmokeConfig) -> None:
             config, stream=replace(config.stream, url=f"s3://{BUCKET}/train", cache=Path(scratch, "cache"))
         )
         clock, rows, ranks = {}, [], Ranks(config.device)
-        columns = [TextColumn("{task.description:11s}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-                   TextColumn("{task.fields[note]}")]  # fmt: skip
+        columns = [
+            TextColumn("{task.description:11s}"),
+            BarColumn(16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+        ]
         with Progress(*columns, console=console) as progress:
             pack_clips(config, s3, progress)
             clock["pack"] = time.perf_counter() - started
@@ -120,8 +125,14 @@ def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:
             progress.update(bar, completed=before + done.items, note=f"{done.bytes / 2**20:.0f} MiB")
 
         items = [(f"synthetic-{config.seed}-{k}", k) for k in range(first, first + count)]
-        done = pack(items, encode, Store(f"s3://{BUCKET}/{name}", options=s3.options),
-                    processes=len(os.sched_getaffinity(0)), part_items=SHARD, report=report)  # fmt: skip
+        done = pack(
+            items,
+            encode,
+            Store(f"s3://{BUCKET}/{name}", options=s3.options),
+            processes=len(os.sched_getaffinity(0)),
+            part_items=SHARD,
+            report=report,
+        )
         report(done)
         packed += count
 
@@ -131,10 +142,18 @@ def held_out_pairs(config: SmokeConfig, s3: LocalS3) -> Pairs:
     store = Store(f"s3://{BUCKET}/held-out", options=s3.options)
     dataset = Dataset(store, config.stream.cache)
     order = Order(dataset.fingerprint, config.seed, batch=64)
-    with Loader(dataset, order, ClipDecoder(config.model, config.data), workers=1, cache=config.stream.cache,
-                draw=lambda epoch, samples: np.full(len(samples), 0.5)) as loader:  # fmt: skip
-        parts = [Pairs(b.frames[b.valid], b.waveform[b.valid], b.lengths[b.valid])
-                 for b in islice(batches(loader), loader.steps_per_epoch)]  # fmt: skip
+    with Loader(
+        dataset,
+        order,
+        ClipDecoder(config.model, config.data),
+        workers=1,
+        cache=config.stream.cache,
+        draw=lambda epoch, samples: np.full(len(samples), 0.5),
+    ) as loader:
+        parts = [
+            Pairs(b.frames[b.valid], b.waveform[b.valid], b.lengths[b.valid])
+            for b in islice(batches(loader), loader.steps_per_epoch)
+        ]
     return Pairs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -152,12 +171,16 @@ def write_report(
     chance = 100 / config.held_out
     decoded = sum(stats.decoded)
     lines = [
-        "# EquiAV smoke run", "",
+        "# EquiAV smoke run",
+        "",
         f"{config.clips} synthetic clips, {config.train.steps} steps of {config.train.batch_size} on {config.device}, "
-        f"seed {config.seed}; settings in config.yaml.", "",
-        f"## Zero-shot retrieval among {config.held_out} held-out clips", "",
-        "| | R@1 % | R@5 % | R@10 % | R@1 over chance |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"seed {config.seed}; settings in config.yaml.",
+        "",
+        f"## Zero-shot retrieval among {config.held_out} held-out clips",
+        "",
+        "| | R@1 % | R@5 % | R@10 % | R@1 over chance |",
+        "|---|---|---|---|---|",
+    ]
     for direction in ("image to audio", "audio to image"):
         cells = [retrieval[f"{direction} R@{k}"] for k in (1, 5, 10)]
         lines.append(
@@ -165,18 +188,37 @@ def write_report(
             + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells)
             + f" | {cells[0][0] / chance:.1f}x |"
         )
-    lines += [f"| chance | {chance:.2f} | {5 * chance:.2f} | {10 * chance:.2f} | 1x |", "",
-              "± is half the spread over three draws of the centroid's vectors.", "",
-              f"## Training, mean of the last {len(last)} steps", "", "| metric | value |", "|---|---|"]  # fmt: skip
+    lines += [
+        f"| chance | {chance:.2f} | {5 * chance:.2f} | {10 * chance:.2f} | 1x |",
+        "",
+        "± is half the spread over three draws of the centroid's vectors.",
+        "",
+        f"## Training, mean of the last {len(last)} steps",
+        "",
+        "| metric | value |",
+        "|---|---|",
+    ]
     lines += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in mean.items() if name != "lr"]
-    lines += ["", "Similarity is the cosine of the predicted and the augmented embedding; gain is that less the cosine of the",
-              "unpredicted one: a predictor that does nothing gains nothing.", "",
-              "## Stream", "",
-              f"{decoded} clips decoded, {1000 * sum(stats.decode_seconds) / decoded:.2f} ms each; {stats.quarantined.total()} "
-              f"quarantined. {stats.fetch['requests']} requests to S3, {stats.fetch['retries']} retries, "
-              f"{stats.fetch['bytes'] / 2**20:.1f} MiB. Training waited {stats.wait_seconds:.1f} s for data.", "",
-              "## Seconds", "", "| " + " | ".join(clock) + " |", "|" + "---|" * len(clock),
-              "| " + " | ".join(f"{value:.1f}" for value in clock.values()) + " |", "", "![curves](report.png)", ""]  # fmt: skip
+    lines += [
+        "",
+        "Similarity is the cosine of the predicted and the augmented embedding; gain is that less the cosine of the",
+        "unpredicted one: a predictor that does nothing gains nothing.",
+        "",
+        "## Stream",
+        "",
+        f"{decoded} clips decoded, {1000 * sum(stats.decode_seconds) / decoded:.2f} ms each; {stats.quarantined.total()} "
+        f"quarantined. {stats.fetch['requests']} requests to S3, {stats.fetch['retries']} retries, "
+        f"{stats.fetch['bytes'] / 2**20:.1f} MiB. Training waited {stats.wait_seconds:.1f} s for data.",
+        "",
+        "## Seconds",
+        "",
+        "| " + " | ".join(clock) + " |",
+        "|" + "---|" * len(clock),
+        "| " + " | ".join(f"{value:.1f}" for value in clock.values()) + " |",
+        "",
+        "![curves](report.png)",
+        "",
+    ]
     text = "\n".join(lines)
     (config.out / "report.md").write_text(text)
     return text

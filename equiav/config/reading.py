@@ -34,8 +34,14 @@ def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None)
     values, source = read_yaml(known.config) if known.config else ({}, "defaults")
     default = from_dict(cls, values, source, size=known.size)
     footer = "also: --config NAME_OR_PATH (a recipe or YAML file), --print-config (show the resolved settings and stop)"
-    config = tyro.cli(cls, prog=f"equiav {command}", description=f"{cls.__doc__}\n\n{footer}", default=default,
-                      args=rest, use_underscores=True)  # fmt: skip
+    config = tyro.cli(
+        cls,
+        prog=f"equiav {command}",
+        description=f"{cls.__doc__}\n\n{footer}",
+        default=default,
+        args=rest,
+        use_underscores=True,
+    )
     return config, known.print_config
 
 
@@ -53,8 +59,11 @@ def _without(argv: list[str], flag: str, values: int) -> list[str]:
 
 
 def recipe_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("equiav.config.recipes").iterdir()
-                  if p.name.endswith(".yaml"))  # fmt: skip
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("equiav.config.recipes").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:

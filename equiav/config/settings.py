@@ -23,9 +23,18 @@ def require(condition: bool, setting: str, found: object, expected: str) -> None
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "model": {
-            "width": 64, "depth": 3, "heads": 2, "image_size": 64, "image_patch": 8,
-            "spectrogram_frames": 256, "spectrogram_mels": 64, "audio_patch": 16,
-            "aug_width": 64, "predictor_heads": 2, "head_hidden": 128, "head_width": 64,
+            "width": 64,
+            "depth": 3,
+            "heads": 2,
+            "image_size": 64,
+            "image_patch": 8,
+            "spectrogram_frames": 256,
+            "spectrogram_mels": 64,
+            "audio_patch": 16,
+            "aug_width": 64,
+            "predictor_heads": 2,
+            "head_hidden": 128,
+            "head_width": 64,
         },
         "augment": {"max_mask_frames": 48, "max_mask_mels": 24},
         "data": {"frame_size": 64},
@@ -33,7 +42,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "vit_s16": {"model": {"width": 384, "depth": 12, "heads": 6}},
     "vit_b16": {"model": {"width": 768, "depth": 12, "heads": 12}},
     "vit_l16": {"model": {"width": 1024, "depth": 24, "heads": 16}},
-}  # fmt: skip
+}
 """What each `model.size` puts in the place of the defaults below."""
 
 
@@ -72,20 +81,32 @@ class ModelConfig:
     """Channels of an embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "image_size", "image_patch", "spectrogram_frames", "spectrogram_mels",
-                     "audio_patch", "aug_width", "predictor_heads", "head_hidden", "head_width"):  # fmt: skip
+        positive = "width depth heads image_size image_patch spectrogram_frames spectrogram_mels audio_patch aug_width"
+        for name in [*positive.split(), "predictor_heads", "head_hidden", "head_width"]:
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
         require(self.predictor_width >= 0, "model.predictor_width", self.predictor_width, "0 (automatic) or more")
         require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads={self.heads}")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4 (2-D sin-cos positions)")
-        require(self.image_size % self.image_patch == 0, "model.image_size", self.image_size,
-                f"a multiple of model.image_patch={self.image_patch}")  # fmt: skip
+        require(
+            self.image_size % self.image_patch == 0,
+            "model.image_size",
+            self.image_size,
+            f"a multiple of model.image_patch={self.image_patch}",
+        )
         for name in ("spectrogram_frames", "spectrogram_mels"):
-            require(getattr(self, name) % self.audio_patch == 0, f"model.{name}", getattr(self, name),
-                    f"a multiple of model.audio_patch={self.audio_patch}")  # fmt: skip
+            require(
+                getattr(self, name) % self.audio_patch == 0,
+                f"model.{name}",
+                getattr(self, name),
+                f"a multiple of model.audio_patch={self.audio_patch}",
+            )
         if self.predictor == "attention" and self.predictor_width:
-            require(self.predictor_width % self.predictor_heads == 0, "model.predictor_width", self.predictor_width,
-                    f"a multiple of model.predictor_heads={self.predictor_heads}")  # fmt: skip
+            require(
+                self.predictor_width % self.predictor_heads == 0,
+                "model.predictor_width",
+                self.predictor_width,
+                f"a multiple of model.predictor_heads={self.predictor_heads}",
+            )
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -175,8 +196,12 @@ class ObjectiveConfig:
         intra = self.intra != "none" and self.weight_intra_audio + self.weight_intra_image > 0
         inter = self.weight_inter > 0
         require(intra or inter, "objective", "without any loss", "intra other than none or a positive weight")
-        require((intra and inter) or self.schedule == "joint", "objective.schedule", self.schedule,
-                "joint, since only one of the two losses has a weight")  # fmt: skip
+        require(
+            (intra and inter) or self.schedule == "joint",
+            "objective.schedule",
+            self.schedule,
+            "joint, since only one of the two losses has a weight",
+        )
         require(0 < self.two_stage_split < 1, "objective.two_stage_split", self.two_stage_split, "between 0 and 1")
         for name in ("weight_inter", "weight_intra_audio", "weight_intra_image"):
             require(0 <= getattr(self, name) < math.inf, f"objective.{name}", getattr(self, name), "0 or more")
@@ -292,8 +317,12 @@ class TrainConfig:
         require(self.max_skipped >= 1, "train.max_skipped", self.max_skipped, "1 or more")
         require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (a contrast needs a negative)")
         require(self.steps >= 1, "train.steps", self.steps, "1 or more")
-        require(0 <= self.warmup_steps <= self.steps, "train.warmup_steps", self.warmup_steps,
-                f"0 to train.steps={self.steps}")  # fmt: skip
+        require(
+            0 <= self.warmup_steps <= self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"0 to train.steps={self.steps}",
+        )
         require(
             0 < self.lr_start <= self.lr < math.inf,
             "train.lr_start",
@@ -343,10 +372,18 @@ class ModelSettings:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        require(self.augment.max_mask_frames < self.model.spectrogram_frames, "augment.max_mask_frames",
-                self.augment.max_mask_frames, f"below model.spectrogram_frames={self.model.spectrogram_frames}")  # fmt: skip
-        require(self.augment.max_mask_mels < self.model.spectrogram_mels, "augment.max_mask_mels",
-                self.augment.max_mask_mels, f"below model.spectrogram_mels={self.model.spectrogram_mels}")  # fmt: skip
+        require(
+            self.augment.max_mask_frames < self.model.spectrogram_frames,
+            "augment.max_mask_frames",
+            self.augment.max_mask_frames,
+            f"below model.spectrogram_frames={self.model.spectrogram_frames}",
+        )
+        require(
+            self.augment.max_mask_mels < self.model.spectrogram_mels,
+            "augment.max_mask_mels",
+            self.augment.max_mask_mels,
+            f"below model.spectrogram_mels={self.model.spectrogram_mels}",
+        )
 
 
 @dataclass(frozen=True)

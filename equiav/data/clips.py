@@ -107,8 +107,11 @@ def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConf
         raise BadClipError(sample, f"audio is {audio.dtype}, expected int16 or floating point in [-1, 1]")
     low, high = int(audio.min()), int(audio.max())
     if high - low < 2 * data.silence * 32767:
-        raise BadClipError(sample, f"audio is silent: it stays within {(high - low) / 2 / 32767:.1e} of its middle, "
-                      f"data.silence={data.silence}")  # fmt: skip
+        raise BadClipError(
+            sample,
+            f"audio is silent: it stays within {(high - low) / 2 / 32767:.1e} of its middle, "
+            f"data.silence={data.silence}",
+        )
     return audio
 
 

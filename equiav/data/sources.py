@@ -56,8 +56,10 @@ def list_frames(source: Path) -> list[tuple[str, dict[str, Any]]]:
             for entry in entries
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f'source {source} is not a list of clips ({type(error).__name__}: {error}), expected '
-                          '{"data": [{"video_id": ..., "wav": ..., "video_path": ..., "labels": ...}]}') from None  # fmt: skip
+        raise ConfigError(
+            f"source {source} is not a list of clips ({type(error).__name__}: {error}), expected "
+            '{"data": [{"video_id": ..., "wav": ..., "video_path": ..., "labels": ...}]}'
+        ) from None
 
 
 def _key(name: str) -> str:

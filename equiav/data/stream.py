@@ -16,8 +16,15 @@ from equiav.data.decoder import ClipDecoder
 from streaming import Dataset, Loader, Order, Quarantine, Store
 
 
-def open_stream(config: Config, *, rank: int = 0, ranks: int = 1, sharers: int = 1, quarantine: Path | None = None,
-                options: dict[str, Any] | None = None) -> Loader:  # fmt: skip
+def open_stream(
+    config: Config,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    sharers: int = 1,
+    quarantine: Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> Loader:
     """The loader of one rank. `sharers`: ranks on this node. `quarantine`: file for what cannot be used.
     `options`: for the file system, beside what the environment says."""
     s = config.stream
@@ -31,9 +38,22 @@ def open_stream(config: Config, *, rank: int = 0, ranks: int = 1, sharers: int =
         return uniforms(config.seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
 
     empty = pinned if config.device == "cuda" else np.empty
-    return Loader(dataset, order, ClipDecoder(config.model, config.data), rank=rank, ranks=ranks, unit=config.train.micro_batch,
-                  workers=s.workers, ahead=s.ahead, cache=cache, cache_bytes=s.cache_bytes, sharers=sharers, draw=frame_draw,
-                  empty=empty, quarantine=Quarantine(dataset.samples, s.max_bad, quarantine))  # fmt: skip
+    return Loader(
+        dataset,
+        order,
+        ClipDecoder(config.model, config.data),
+        rank=rank,
+        ranks=ranks,
+        unit=config.train.micro_batch,
+        workers=s.workers,
+        ahead=s.ahead,
+        cache=cache,
+        cache_bytes=s.cache_bytes,
+        sharers=sharers,
+        draw=frame_draw,
+        empty=empty,
+        quarantine=Quarantine(dataset.samples, s.max_bad, quarantine),
+    )
 
 
 def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -47,5 +67,11 @@ def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:
     for batch in loader.batches(start):
         fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
         frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
-        yield Batch(batch.epoch, torch.from_numpy(batch.samples), frames, fields["waveform"], fields["lengths"],
-                    torch.from_numpy(batch.valid))  # fmt: skip
+        yield Batch(
+            batch.epoch,
+            torch.from_numpy(batch.samples),
+            frames,
+            fields["waveform"],
+            fields["lengths"],
+            torch.from_numpy(batch.valid),
+        )

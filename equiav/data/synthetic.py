@@ -99,8 +99,12 @@ class World:
     @cached_property
     def _tables(self) -> np.ndarray:
         """One period of each timbre, (shapes, TABLE)."""
-        recipes = ({1: 1.0}, {1: 1.0, 3: 0.6, 5: 0.4, 7: 0.3}, {n: 1 / n**0.5 for n in range(1, 7)},
-                   {1: 0.5, 2: 0.2, 4: 1.0, 8: 0.6})  # fmt: skip
+        recipes = (
+            {1: 1.0},
+            {1: 1.0, 3: 0.6, 5: 0.4, 7: 0.3},
+            {n: 1 / n**0.5 for n in range(1, 7)},
+            {1: 0.5, 2: 0.2, 4: 1.0, 8: 0.6},
+        )
         phase = 2 * np.pi * np.arange(TABLE) / TABLE
         waves = [sum(level * np.sin(n * phase) for n, level in recipe.items()) for recipe in recipes]
         return np.stack([w / np.sqrt(np.mean(w**2)) for w in waves]).astype(np.float32)

@@ -13,10 +13,15 @@ class ProjectionHead(nn.Module):
     def __init__(self, width: int, hidden: int, out: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, hidden), LayerNorm(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden), LayerNorm(hidden), nn.ReLU(),
-            nn.Linear(hidden, out), LayerNorm(out),
-        )  # fmt: skip
+            nn.Linear(width, hidden),
+            LayerNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            LayerNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out),
+            LayerNorm(out),
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         return self.layers(h)

@@ -91,22 +91,28 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
             raise CheckpointError(f"{key}: holds values that are not finite")
         for target, change in found.items():
             if target not in ours:
-                raise CheckpointError(f"{key}: there is no {target} in a model of depth {model.config.depth} with "
-                                    f"predictor {model.config.predictor}; choose what the source was trained with")  # fmt: skip
+                raise CheckpointError(
+                    f"{key}: there is no {target} in a model of depth {model.config.depth} with "
+                    f"predictor {model.config.predictor}; choose what the source was trained with"
+                )
             if target in result.state:
                 raise CheckpointError(f"{key}: {target} already has a value from another key")
             changed = change(tensor.detach().cpu())
             if changed.shape != ours[target].shape:
-                raise CheckpointError(f"{key}: shape {tuple(tensor.shape)} does not fit {target} "
-                                    f"{tuple(ours[target].shape)}; choose the model.size (and input sizes) that the "
-                                    "checkpoint was trained with")  # fmt: skip
+                raise CheckpointError(
+                    f"{key}: shape {tuple(tensor.shape)} does not fit {target} "
+                    f"{tuple(ours[target].shape)}; choose the model.size (and input sizes) that the "
+                    "checkpoint was trained with"
+                )
             result.state[target] = changed.to(ours[target].dtype).clone()
         result.used.append(key)
     for prefix in REQUIRED[kind]:
         for name in ours:
             if name.startswith(prefix) and name not in result.state:
-                raise CheckpointError(f"the checkpoint has no value for {name}: it is incomplete, or "
-                                    f"model.depth={model.config.depth} is deeper than its encoders")  # fmt: skip
+                raise CheckpointError(
+                    f"the checkpoint has no value for {name}: it is incomplete, or "
+                    f"model.depth={model.config.depth} is deeper than its encoders"
+                )
     for name, value in ours.items():
         if name not in result.state:
             result.state[name] = value.clone()
@@ -171,7 +177,10 @@ def _equiav_rules(model: EquiAV) -> list[Rule]:
         (r"modality_(?P<m>a|v)", _to("{m}.encoder.modality", change=lambda t: t.flatten())),
         (r"pos_embed_(?P<m>a|v)", _to("{m}.encoder.positions", change=lambda t: t.squeeze(0))),
         (rf"blocks_(?P<m>a|v)\.(?P<n>\d+)\.{BLOCK}", _to("{m}.encoder.blocks.{n}.{rest}")),
-        (r"blocks_[av]\.\d+\.norm[12]_[av]\.(weight|bias)", _ignore("dead weight: the released program never calls it")),
+        (
+            r"blocks_[av]\.\d+\.norm[12]_[av]\.(weight|bias)",
+            _ignore("dead weight: the released program never calls it"),
+        ),
         (rf"norm_(?P<m>a|v)\.{end}", _to("{m}.encoder.norm.{rest}")),
         (rf"norm_(?P<m>a|v)_aug\.{end}", _to("{m}.encoder.norm_aug.{rest}")),
         (rf"aug_encoder_(?P<m>a|v)\.(?P<n>[024])\.{end}", _to("{m}.predictor.encode_t.{n}.{rest}")),
@@ -185,7 +194,7 @@ def _equiav_rules(model: EquiAV) -> list[Rule]:
         (rf"cross_attn_(?P<m>a|v)\.mlp\.fc2\.{end}", _to("{m}.predictor.mlp.2.{rest}")),
         (r"pred_([av])_(intra|inter)\.(fc[123]|norm[123])\.(weight|bias)", to_head),
         (r"__L_(inter|intra)__\.tau", _ignore("a temperature the released program learned: set objective.temperature")),
-    ]  # fmt: skip
+    ]
 
 
 def _cavmae_rules(model: EquiAV) -> list[Rule]:
@@ -206,13 +215,16 @@ def _cavmae_rules(model: EquiAV) -> list[Rule]:
         (r"modality_(?P<m>a|v)", _to("{m}.encoder.modality", change=lambda t: t.flatten())),
         (r"pos_embed_(?P<m>a|v)", _to("{m}.encoder.positions", change=lambda t: t.squeeze(0))),
         (rf"blocks_(?P<m>a|v)\.(?P<n>\d+)\.{BLOCK}", _to("{m}.encoder.blocks.{n}.{rest}")),
-        (r"blocks_[av]\.\d+\.norm[12]_[av]\.(weight|bias)", _ignore("dead weight: CAV-MAE calls it in the shared block only")),
+        (
+            r"blocks_[av]\.\d+\.norm[12]_[av]\.(weight|bias)",
+            _ignore("dead weight: CAV-MAE calls it in the shared block only"),
+        ),
         (r"blocks_u\.(\d+)\.((?:attn\.(?:qkv|proj)|mlp\.fc[12]|norm[12](?:_[av])?)\.(?:weight|bias))", shared),
         (rf"norm_(?P<m>a|v)\.{end}", _to("{m}.encoder.norm.{rest}", "{m}.encoder.norm_aug.{rest}")),
         (r"norm\.(weight|bias)", _ignore("norm of the joint audio-visual stream, which EquiAV does not have")),
         (r"(decoder_.*|mask_token)", _ignore("the masked autoencoder's decoder")),
         (r"mlp_head\..*", _ignore("a classifier of fine-tuning")),
-    ]  # fmt: skip
+    ]
 
 
 def _mae_rules(model: EquiAV) -> list[Rule]:
@@ -220,8 +232,10 @@ def _mae_rules(model: EquiAV) -> list[Rule]:
     image_tokens = math.prod(model.config.image_grid)
 
     def positions(match: re.Match[str]) -> str:
-        return (f"fixed sin-cos positions with a class row: ours are the same ones, made for {image_tokens} image "
-                "patches and for the spectrogram's own grid")  # fmt: skip
+        return (
+            f"fixed sin-cos positions with a class row: ours are the same ones, made for {image_tokens} image "
+            "patches and for the spectrogram's own grid"
+        )
 
     def patch(match: re.Match[str]) -> Use:
         return {"image.encoder.patch_embed.weight": _same, "audio.encoder.patch_embed.weight": _one_channel}
@@ -233,8 +247,11 @@ def _mae_rules(model: EquiAV) -> list[Rule]:
         (r"patch_embed\.proj\.weight", patch),
         (r"patch_embed\.proj\.bias", both("patch_embed.bias")),
         (rf"blocks\.(?P<n>\d+)\.{BLOCK}", both("blocks.{n}.{rest}")),
-        (rf"norm\.{end}", _to(*(f"{m}.encoder.{norm}.{{rest}}" for m in SIDE.values() for norm in ("norm", "norm_aug")))),
+        (
+            rf"norm\.{end}",
+            _to(*(f"{m}.encoder.{norm}.{{rest}}" for m in SIDE.values() for norm in ("norm", "norm_aug"))),
+        ),
         (r"pos_embed", positions),
         (r"cls_token", _ignore("EquiAV's encoders have no class token")),
         (r"(decoder_.*|mask_token)", _ignore("the masked autoencoder's decoder")),
-    ]  # fmt: skip
+    ]

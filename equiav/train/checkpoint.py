@@ -88,8 +88,16 @@ class Writer(FileSystemWriter):
 class Checkpoints:
     """Of one run, in one folder of a store that all ranks reach."""
 
-    def __init__(self, url: str, ranks: Ranks, keep: int = 3, keep_every: int = 0, patience: float = 600.0,
-                 options: dict[str, Any] | None = None, warn: Callable[[str], None] = print):  # fmt: skip
+    def __init__(
+        self,
+        url: str,
+        ranks: Ranks,
+        keep: int = 3,
+        keep_every: int = 0,
+        patience: float = 600.0,
+        options: dict[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
+    ):
         """Takes the folder over from any earlier start of the run, and finds out whether it can be written and read by all."""
         self.ranks, self.keep, self.keep_every, self.warn = ranks, keep, keep_every, warn
         self.store = Store(url, patience, options)
@@ -115,8 +123,10 @@ class Checkpoints:
             problem = f"rank {ranks.rank} does not see what rank 0 wrote there ({error})"
         problems = [p for p in ranks.objects(problem) if p]
         if problems:
-            raise ConfigError(f"checkpoints cannot be kept at {self.store.url}: {problems[0]}. It has to be a folder that "
-                                  "all processes read and write (checkpoint.url)")  # fmt: skip
+            raise ConfigError(
+                f"checkpoints cannot be kept at {self.store.url}: {problems[0]}. It has to be a folder that "
+                "all processes read and write (checkpoint.url)"
+            )
         if ranks.rank == 0:
             threading.Thread(target=self._look, daemon=True, name="owner").start()
 
@@ -139,8 +149,11 @@ class Checkpoints:
         places = [(tempfile.gettempdir(), own * self.ranks.local_size, "TMPDIR")]
         if self.store.local and self.ranks.rank == 0:
             places.append((self.store.root, whole, "checkpoint.url"))
-        problems = [f"{place} has room for {free / 2**20:,.1f} MiB, a checkpoint takes {needed / 2**20:,.1f} there ({setting})"
-                    for place, needed, setting in places if (free := shutil.disk_usage(place).free) < needed]  # fmt: skip
+        problems = [
+            f"{place} has room for {free / 2**20:,.1f} MiB, a checkpoint takes {needed / 2**20:,.1f} there ({setting})"
+            for place, needed, setting in places
+            if (free := shutil.disk_usage(place).free) < needed
+        ]
         everyones = self.ranks.objects(problems)
         if any(everyones):
             raise ConfigError(next(of_rank[0] for of_rank in everyones if of_rank))
@@ -218,8 +231,12 @@ class Checkpoints:
                 tensors = _tensors(state)
                 reader = FileSystemReader(folder)
                 load(tensors, storage_reader=reader, process_group=self.ranks.storing, no_dist=self.ranks.size == 1)
-                set_state_dict(state.model, state.optimizer, model_state_dict=tensors["model"],
-                               optim_state_dict=tensors["optimizer"])  # fmt: skip
+                set_state_dict(
+                    state.model,
+                    state.optimizer,
+                    model_state_dict=tensors["model"],
+                    optim_state_dict=tensors["optimizer"],
+                )
                 self.ranks.objects(None)  # nobody removes what another still reads
                 state.step, state.skipped = manifest["step"], manifest["skipped"]
                 self.saved_step = state.step

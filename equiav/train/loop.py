@@ -43,9 +43,13 @@ class TrainState:
 def begin(config: Config, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
     settings = config.train
-    require(ranks.size <= settings.micro_batches, "train.micro_batch", settings.micro_batch,
-            f"{settings.batch_size // ranks.size} or less: {ranks.size} processes share train.batch_size="
-            f"{settings.batch_size} in whole micro-batches, of which there are {settings.micro_batches}")  # fmt: skip
+    require(
+        ranks.size <= settings.micro_batches,
+        "train.micro_batch",
+        settings.micro_batch,
+        f"{settings.batch_size // ranks.size} or less: {ranks.size} processes share train.batch_size="
+        f"{settings.batch_size} in whole micro-batches, of which there are {settings.micro_batches}",
+    )
     shard = settings.shard or ranks.size
     require(ranks.size % shard == 0, "train.shard", shard, f"a divisor of the {ranks.size} processes")
     with torch.device("meta"):
@@ -185,8 +189,15 @@ def _to_host(values: Tensor) -> tuple[Tensor, Any]:
     return there, event
 
 
-def _settle(late: _Late, config: Config, ranks: Ranks, state: TrainState, bad: dict[int, list[int]],
-            report: Callable[[int, Metrics], object], act: Callable[[int, list[float]], bool]) -> bool:  # fmt: skip
+def _settle(
+    late: _Late,
+    config: Config,
+    ranks: Ranks,
+    state: TrainState,
+    bad: dict[int, list[int]],
+    report: Callable[[int, Metrics], object],
+    act: Callable[[int, list[float]], bool],
+) -> bool:
     """What follows from a step's numbers; true where the run ends."""
     host, event = late.values
     if event is not None:
@@ -203,7 +214,10 @@ def _settle(late: _Late, config: Config, ranks: Ranks, state: TrainState, bad: d
     report(late.step, {**metrics, "gradient_norm": norm, "lr": late.rate, "clips": N, "skipped": state.skipped})
     if len(bad) >= config.train.max_skipped:
         names = [name for name, value in {**metrics, "gradient_norm": norm}.items() if not abs(value) < float("inf")]
-        raise NotFinite(f"step {late.step}: {', '.join(names)} not finite, as in {len(bad)} steps in a row "
-                        f"(train.max_skipped={config.train.max_skipped}). Lower train.lr or train.clip, or set "
-                        "train.precision=float32", dict(bad))  # fmt: skip
+        raise NotFinite(
+            f"step {late.step}: {', '.join(names)} not finite, as in {len(bad)} steps in a row "
+            f"(train.max_skipped={config.train.max_skipped}). Lower train.lr or train.clip, or set "
+            "train.precision=float32",
+            dict(bad),
+        )
     return act(state.step, signals)

@@ -30,8 +30,15 @@ class Beat(NamedTuple):
 
 
 class Watch:
-    def __init__(self, ranks: Ranks, folder: Path, seconds: float, patience: float,
-                 asked: Callable[[], bool], tell: Callable[[str], None]):  # fmt: skip
+    def __init__(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        seconds: float,
+        patience: float,
+        asked: Callable[[], bool],
+        tell: Callable[[str], None],
+    ):
         """seconds: without a step, after which the run has stalled; patience: that a store is waited for beside those; asked:
         whether this process shall end."""
         self.ranks, self.folder, self.seconds, self.patience, self.tell = ranks, folder, seconds, patience, tell

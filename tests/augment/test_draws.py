@@ -34,8 +34,12 @@ def test_a_draw_depends_on_its_own_sample_only():
 def test_every_part_of_the_key_matters():
     samples = torch.arange(64)
     base = uniforms(0, 0, samples, Purpose.FRAME, 4)
-    for other in (uniforms(1, 0, samples, Purpose.FRAME, 4), uniforms(0, 1, samples, Purpose.FRAME, 4),
-                  uniforms(0, 0, samples, Purpose.VIEW_IMAGE, 4), uniforms(0, 0, samples + 64, Purpose.FRAME, 4)):  # fmt: skip
+    for other in (
+        uniforms(1, 0, samples, Purpose.FRAME, 4),
+        uniforms(0, 1, samples, Purpose.FRAME, 4),
+        uniforms(0, 0, samples, Purpose.VIEW_IMAGE, 4),
+        uniforms(0, 0, samples + 64, Purpose.FRAME, 4),
+    ):
         assert (base == other).sum() == 0
 
 
@@ -58,5 +62,11 @@ def test_uniform_and_uncorrelated():
 def test_purposes_keep_their_numbers():
     """They are part of every run's result."""
     assert {p.name: p.value for p in Purpose.__members__.values()} == {
-        "VIEW_IMAGE": 1, "VIEW_AUDIO": 2, "CENTROID_IMAGE": 3, "CENTROID_AUDIO": 4, "FRAME": 5, "ORDER": 6}  # fmt: skip
+        "VIEW_IMAGE": 1,
+        "VIEW_AUDIO": 2,
+        "CENTROID_IMAGE": 3,
+        "CENTROID_AUDIO": 4,
+        "FRAME": 5,
+        "ORDER": 6,
+    }
     assert len(Purpose.__members__) == len(set(Purpose)) == 6

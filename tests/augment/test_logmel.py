@@ -8,8 +8,16 @@ RATE = 16000
 
 
 def reference(waveform, mels=128, rate=RATE):
-    return fbank(waveform[None], htk_compat=True, sample_frequency=rate, use_energy=False, window_type="hanning",
-                 num_mel_bins=mels, dither=0.0, frame_shift=10)  # fmt: skip
+    return fbank(
+        waveform[None],
+        htk_compat=True,
+        sample_frequency=rate,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=mels,
+        dither=0.0,
+        frame_shift=10,
+    )
 
 
 def sounds(length):
@@ -20,11 +28,17 @@ def sounds(length):
     click[length // 2] = 1
     quiet = torch.zeros(length)
     quiet[::2] = 1 / 32768
-    return torch.stack([
-        0.1 * torch.randn(length, generator=g), 0.5 * torch.sin(2 * torch.pi * 440 * time),
-        0.5 * torch.sin(2 * torch.pi * (50 + 3000 * time) * time), click,
-        1e-3 * torch.sin(2 * torch.pi * 5000 * time) + 0.2, torch.zeros(length), quiet,
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            0.1 * torch.randn(length, generator=g),
+            0.5 * torch.sin(2 * torch.pi * 440 * time),
+            0.5 * torch.sin(2 * torch.pi * (50 + 3000 * time) * time),
+            click,
+            1e-3 * torch.sin(2 * torch.pi * 5000 * time) + 0.2,
+            torch.zeros(length),
+            quiet,
+        ]
+    )
 
 
 @pytest.mark.parametrize("length", [400, 559, 560, 16000, 41000, 160000])

@@ -59,9 +59,14 @@ def test_same_on_every_device(both, device):
 @pytest.mark.parametrize("kind", [ImageVectors, AudioVectors])
 def test_distributions(both, kind):
     _, _, p = draw(both, kind)
-    a, (x_size, y_size) = both.augment, (
-        (both.model.image_size,) * 2 if kind is ImageVectors else (both.model.spectrogram_frames, both.model.spectrogram_mels)
-    )  # fmt: skip
+    a, (x_size, y_size) = (
+        both.augment,
+        (
+            (both.model.image_size,) * 2
+            if kind is ImageVectors
+            else (both.model.spectrogram_frames, both.model.spectrogram_mels)
+        ),
+    )
     n = p["left"].numel()
 
     def near(share, expected):
@@ -140,35 +145,109 @@ def test_paper_vectors_are_within_one(make_config, kind):
 
 
 def test_layout_of_the_image_vector(make_config):
-    values = {"crop_on": 1.0, "left": 8, "top": 16, "width": 24, "height": 32, "jitter_on": 1, "first": 2, "second": 1,
-              "third": 3, "fourth": 0, "brightness": 0.2, "contrast": -0.4, "saturation": 0.1, "hue": 0.05,
-              "blur_on": 1, "sigma": 0.5, "flip": 1, "gray": 0}  # fmt: skip
+    values = {
+        "crop_on": 1.0,
+        "left": 8,
+        "top": 16,
+        "width": 24,
+        "height": 32,
+        "jitter_on": 1,
+        "first": 2,
+        "second": 1,
+        "third": 3,
+        "fourth": 0,
+        "brightness": 0.2,
+        "contrast": -0.4,
+        "saturation": 0.1,
+        "hue": 0.05,
+        "blur_on": 1,
+        "sigma": 0.5,
+        "flip": 1,
+        "gray": 0,
+    }
     parameters = {name: torch.tensor(float(value)) for name, value in values.items()}
     config = make_config()
     t = ImageVectors(config.model, config.augment).encode(parameters)
-    torch.testing.assert_close(t, torch.tensor(
-        [1, 8 / 64, 16 / 64, 24 / 64, 32 / 64, 1, 2 / 3, 1 / 3, 1, 0, 0.5, -1, 0.25, 0.5, 1, 0.25, 1, 0]))  # fmt: skip
+    torch.testing.assert_close(
+        t,
+        torch.tensor([1, 8 / 64, 16 / 64, 24 / 64, 32 / 64, 1, 2 / 3, 1 / 3, 1, 0, 0.5, -1, 0.25, 0.5, 1, 0.25, 1, 0]),
+    )
     config = make_config(augment={"variant": "released"})
     t = ImageVectors(config.model, config.augment).encode(parameters)
-    torch.testing.assert_close(t, torch.tensor(
-        [1, 16 / 64, 8 / 64, 32 / 64, 24 / 64, 1, 2, 1, 3, 0, 0.2, -0.4, 0.1, 0.05, 1, 0.5, 1, 0]))  # fmt: skip
+    torch.testing.assert_close(
+        t, torch.tensor([1, 16 / 64, 8 / 64, 32 / 64, 24 / 64, 1, 2, 1, 3, 0, 0.2, -0.4, 0.1, 0.05, 1, 0.5, 1, 0])
+    )
 
 
 def test_layout_of_the_audio_vector(make_config):
-    values = {"mask_on": 1, "t0": 100, "t1": 164, "f0": 32, "f1": 48, "shift_on": 1, "shift": -256, "crop_on": 1,
-              "left": 512, "top": 64, "width": 256, "height": 32, "jitter_on": 1, "first": 1, "second": 0, "third": 2,
-              "fourth": 3, "brightness": 0.2, "contrast": 0.4, "saturation": 0, "hue": 0, "blur_on": 1, "sigma": 2.0,
-              "flip": 1}  # fmt: skip
+    values = {
+        "mask_on": 1,
+        "t0": 100,
+        "t1": 164,
+        "f0": 32,
+        "f1": 48,
+        "shift_on": 1,
+        "shift": -256,
+        "crop_on": 1,
+        "left": 512,
+        "top": 64,
+        "width": 256,
+        "height": 32,
+        "jitter_on": 1,
+        "first": 1,
+        "second": 0,
+        "third": 2,
+        "fourth": 3,
+        "brightness": 0.2,
+        "contrast": 0.4,
+        "saturation": 0,
+        "hue": 0,
+        "blur_on": 1,
+        "sigma": 2.0,
+        "flip": 1,
+    }
     parameters = {name: torch.tensor(float(value)) for name, value in values.items()}
     config = make_config(model={"size": "vit_b16"})
     t = AudioVectors(config.model, config.augment).encode(parameters)
-    torch.testing.assert_close(t, torch.tensor(
-        [1, 100 / 1024, 164 / 1024, 32 / 128, 48 / 128, 1, -0.25, 1, 0.5, 0.5, 0.25, 0.25, 1, 1 / 3, 0, 2 / 3, 1,
-         0.5, 1, 0, 0, 1, 1, 1]))  # fmt: skip
+    torch.testing.assert_close(
+        t,
+        torch.tensor(
+            [
+                1,
+                100 / 1024,
+                164 / 1024,
+                32 / 128,
+                48 / 128,
+                1,
+                -0.25,
+                1,
+                0.5,
+                0.5,
+                0.25,
+                0.25,
+                1,
+                1 / 3,
+                0,
+                2 / 3,
+                1,
+                0.5,
+                1,
+                0,
+                0,
+                1,
+                1,
+                1,
+            ]
+        ),
+    )
     config = make_config(model={"size": "vit_b16"}, augment={"variant": "released"})
     t = AudioVectors(config.model, config.augment).encode(parameters)
-    torch.testing.assert_close(t, torch.tensor(  # the other axis's length: 512 / 128, 64 / 1024, ...
-        [1, 100, 164, 32, 48, 1, -0.25, 1, 4, 0.0625, 2, 0.03125, 1, 1, 0, 2, 3, 0.2, 0.4, 0, 0, 1, 2, 1]))  # fmt: skip
+    torch.testing.assert_close(
+        t,
+        torch.tensor(  # the other axis's length: 512 / 128, 64 / 1024, ...
+            [1, 100, 164, 32, 48, 1, -0.25, 1, 4, 0.0625, 2, 0.03125, 1, 1, 0, 2, 3, 0.2, 0.4, 0, 0, 1, 2, 1]
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", [ImageVectors, AudioVectors])

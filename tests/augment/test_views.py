@@ -15,7 +15,7 @@ from equiav.augment import (
     normalised_spectrogram,
     original_image,
     sampled_vectors,
-)  # fmt: skip
+)
 from equiav.data.synthetic import World
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(6)]
@@ -24,8 +24,14 @@ CLIPS = [World(seconds=2.56).clip(index) for index in range(6)]
 def batch(epoch=0, first=0):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS]))
-    return Batch(epoch, torch.arange(first, first + 6), frames, waveform, torch.full((6,), waveform.shape[1]),
-                 torch.ones(6, dtype=torch.bool))  # fmt: skip
+    return Batch(
+        epoch,
+        torch.arange(first, first + 6),
+        frames,
+        waveform,
+        torch.full((6,), waveform.shape[1]),
+        torch.ones(6, dtype=torch.bool),
+    )
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -56,11 +62,17 @@ def test_views_are_a_function_of_seed_epoch_and_sample(make_config):
         assert (other.t_a[:, 1:] != one.t_a[:, 1:]).any(dim=2).all()
 
 
-@pytest.mark.parametrize(("objective", "augmented", "queries"), [
-    ({}, True, 17), ({"intra": "none"}, False, 17), ({"intra": "none", "inter_on": "augmented"}, True, 1),
-    ({"intra": "none", "inter_on": "original"}, False, 1), ({"inter_on": "equivariant"}, True, 1),
-    ({"intra": "invariant", "inter_on": "original"}, True, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "augmented", "queries"),
+    [
+        ({}, True, 17),
+        ({"intra": "none"}, False, 17),
+        ({"intra": "none", "inter_on": "augmented"}, True, 1),
+        ({"intra": "none", "inter_on": "original"}, False, 1),
+        ({"inter_on": "equivariant"}, True, 1),
+        ({"intra": "invariant", "inter_on": "original"}, True, 1),
+    ],
+)
 def test_only_what_the_objective_needs_is_made(make_config, objective, augmented, queries):
     v = make_views(make_config(objective=objective), batch())
     assert (v.audio_aug is not None) == (v.image_aug is not None) == augmented

@@ -51,10 +51,23 @@ def dataset(videos, tmp_path_factory):
     """They, packed: (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("packed") / "clips"
     done = subprocess.run(
-        [sys.executable, "-m", "equiav", "pack", str(videos), "--to", str(folder), "--short_side", "32", "--processes", "1",
-         "--in_order"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "equiav",
+            "pack",
+            str(videos),
+            "--to",
+            str(folder),
+            "--short_side",
+            "32",
+            "--processes",
+            "1",
+            "--in_order",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -63,8 +76,11 @@ def test_a_folder_of_videos_becomes_a_dataset(dataset):
     folder, _ = dataset
     samples = read_plainly(folder)
     assert list(samples) == ["good", "sub/tall_v2", "wide"]
-    for key, shape, name in [("good", (32, 48), "good.mp4"), ("sub/tall_v2", (53, 32), "tall.v2.mkv"),
-                             ("wide", (32, 107), "wide.webm")]:  # fmt: skip
+    for key, shape, name in [
+        ("good", (32, 48), "good.mp4"),
+        ("sub/tall_v2", (53, 32), "tall.v2.mkv"),
+        ("wide", (32, 107), "wide.webm"),
+    ]:
         members = samples[key]
         frames = [decode_frame(members[f"{k}.jpg"], key) for k in range(10)]
         assert {frame.shape[:2] for frame in frames} == {shape}
@@ -78,8 +94,13 @@ def test_a_folder_of_videos_becomes_a_dataset(dataset):
 
 def test_whatever_was_left_out_is_listed_and_counted(dataset):
     folder, printed = dataset
-    assert reasons(folder) == {"damaged": "corrupt", "dark": "no picture", "frozen": "frozen", "mute": "no sound",
-                               "silent": "silent"}  # fmt: skip
+    assert reasons(folder) == {
+        "damaged": "corrupt",
+        "dark": "no picture",
+        "frozen": "frozen",
+        "mute": "no sound",
+        "silent": "silent",
+    }
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     assert f"3 of 8 clips in 1 shards, {size / 2**20:,.1f} MiB, at {folder}" in printed
     for reason in set(reasons(folder).values()):
@@ -117,8 +138,17 @@ def test_shards_without_an_index_get_the_one_that_packing_would_have_written(dat
 
 def test_a_list_names_files_that_are_not_there(videos, tmp_path):
     (tmp_path / "list.txt").write_text(f"{videos}/good.mp4\ngone.mp4\n{videos}/frozen.mp4\n")
-    run_pack(PackConfig(str(tmp_path / "list.txt"), str(tmp_path / "to"), processes=1, keep_frozen=True, frames=3,
-                        short_side=32, audio="flac"))  # fmt: skip
+    run_pack(
+        PackConfig(
+            str(tmp_path / "list.txt"),
+            str(tmp_path / "to"),
+            processes=1,
+            keep_frozen=True,
+            frames=3,
+            short_side=32,
+            audio="flac",
+        )
+    )
     assert reasons(tmp_path / "to") == {"gone": "missing"}
     samples = read_plainly(tmp_path / "to")
     assert {key: sorted(members) for key, members in samples.items()} == {
@@ -135,8 +165,14 @@ def test_a_cav_mae_list_packs_frames_as_they_are(tmp_path):
             frames[clip, k] = encode_frame(ramp(k / 10, (50, 40)), 70)
             path.write_bytes(frames[clip, k])
         (tmp_path / f"{clip}.wav").write_bytes(encode_wav(tones(2.0, 16000, [500])[0], 16000))
-        entries.append({"video_id": clip, "wav": str(tmp_path / f"{clip}.wav"), "video_path": str(tmp_path / "frames"),
-                        "labels": f"/m/{clip}"})  # fmt: skip
+        entries.append(
+            {
+                "video_id": clip,
+                "wav": str(tmp_path / f"{clip}.wav"),
+                "video_path": str(tmp_path / "frames"),
+                "labels": f"/m/{clip}",
+            }
+        )
     (tmp_path / "frames" / "frame_4" / "b.jpg").unlink()
     (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
     run_pack(PackConfig(str(tmp_path / "list.json"), str(tmp_path / "to"), processes=1, in_order=True))
@@ -146,8 +182,11 @@ def test_a_cav_mae_list_packs_frames_as_they_are(tmp_path):
         assert [members[f"{k}.jpg"] for k in range(10)] == [frames[clip, k] for k in range(10)]
         assert json.loads(members["json"])["labels"] == f"/m/{clip}"
     (line,) = (tmp_path / "to" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"key": "b", "reason": "missing frames",
-                                "detail": f"1 of 10, first {tmp_path}/frames/frame_4/b.jpg"}  # fmt: skip
+    assert json.loads(line) == {
+        "key": "b",
+        "reason": "missing frames",
+        "detail": f"1 of 10, first {tmp_path}/frames/frame_4/b.jpg",
+    }
 
 
 def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
@@ -169,17 +208,20 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"frames": 0}, "frames is 0, expected a positive number"),
-    ({"short_side": -1}, "short_side is -1"),
-    ({"shard_samples": 0}, "shard_samples is 0"),
-    ({"processes": 0}, "processes is 0"),
-    ({"max_seconds": 0.0}, r"max_seconds is 0\.0"),
-    ({"timeout": 0.0}, r"timeout is 0\.0"),
-    ({"quality": 101}, "quality is 101, expected 1 to 100"),
-    ({"quality": 0}, "quality is 0, expected 1 to 100"),
-    ({"max_shard_bytes": 1000}, "max_shard_bytes is 1000, expected 65536 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frames": 0}, "frames is 0, expected a positive number"),
+        ({"short_side": -1}, "short_side is -1"),
+        ({"shard_samples": 0}, "shard_samples is 0"),
+        ({"processes": 0}, "processes is 0"),
+        ({"max_seconds": 0.0}, r"max_seconds is 0\.0"),
+        ({"timeout": 0.0}, r"timeout is 0\.0"),
+        ({"quality": 101}, "quality is 101, expected 1 to 100"),
+        ({"quality": 0}, "quality is 0, expected 1 to 100"),
+        ({"max_shard_bytes": 1000}, "max_shard_bytes is 1000, expected 65536 or more"),
+    ],
+)
 def test_a_setting_that_cannot_be_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         PackConfig(**settings)
@@ -209,13 +251,16 @@ def test_a_folder_without_shards_or_without_an_index_is_named(tmp_path):
         run_verify(VerifyConfig(str(tmp_path)))
 
 
-@pytest.mark.parametrize(("argv", "status", "message"), [
-    (["pack"], 2, "source is not given"),
-    (["pack", "synthetic:3"], 2, "to is not set"),
-    (["pack", "nowhere", "--to", "x"], 2, "source is nowhere, expected a folder, a file, or synthetic:COUNT"),
-    (["index", "."], 1, "no shards"),
-    (["verify", "."], 1, "holds no dataset"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["pack"], 2, "source is not given"),
+        (["pack", "synthetic:3"], 2, "to is not set"),
+        (["pack", "nowhere", "--to", "x"], 2, "source is nowhere, expected a folder, a file, or synthetic:COUNT"),
+        (["index", "."], 1, "no shards"),
+        (["verify", "."], 1, "holds no dataset"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, argv, status, message):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == status

@@ -43,61 +43,73 @@ def with_nan():
     return audio
 
 
-@pytest.mark.parametrize(("audio", "rate", "reason"), [
-    (None, RATE, "has no audio"),
-    (noise()[:0], RATE, "has no audio"),
-    (noise(channels=2), RATE, r"shape \(24000, 2\), expected \(samples,\)"),
-    (noise(), 44100, "44100 Hz, expected data.sample_rate=16000"),
-    (noise(0.5), RATE, "0.500 s, shorter than data.min_seconds=1.0"),
-    (with_nan(), RATE, "1 values that are not finite"),
-    (noise() / 100.0, RATE, r"peaks at \d+"),
-    (noise().astype(np.int32), RATE, "int32, expected int16"),
-    (np.zeros(RATE, np.int16), RATE, "audio is silent"),
-    (np.full(RATE, 700, np.int16), RATE, "audio is silent"),
-    (np.zeros(RATE, np.float32), RATE, "audio is silent"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("audio", "rate", "reason"),
+    [
+        (None, RATE, "has no audio"),
+        (noise()[:0], RATE, "has no audio"),
+        (noise(channels=2), RATE, r"shape \(24000, 2\), expected \(samples,\)"),
+        (noise(), 44100, "44100 Hz, expected data.sample_rate=16000"),
+        (noise(0.5), RATE, "0.500 s, shorter than data.min_seconds=1.0"),
+        (with_nan(), RATE, "1 values that are not finite"),
+        (noise() / 100.0, RATE, r"peaks at \d+"),
+        (noise().astype(np.int32), RATE, "int32, expected int16"),
+        (np.zeros(RATE, np.int16), RATE, "audio is silent"),
+        (np.full(RATE, 700, np.int16), RATE, "audio is silent"),
+        (np.zeros(RATE, np.float32), RATE, "audio is silent"),
+    ],
+)
 def test_bad_audio_is_named(audio, rate, reason):
     with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}") as error:
         check_audio(audio, rate, "clip-17", DATA)
     assert error.value.sample == "clip-17"
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (None, "has no audio"),
-    (b"", "has no audio"),
-    (b"RIFF", "not a WAV file"),
-    (b"\x00" * 500, "not a WAV file"),
-    (encode_wav(noise(), RATE)[:20000], "truncated: 19956 of 48000 bytes"),
-    (encode_wav(noise(), 8000), "8000 Hz"),
-    (encode_wav(noise(), RATE).replace(b"\x02\x00\x10\x00", b"\x01\x00\x08\x00", 1), "8 bits a sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "has no audio"),
+        (b"", "has no audio"),
+        (b"RIFF", "not a WAV file"),
+        (b"\x00" * 500, "not a WAV file"),
+        (encode_wav(noise(), RATE)[:20000], "truncated: 19956 of 48000 bytes"),
+        (encode_wav(noise(), 8000), "8000 Hz"),
+        (encode_wav(noise(), RATE).replace(b"\x02\x00\x10\x00", b"\x01\x00\x08\x00", 1), "8 bits a sample"),
+    ],
+)
 def test_bad_wav_is_named(content, reason):
     with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         decode_wav(content, "clip-17", DATA)
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (None, "has no image"),
-    (b"", "has no image"),
-    (b"\xff\xd8 not a picture", "cannot be decoded"),
-    (picture()[: len(picture()) // 2], "cannot be decoded: .*[Tt]runcated"),
-    (picture()[:-30], "cannot be decoded: .*truncated"),
-    (picture("L"), "mode L, expected RGB"),
-    (picture("CMYK"), "mode CMYK, expected RGB"),
-    (picture("RGBA", "PNG"), "mode RGBA, expected RGB"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "has no image"),
+        (b"", "has no image"),
+        (b"\xff\xd8 not a picture", "cannot be decoded"),
+        (picture()[: len(picture()) // 2], "cannot be decoded: .*[Tt]runcated"),
+        (picture()[:-30], "cannot be decoded: .*truncated"),
+        (picture("L"), "mode L, expected RGB"),
+        (picture("CMYK"), "mode CMYK, expected RGB"),
+        (picture("RGBA", "PNG"), "mode RGBA, expected RGB"),
+    ],
+)
 def test_bad_images_are_named(content, reason):
     with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         decode_frame(content, "clip-17")
 
 
-@pytest.mark.parametrize(("frame", "reason"), [
-    (None, "has no image"),
-    (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
-    (np.zeros((4, 4, 1), np.uint8), "three channels"),
-    (np.zeros((4, 4, 3), np.float32), "float32, expected uint8"),
-    (np.zeros((4, 1, 3), np.uint8), "1 x 4 pixels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (None, "has no image"),
+        (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),
+        (np.zeros((4, 4, 1), np.uint8), "three channels"),
+        (np.zeros((4, 4, 3), np.float32), "float32, expected uint8"),
+        (np.zeros((4, 1, 3), np.uint8), "1 x 4 pixels"),
+    ],
+)
 def test_bad_frames_are_named(frame, reason):
     with pytest.raises(BadClipError, match=f"^sample clip-17: .*{reason}"):
         check_frame(frame, "clip-17")
@@ -106,8 +118,12 @@ def test_bad_frames_are_named(frame, reason):
 def test_damaged_bytes_never_escape_without_the_sample():
     """Random bytes changed and cut: decoded, or refused by name; nothing else is raised."""
     rng, refused = np.random.default_rng(0), []
-    good = [(decode_frame, picture()), (decode_frame, picture(kind="PNG")), (decode_frame, picture(kind="PPM")),
-            (lambda content, name: decode_wav(content, name, DATA), encode_wav(noise(), RATE))]  # fmt: skip
+    good = [
+        (decode_frame, picture()),
+        (decode_frame, picture(kind="PNG")),
+        (decode_frame, picture(kind="PPM")),
+        (lambda content, name: decode_wav(content, name, DATA), encode_wav(noise(), RATE)),
+    ]
     for decode, content in good:
         for _ in range(300):
             damaged = bytearray(content[: rng.integers(20, len(content) + 1)] if rng.random() < 0.3 else content)

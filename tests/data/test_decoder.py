@@ -65,11 +65,14 @@ def test_the_draw_goes_over_all_frames_in_the_order_of_their_numbers(decoder, co
     assert list(decoder.members(names, 0.0)) == ["0.jpg", "wav"]
 
 
-@pytest.mark.parametrize(("names", "chosen"), [
-    (["0.png", "1.png", "flac"], ["1.png", "flac"]),
-    (["jpg", "json", "wav"], ["jpg", "wav"]),
-    (["0.jpeg", "3.jpeg", "wav", "flac"], ["3.jpeg", "wav"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["0.png", "1.png", "flac"], ["1.png", "flac"]),
+        (["jpg", "json", "wav"], ["jpg", "wav"]),
+        (["0.jpeg", "3.jpeg", "wav", "flac"], ["3.jpeg", "wav"]),
+    ],
+)
 def test_other_images_and_sounds_are_taken_too(decoder, names, chosen):
     assert list(decoder.members(names, 0.9)) == chosen
 
@@ -125,15 +128,18 @@ def test_a_square_of_another_side_is_resized(decoder, width, height):
     assert np.abs(out[:, 2:-2] - (places * 255 / (width - 1))[None, 2:-2, None]).max() < 3
 
 
-@pytest.mark.parametrize(("image", "sound", "name", "reason", "detail"), [
-    (b"\xff\xd8 no picture", encode_wav(noise(20_000), 16000), "wav", "image", "0.png: image cannot be decoded"),
-    (b"", encode_wav(noise(20_000), 16000), "wav", "image", "0.png: has no image"),
-    (picture()[0], b"RIFF", "wav", "audio", "wav: audio is not a WAV file"),
-    (picture()[0], b"fLaC", "flac", "audio", "flac: audio is not a FLAC file"),
-    (picture()[0], encode_wav(noise(20_000), 8000), "wav", "audio", "wav: audio is at 8000 Hz"),
-    (picture()[0], encode_wav(noise(8_000), 16000), "wav", "audio", "wav: audio is 0.500 s, shorter"),
-    (picture()[0], encode_wav(noise(20_000) * 0, 16000), "wav", "audio", "wav: audio is silent"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("image", "sound", "name", "reason", "detail"),
+    [
+        (b"\xff\xd8 no picture", encode_wav(noise(20_000), 16000), "wav", "image", "0.png: image cannot be decoded"),
+        (b"", encode_wav(noise(20_000), 16000), "wav", "image", "0.png: has no image"),
+        (picture()[0], b"RIFF", "wav", "audio", "wav: audio is not a WAV file"),
+        (picture()[0], b"fLaC", "flac", "audio", "flac: audio is not a FLAC file"),
+        (picture()[0], encode_wav(noise(20_000), 8000), "wav", "audio", "wav: audio is at 8000 Hz"),
+        (picture()[0], encode_wav(noise(8_000), 16000), "wav", "audio", "wav: audio is 0.500 s, shorter"),
+        (picture()[0], encode_wav(noise(20_000) * 0, 16000), "wav", "audio", "wav: audio is silent"),
+    ],
+)
 def test_what_cannot_be_decoded_is_refused_with_its_member(decoder, image, sound, name, reason, detail):
     with pytest.raises(BadSample) as error:
         decoded(decoder, image, sound, name)

@@ -45,13 +45,16 @@ def rejected(encode, item):
 # ---- videos
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("a.mp4", {"video": "libx264"}),
-    ("a.mp4", {"video": "mpeg4"}),
-    ("a.mkv", {"video": "libx264", "sound": "libmp3lame"}),
-    ("a.avi", {"video": "mpeg4", "sound": "pcm_s16le"}),
-    ("a.webm", {"video": "libvpx", "sound": "libopus", "rate": 48000}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("a.mp4", {"video": "libx264"}),
+        ("a.mp4", {"video": "mpeg4"}),
+        ("a.mkv", {"video": "libx264", "sound": "libmp3lame"}),
+        ("a.avi", {"video": "mpeg4", "sound": "pcm_s16le"}),
+        ("a.webm", {"video": "libvpx", "sound": "libopus", "rate": 48000}),
+    ],
+)
 def test_a_video_becomes_frames_sound_and_a_line_about_it(tmp_path, name, settings):
     path = write_video(tmp_path / name, seconds=4.0, fps=25, **settings)
     members = EncodeVideo(SHAPE)(str(path))
@@ -95,8 +98,9 @@ def test_only_what_lies_below_half_the_rate_is_left_of_a_sound(tmp_path):
     assert at(5000) < at(3000) / 1000
 
 
-@pytest.mark.parametrize(("size", "packed"), [((160, 48), (32, 107)), ((48, 160), (107, 32)), ((32, 32), (32, 32)),
-                                              ((16, 20), (40, 32))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "packed"), [((160, 48), (32, 107)), ((48, 160), (107, 32)), ((32, 32), (32, 32)), ((16, 20), (40, 32))]
+)
 def test_the_short_side_is_as_asked_and_the_shape_is_kept(tmp_path, size, packed):
     path = write_video(tmp_path / "a.mp4", size=size)
     assert {frame.shape[:2] for frame in frames_of(EncodeVideo(SHAPE)(str(path)))} == {packed}
@@ -120,12 +124,15 @@ def blue(picture):
     return picture[..., 2].astype(int) - picture[..., 0] > 80
 
 
-@pytest.mark.parametrize(("matrix", "corner", "packed"), [
-    ((1, 0, 0, 1), "upper left", (32, 48)),
-    ((0, 1, -1, 0), "upper right", (48, 32)),  # to the right becomes down: a quarter clockwise
-    ((-1, 0, 0, -1), "lower right", (32, 48)),
-    ((0, -1, 1, 0), "lower left", (48, 32)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrix", "corner", "packed"),
+    [
+        ((1, 0, 0, 1), "upper left", (32, 48)),
+        ((0, 1, -1, 0), "upper right", (48, 32)),  # to the right becomes down: a quarter clockwise
+        ((-1, 0, 0, -1), "lower right", (32, 48)),
+        ((0, -1, 1, 0), "lower left", (48, 32)),
+    ],
+)
 def test_pictures_are_upright_as_the_display_matrix_says(tmp_path, matrix, corner, packed):
     path = write_video(tmp_path / "a.mp4")
     rotate(path, matrix)
@@ -133,8 +140,12 @@ def test_pictures_are_upright_as_the_display_matrix_says(tmp_path, matrix, corne
         assert frame.shape[:2] == packed
         marked = blue(frame)
         H, W = packed
-        parts = {"upper left": marked[: H // 6, : W // 6], "upper right": marked[: H // 6, -W // 6 :],
-                 "lower left": marked[-H // 6 :, : W // 6], "lower right": marked[-H // 6 :, -W // 6 :]}  # fmt: skip
+        parts = {
+            "upper left": marked[: H // 6, : W // 6],
+            "upper right": marked[: H // 6, -W // 6 :],
+            "lower left": marked[-H // 6 :, : W // 6],
+            "lower right": marked[-H // 6 :, -W // 6 :],
+        }
         assert [name for name, part in parts.items() if part.mean() > 0.5] == [corner]
 
 
@@ -154,14 +165,17 @@ def test_frames_at_uneven_times_are_chosen_by_time_and_not_by_number(tmp_path):
     assert np.abs(np.array(json.loads(members["json"])["frame_seconds"]) - nearest).max() < 0.01
 
 
-@pytest.mark.parametrize(("settings", "reason", "detail"), [
-    ({"sound": None}, "no sound", "no audio stream"),
-    ({"video": None}, "no picture", "no video stream"),
-    ({"loudness": 0.0}, "silent", "audio is silent"),
-    ({"seconds": 0.6}, "too short", r"s of sound, data.min_seconds=1.0"),
-    ({"seconds": 31.0, "fps": 1}, "too long", r"31.\d s of sound, max_seconds=30.0; cut it into clips"),
-    ({"picture": still}, "frozen", "all 10 frames show the same picture; --keep"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason", "detail"),
+    [
+        ({"sound": None}, "no sound", "no audio stream"),
+        ({"video": None}, "no picture", "no video stream"),
+        ({"loudness": 0.0}, "silent", "audio is silent"),
+        ({"seconds": 0.6}, "too short", r"s of sound, data.min_seconds=1.0"),
+        ({"seconds": 31.0, "fps": 1}, "too long", r"31.\d s of sound, max_seconds=30.0; cut it into clips"),
+        ({"picture": still}, "frozen", "all 10 frames show the same picture; --keep"),
+    ],
+)
 def test_what_cannot_be_used_is_rejected_by_name(tmp_path, settings, reason, detail):
     path = write_video(tmp_path / "clip.mp4", **settings)
     found, said = rejected(EncodeVideo(SHAPE), str(path))
@@ -183,8 +197,16 @@ def test_the_limits_of_length_are_those_of_the_settings(tmp_path):
     EncodeVideo(shape(max_seconds=3.2, data=DataConfig(min_seconds=2.8)))(path)
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: c[:100], lambda c: b"", lambda c: bytes(5000),
-                                    lambda c: np.random.default_rng(0).bytes(20_000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c[: len(c) // 2],
+        lambda c: c[:100],
+        lambda c: b"",
+        lambda c: bytes(5000),
+        lambda c: np.random.default_rng(0).bytes(20_000),
+    ],
+)
 def test_a_damaged_file_is_rejected_as_corrupt(tmp_path, damage):
     path = write_video(tmp_path / "a.mp4")
     path.write_bytes(damage(path.read_bytes()))
@@ -256,8 +278,15 @@ def extracted(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{clip}.jpg").write_bytes(encode_frame(ramp(k / 10, (60, 40)), 77))
         (tmp_path / f"{clip}.wav").write_bytes(encode_wav(tones(2.0, 16000, [440])[0], 16000))
-        entries.append({"video_id": clip, "wav": str(tmp_path / f"{clip}.wav"), "video_path": str(tmp_path / "frames"),
-                        "labels": "/m/09x0r,/m/04rlf", "more": 1})  # fmt: skip
+        entries.append(
+            {
+                "video_id": clip,
+                "wav": str(tmp_path / f"{clip}.wav"),
+                "video_path": str(tmp_path / "frames"),
+                "labels": "/m/09x0r,/m/04rlf",
+                "more": 1,
+            }
+        )
     (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
     return tmp_path
 
@@ -294,15 +323,18 @@ def test_frozen_extracted_frames_are_rejected_too(extracted):
     assert "0.jpg" in EncodeFrames(shape(keep_frozen=True))(entry)
 
 
-@pytest.mark.parametrize("text", [
-    "not json",
-    "[]",
-    "{}",
-    '{"data": [{"video_id": "a"}]}',
-    '{"data": ["a"]}',
-    '{"data": 3}',
-    '{"data": [{"video_id": 7, "wav": "", "video_path": "", "labels": ""}]}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        "{}",
+        '{"data": [{"video_id": "a"}]}',
+        '{"data": ["a"]}',
+        '{"data": 3}',
+        '{"data": [{"video_id": 7, "wav": "", "video_path": "", "labels": ""}]}',
+    ],
+)
 def test_a_list_that_is_none_is_named_with_what_was_expected(tmp_path, text):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(ConfigError, match=r'list\.json is not a list of clips .*expected \{"data"'):

@@ -42,8 +42,16 @@ def clips(tmp_path_factory):
 
 
 def settings(url, seed=0, **stream):
-    return from_dict(Config, {"model": {"size": "tiny"}, "train": {"batch_size": BATCH}, "seed": seed,
-                              "stream": {"url": str(url), "workers": 0, "window": 2, "lanes": 2, **stream}}, "test")  # fmt: skip
+    return from_dict(
+        Config,
+        {
+            "model": {"size": "tiny"},
+            "train": {"batch_size": BATCH},
+            "seed": seed,
+            "stream": {"url": str(url), "workers": 0, "window": 2, "lanes": 2, **stream},
+        },
+        "test",
+    )
 
 
 def take(config, count, start=0, **arguments):
@@ -205,13 +213,26 @@ def test_the_environment_says_where_the_store_is_and_who_asks(s3, clips, monkeyp
     assert all(same(a, b) for a, b in zip(taken, take(settings(clips), 3), strict=True))
 
 
-@pytest.mark.parametrize(("url", "environment", "kind", "message"), [
-    ("s3://bucket", {"AWS_SECRET_ACCESS_KEY": "w" * 40}, StoreError, "s3://bucket/index: access is refused .*AWS_SECRET"),
-    ("s3://bucket", {"AWS_ACCESS_KEY_ID": "AKIAWRONGWRONGWRONG0"}, StoreError, "s3://bucket/index: access is refused"),
-    ("s3://none", {}, DatasetError, "s3://none holds no dataset: s3://none/index does not exist .*equiav pack"),
-    ("s3://bucket/empty", {}, DatasetError, "s3://bucket/empty holds no dataset"),
-    ("s4://bucket", {}, StoreError, "s4://bucket: Protocol not known: s4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("url", "environment", "kind", "message"),
+    [
+        (
+            "s3://bucket",
+            {"AWS_SECRET_ACCESS_KEY": "w" * 40},
+            StoreError,
+            "s3://bucket/index: access is refused .*AWS_SECRET",
+        ),
+        (
+            "s3://bucket",
+            {"AWS_ACCESS_KEY_ID": "AKIAWRONGWRONGWRONG0"},
+            StoreError,
+            "s3://bucket/index: access is refused",
+        ),
+        ("s3://none", {}, DatasetError, "s3://none holds no dataset: s3://none/index does not exist .*equiav pack"),
+        ("s3://bucket/empty", {}, DatasetError, "s3://bucket/empty holds no dataset"),
+        ("s4://bucket", {}, StoreError, "s4://bucket: Protocol not known: s4"),
+    ],
+)
 def test_what_is_wrong_with_the_store_is_said_at_the_start(
     s3, monkeypatch, tmp_path, capsys, url, environment, kind, message
 ):

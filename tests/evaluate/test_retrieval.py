@@ -9,7 +9,10 @@ from equiav.model import EquiAV
 def test_recalls():
     similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])  # ranks 1, 2, 3
     assert recalls(similarity, (1, 2, 3)) == {
-        "R@1": pytest.approx(100 / 3), "R@2": pytest.approx(200 / 3), "R@3": pytest.approx(100)}  # fmt: skip
+        "R@1": pytest.approx(100 / 3),
+        "R@2": pytest.approx(200 / 3),
+        "R@3": pytest.approx(100),
+    }
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -61,8 +64,11 @@ def test_every_ablation_can_be_evaluated(make_config, inter_on):
 def test_directions_mean_and_spread(config, monkeypatch):
     """Seed 0 finds all; with seeds 1 and 2 the second sound is nearer to the first picture."""
     image = torch.eye(2)
-    monkeypatch.setattr(retrieval, "embed_pairs", lambda m, s, p, seed: (
-        image if seed == 0 else torch.tensor([[1.0, 0.0], [0.9, 0.1]]), image))  # fmt: skip
+    monkeypatch.setattr(
+        retrieval,
+        "embed_pairs",
+        lambda m, s, p, seed: (image if seed == 0 else torch.tensor([[1.0, 0.0], [0.9, 0.1]]), image),
+    )
     result = zero_shot_retrieval(EquiAV(config.model, config.objective), config, clips(2))
     assert result["audio to image R@1"] == (pytest.approx(200 / 3), 25)
     assert result["image to audio R@1"] == (100, 0)

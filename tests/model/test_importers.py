@@ -40,9 +40,14 @@ def norm(name, width=D):
 
 
 def block(name, width=D, modality_norms=True):
-    shapes = {**norm(f"{name}.norm1", width), **norm(f"{name}.norm2", width), **linear(f"{name}.attn.qkv", 3 * width, width),
-              **linear(f"{name}.attn.proj", width, width), **linear(f"{name}.mlp.fc1", 4 * width, width),
-              **linear(f"{name}.mlp.fc2", width, 4 * width)}  # fmt: skip
+    shapes = {
+        **norm(f"{name}.norm1", width),
+        **norm(f"{name}.norm2", width),
+        **linear(f"{name}.attn.qkv", 3 * width, width),
+        **linear(f"{name}.attn.proj", width, width),
+        **linear(f"{name}.mlp.fc1", 4 * width, width),
+        **linear(f"{name}.mlp.fc2", width, 4 * width),
+    }
     for side in ("a", "v") if modality_norms else ():
         shapes |= norm(f"{name}.norm1_{side}", width) | norm(f"{name}.norm2_{side}", width)
     return shapes
@@ -89,8 +94,12 @@ def cavmae_layout():
         conv("patch_embed_a.proj", 1) | conv("patch_embed_v.proj", 3) | norm("norm") | norm("norm_a") | norm("norm_v")
     )
     for m, tokens in (("a", AUDIO_TOKENS), ("v", IMAGE_TOKENS)):
-        shapes |= {f"modality_{m}": (1, 1, D), f"pos_embed_{m}": (1, tokens, D), f"decoder_modality_{m}": (1, 1, 32),
-                   f"decoder_pos_embed_{m}": (1, tokens, 32)} | linear(f"decoder_pred_{m}", 256, 32)  # fmt: skip
+        shapes |= {
+            f"modality_{m}": (1, 1, D),
+            f"pos_embed_{m}": (1, tokens, D),
+            f"decoder_modality_{m}": (1, 1, 32),
+            f"decoder_pos_embed_{m}": (1, tokens, 32),
+        } | linear(f"decoder_pred_{m}", 256, 32)
         for n in range(DEPTH - 1):
             shapes |= block(f"blocks_{m}.{n}")
     shapes |= (
@@ -193,16 +202,28 @@ def test_mae_initialises_both_encoders_and_the_seed_the_rest(tmp_path):
     assert "audio.predictor.query.weight" in imported.fresh
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.update({"__M__.surprise": torch.zeros(1)}), "surprise: unknown key"),
-    (lambda s: s.pop("__M__.blocks_a.1.attn.qkv.bias"), "no value for audio.encoder.blocks.1.attn.qkv.bias"),
-    (lambda s: s.update({"__M__.norm_a.weight": torch.zeros(65)}), r"norm_a.weight: shape \(65,\) does not fit .* \(64,\)"),
-    (lambda s: s.update({"__M__.norm_v.bias": torch.full((64,), torch.nan)}), "norm_v.bias: holds values that are not finite"),
-    (lambda s: s.update({"__M__.blocks_a.3.norm1.weight": torch.zeros(64)}), "blocks_a.3.norm1.weight: there is no .* depth 3"),
-    (lambda s: s.update({"__M__.norm_a.weight": "text"}), "norm_a.weight: expected a tensor, found str"),
-    (lambda s: s.update({"norm_a.weight": torch.zeros(64)}), "norm_a.weight: stands in the checkpoint twice"),
-    (lambda s: s.clear(), "expected a state dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update({"__M__.surprise": torch.zeros(1)}), "surprise: unknown key"),
+        (lambda s: s.pop("__M__.blocks_a.1.attn.qkv.bias"), "no value for audio.encoder.blocks.1.attn.qkv.bias"),
+        (
+            lambda s: s.update({"__M__.norm_a.weight": torch.zeros(65)}),
+            r"norm_a.weight: shape \(65,\) does not fit .* \(64,\)",
+        ),
+        (
+            lambda s: s.update({"__M__.norm_v.bias": torch.full((64,), torch.nan)}),
+            "norm_v.bias: holds values that are not finite",
+        ),
+        (
+            lambda s: s.update({"__M__.blocks_a.3.norm1.weight": torch.zeros(64)}),
+            "blocks_a.3.norm1.weight: there is no .* depth 3",
+        ),
+        (lambda s: s.update({"__M__.norm_a.weight": "text"}), "norm_a.weight: expected a tensor, found str"),
+        (lambda s: s.update({"norm_a.weight": torch.zeros(64)}), "norm_a.weight: stands in the checkpoint twice"),
+        (lambda s: s.clear(), "expected a state dict"),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     checkpoint = equiav_layout()
     change(checkpoint)
@@ -210,12 +231,15 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
         run(tmp_path, checkpoint)
 
 
-@pytest.mark.parametrize(("layout", "key", "ours"), [
-    (cavmae_layout, "module.blocks_u.0.attn.qkv.bias", r"audio.encoder.blocks.2.attn.qkv.bias"),
-    (cavmae_layout, "module.norm_v.weight", "image.encoder.norm.weight"),
-    (mae_layout, "norm.bias", "audio.encoder.norm.bias"),
-    (mae_layout, "patch_embed.proj.weight", "audio.encoder.patch_embed.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "key", "ours"),
+    [
+        (cavmae_layout, "module.blocks_u.0.attn.qkv.bias", r"audio.encoder.blocks.2.attn.qkv.bias"),
+        (cavmae_layout, "module.norm_v.weight", "image.encoder.norm.weight"),
+        (mae_layout, "norm.bias", "audio.encoder.norm.bias"),
+        (mae_layout, "patch_embed.proj.weight", "audio.encoder.patch_embed.weight"),
+    ],
+)
 def test_incomplete_sources_are_named(tmp_path, layout, key, ours):
     checkpoint = layout()
     checkpoint.get("model", checkpoint).pop(key)
@@ -269,12 +293,15 @@ def test_vectors_of_an_imported_model_are_those_it_was_trained_with(tmp_path):
     assert run(tmp_path, mae_layout())[1].augment.variant == "paper"
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("config.json", b"{", "config.json: not valid JSON"),
-    ("config.json", b'{"modle": {}}', "config.json: unknown field modle"),
-    ("model.safetensors", b"\x00" * 40, "model.safetensors: does not hold the weights"),
-    ("model.safetensors", None, "no model.safetensors there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "config.json: not valid JSON"),
+        ("config.json", b'{"modle": {}}', "config.json: unknown field modle"),
+        ("model.safetensors", b"\x00" * 40, "model.safetensors: does not hold the weights"),
+        ("model.safetensors", None, "no model.safetensors there"),
+    ],
+)
 def test_a_damaged_model_folder_is_named(tmp_path, name, content, message):
     model, settings, _ = run(tmp_path, equiav_layout())
     save_model(tmp_path / "out", model.state_dict(), settings)
@@ -362,9 +389,11 @@ def test_a_converted_released_checkpoint_computes_what_the_program_computes(tmp_
     branch, picture = model.get_submodule(side), x.transpose(1, 2).unsqueeze(1) if m == "a" else x
     z, z_aug, inter, _ = branch(picture, picture, t)
     for ours, theirs in (
-        (branch.encoder(picture)[0], h), (z, head(predict(t[:, :1]), "intra")), (z_aug, head(h_aug.mean(1), "intra")),
+        (branch.encoder(picture)[0], h),
+        (z, head(predict(t[:, :1]), "intra")),
+        (z_aug, head(h_aug.mean(1), "intra")),
         (inter, head(predict(t[:, 1:]), "inter")),
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 

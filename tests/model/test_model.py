@@ -254,8 +254,12 @@ def test_forward_gives_the_embeddings_of_every_ablation(make_config, intra, inte
     e = Embeddings(*model(*x))
     h, h_aug = model.image.encoder(x[1], x[3])
     predicted = [model.predict_image(h, x[5][:, k : k + 1])[:, 0] for k in range(1 + config.objective.sampled)]
-    representative = {"original": lambda: h.mean(1), "augmented": lambda: h_aug.mean(1), "equivariant": lambda: predicted[0],
-                      "centroid": lambda: sum(predicted[1:]) / S}[inter_on]()  # fmt: skip
+    representative = {
+        "original": lambda: h.mean(1),
+        "augmented": lambda: h_aug.mean(1),
+        "equivariant": lambda: predicted[0],
+        "centroid": lambda: sum(predicted[1:]) / S,
+    }[inter_on]()
     torch.testing.assert_close(e.inter_v, heads(model, "image", "inter", representative), atol=1e-5, rtol=1e-4)
     if intra == "none":
         assert e.intra_v is e.aug_v is e.intra_a is e.plain_v is None
@@ -334,10 +338,12 @@ def test_audio_side_of_forward(config):
     e = Embeddings(*model(*x))
     h, h_aug = model.audio.encoder(x[0].transpose(1, 2)[:, None], x[2].transpose(1, 2)[:, None])
     predicted = model.predict_audio(h, x[4])
-    expected = {"intra_a": heads(model, "audio", "intra", predicted[:, 0]),
-                "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
-                "plain_a": heads(model, "audio", "intra", h.mean(1)),
-                "inter_a": heads(model, "audio", "inter", predicted[:, 1:].mean(1))}  # fmt: skip
+    expected = {
+        "intra_a": heads(model, "audio", "intra", predicted[:, 0]),
+        "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
+        "plain_a": heads(model, "audio", "intra", h.mean(1)),
+        "inter_a": heads(model, "audio", "inter", predicted[:, 1:].mean(1)),
+    }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(e, name), value, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(

@@ -25,8 +25,16 @@ def random_shards(rng, count):
     letters = "abcXYZ0189-_ é語"
     names = {"".join(rng.choices(letters, k=rng.randint(1, 30))).strip() + f"{k}.tar" for k in range(count)}
     digits = "0123456789abcdef"
-    return [Shard(name, rng.choice([1, 7, 512, 10**10 - 1]), rng.choice([1, 10**13 - 1, rng.randrange(10**9)]),
-                  "".join(rng.choices(digits, k=16)), "".join(rng.choices(digits, k=16))) for name in names]  # fmt: skip
+    return [
+        Shard(
+            name,
+            rng.choice([1, 7, 512, 10**10 - 1]),
+            rng.choice([1, 10**13 - 1, rng.randrange(10**9)]),
+            "".join(rng.choices(digits, k=16)),
+            "".join(rng.choices(digits, k=16)),
+        )
+        for name in names
+    ]
 
 
 def opened(folder, index):
@@ -133,19 +141,22 @@ def heads(**changes):
     return json.dumps(json.loads(INDEX[:HEAD]) | changes).encode() + INDEX[HEAD:]
 
 
-@pytest.mark.parametrize(("index", "message"), [
-    (b"not json\n", "first line is no JSON object"),
-    (b"[1, 2]\n", "first line is no JSON object"),
-    (b"\xff\xfe\n", "first line is no JSON object"),
-    (b"{}\n", "first line is no JSON object"),
-    (heads(format=2), "has format 2, this program reads 1"),
-    (heads(name_width="x"), "first line is no JSON object"),
-    (heads(name_width=None), "first line is no JSON object"),
-    (heads(name_width=3), "damaged"),
-    (heads(shards=6), "damaged"),
-    (heads(shards="7"), "damaged"),
-    (heads(fingerprint="0" * 64), "damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"not json\n", "first line is no JSON object"),
+        (b"[1, 2]\n", "first line is no JSON object"),
+        (b"\xff\xfe\n", "first line is no JSON object"),
+        (b"{}\n", "first line is no JSON object"),
+        (heads(format=2), "has format 2, this program reads 1"),
+        (heads(name_width="x"), "first line is no JSON object"),
+        (heads(name_width=None), "first line is no JSON object"),
+        (heads(name_width=3), "damaged"),
+        (heads(shards=6), "damaged"),
+        (heads(shards="7"), "damaged"),
+        (heads(fingerprint="0" * 64), "damaged"),
+    ],
+)
 def test_a_first_line_that_is_wrong_is_named(tmp_path, index, message):
     with pytest.raises(DatasetError, match=f"{tmp_path}/index .*{message}"):
         opened(tmp_path, index)
@@ -189,8 +200,14 @@ def test_two_million_shards_open_in_little_memory(tmp_path):
     for digit in range(3):
         rows[:, lines.index(b"512") + 2 - digit] = ord("0") + sizes // 10**digit % 10
     with (tmp_path / "index").open("wb") as file:
-        head = {"format": 1, "shards": count, "samples": int(sizes.sum()), "bytes": 256_000_000 * count,
-                "name_width": 16, "fingerprint": hashlib.sha256(rows).hexdigest()}  # fmt: skip
+        head = {
+            "format": 1,
+            "shards": count,
+            "samples": int(sizes.sum()),
+            "bytes": 256_000_000 * count,
+            "name_width": 16,
+            "fingerprint": hashlib.sha256(rows).hexdigest(),
+        }
         file.write(json.dumps(head).encode() + b"\n")
         file.write(rows)
     program = """if True:
@@ -342,15 +359,18 @@ def test_a_tar_cut_within_a_member_is_refused_with_the_members_name(tmp_path):
     refused(path, "truncated in member b.jpg: it ends at byte 7048, the file at 4000")
 
 
-@pytest.mark.parametrize("length", [
-    6656,  # before the last header
-    7000,  # in it
-    7168,  # after it
-    7467,  # in the content of the last member
-    7500,  # behind it
-    7680,  # before the empty blocks
-    8000,  # in the first of them
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "length",
+    [
+        6656,  # before the last header
+        7000,  # in it
+        7168,  # after it
+        7467,  # in the content of the last member
+        7500,  # behind it
+        7680,  # before the empty blocks
+        8000,  # in the first of them
+    ],
+)
 def test_a_tar_cut_anywhere_is_refused(tmp_path, length):
     """Where it ends between members it has no end: the two empty blocks that a tar closes with."""
     path = write_tar(tmp_path / "x.tar", [("a.jpg", bytes(1000)), ("b.jpg", bytes(4500)), ("c.jpg", bytes(300))])
@@ -371,13 +391,19 @@ def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path):
     refused(path, ".*member")
 
 
-@pytest.mark.parametrize(("entries", "message"), [
-    ([], "holds no samples"),
-    ([("folder", None), ("README", b"text")], "holds no samples"),
-    ([("a.jpg", b"1"), ("a.wav", b"2"), ("a.jpg", b"3")], "member a.jpg comes twice"),
-    ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.wav", b"3")], "sample a comes twice, or its members are not side by side"),
-    ([("f/a.jpg", b"1"), ("b.jpg", b"2"), ("f/a.jpg", b"3")], "sample f/a comes twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "holds no samples"),
+        ([("folder", None), ("README", b"text")], "holds no samples"),
+        ([("a.jpg", b"1"), ("a.wav", b"2"), ("a.jpg", b"3")], "member a.jpg comes twice"),
+        (
+            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.wav", b"3")],
+            "sample a comes twice, or its members are not side by side",
+        ),
+        ([("f/a.jpg", b"1"), ("b.jpg", b"2"), ("f/a.jpg", b"3")], "sample f/a comes twice"),
+    ],
+)
 def test_a_tar_that_is_no_shard_is_refused_by_name(tmp_path, entries, message):
     refused(write_tar(tmp_path / "x.tar", entries), message)
 
@@ -411,8 +437,12 @@ def problems(folder, shard):
 def test_each_flipped_bit_is_found_and_laid_to_its_member(tmp_path, shard):
     path, rng = tmp_path / "x.tar", random.Random(0)
     right = path.read_bytes()
-    owner = {place: (s.key, f"member {name} is damaged") for s in scan(path, "x.tar") for name, m in s.members.items()
-             for place in range(m.offset, m.offset + m.length)}  # fmt: skip
+    owner = {
+        place: (s.key, f"member {name} is damaged")
+        for s in scan(path, "x.tar")
+        for name, m in s.members.items()
+        for place in range(m.offset, m.offset + m.length)
+    }
     places = rng.sample(sorted(owner), 150) + rng.sample(sorted(set(range(len(right))) - owner.keys()), 50)
     assert problems(tmp_path, shard) == []
     for place in places:

@@ -250,8 +250,12 @@ def test_the_same_from_a_store(damaged, s3, tmp_path):
     flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
     flip(damaged / "000008-00.tar.offsets", 30)
     shutil.copytree(damaged, s3.folder / "damaged" / "toys")
-    expected = (dict.fromkeys(range(10, 20), "shard missing") | dict.fromkeys([57, 58, 59], "shard truncated")
-                | {34: "checksum"} | dict.fromkeys(range(80, 90), "offsets damaged"))  # fmt: skip
+    expected = (
+        dict.fromkeys(range(10, 20), "shard missing")
+        | dict.fromkeys([57, 58, 59], "shard truncated")
+        | {34: "checksum"}
+        | dict.fromkeys(range(80, 90), "offsets damaged")
+    )
     arguments = {"options": s3.options, "cache": tmp_path / "cache"}
     assert run_epoch("s3://damaged/toys", **arguments)[0] == expected
     assert run_epoch("s3://damaged/toys", workers=2, **arguments)[0] == expected
@@ -396,14 +400,22 @@ def test_the_state_of_the_stream_is_small_and_another_order_does_not_take_it(loc
             loader.restore(state)
 
 
-@pytest.mark.parametrize(("name", "damage", "message"), [
-    ("no index", lambda path: path.unlink(), "holds no dataset.*equiav pack"),
-    ("empty", lambda path: path.write_bytes(b""), "is empty"),
-    ("cut", lambda path: os.truncate(path, path.stat().st_size - 10), "is damaged"),
-    ("bit", lambda path: flip(path, path.stat().st_size - 30), "is damaged"),
-    ("text", lambda path: path.write_text("hello\n"), "is not an index of shards"),
-    ("future", lambda path: path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 9')), "has format 9"),
-], ids=lambda x: x if isinstance(x, str) and " " not in x[:3] else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("no index", lambda path: path.unlink(), "holds no dataset.*equiav pack"),
+        ("empty", lambda path: path.write_bytes(b""), "is empty"),
+        ("cut", lambda path: os.truncate(path, path.stat().st_size - 10), "is damaged"),
+        ("bit", lambda path: flip(path, path.stat().st_size - 30), "is damaged"),
+        ("text", lambda path: path.write_text("hello\n"), "is not an index of shards"),
+        (
+            "future",
+            lambda path: path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 9')),
+            "has format 9",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) and " " not in x[:3] else "",
+)
 def test_a_dataset_without_a_whole_index_is_refused(damaged, name, damage, message):
     damage(damaged / "index")
     with pytest.raises(DatasetError, match=message):
@@ -524,8 +536,10 @@ def test_two_hundred_kills_and_resizes_lose_nothing_and_repeat_nothing(remote, s
     while kills < 200:
         W, start = rng.choice([1, 2, 3]), len(done)
         log = tmp_path / f"log{kills}"
-        ranks = [start_rank(tmp_path / "run.py", url, tmp_path / "cache", f"{log}.{r}", proxy.options(), r, W, start, 0)
-                 for r in range(W)]  # fmt: skip
+        ranks = [
+            start_rank(tmp_path / "run.py", url, tmp_path / "cache", f"{log}.{r}", proxy.options(), r, W, start, 0)
+            for r in range(W)
+        ]
         wanted = start + rng.randint(0, 3)
         deadline = time.monotonic() + 120
 

@@ -103,9 +103,11 @@ def test_order_depends_on_each_of_its_inputs_and_on_nothing_else():
 
 
 def test_order_is_the_same_in_another_process():
-    program = ("import numpy as np; from streaming import Epoch, Order; "
-               "e = Epoch(Order('5f' * 32, 3, 7), np.arange(1, 30), 2); "
-               "print([[x.tolist() for x in e.slots(k, 0, 7)[:2]] for k in range(e.steps)])")  # fmt: skip
+    program = (
+        "import numpy as np; from streaming import Epoch, Order; "
+        "e = Epoch(Order('5f' * 32, 3, 7), np.arange(1, 30), 2); "
+        "print([[x.tolist() for x in e.slots(k, 0, 7)[:2]] for k in range(e.steps)])"
+    )
     here = Epoch(Order(FINGERPRINT, 3, 7), np.arange(1, 30), 2)
     mine = [[x.tolist() for x in here.slots(k, 0, 7)[:2]] for k in range(here.steps)]
     assert subprocess.run(

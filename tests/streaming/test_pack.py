@@ -153,8 +153,7 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same_dataset(whole, tm
     for count, after in [(k, after) for k in range(1, places + 1) for after in (False, True)][:-1]:
         folder = tmp_path / f"{count}-{after}"
         child = processes.Process(
-            target=pack_children.pack_until,
-            args=(str(folder), items, pack_children.encode, count, after, arguments),
+            target=pack_children.pack_until, args=(str(folder), items, pack_children.encode, count, after, arguments)
         )
         child.start()
         child.join(60)
@@ -266,14 +265,17 @@ def test_a_mistake_of_the_encoder_is_raised_as_it_is(whole, tmp_path, processes)
 # ---- what is refused
 
 
-@pytest.mark.parametrize("other", [
-    {"items": ITEMS[:-1]},
-    {"items": [*ITEMS[:-1], ("clips/other", 59)]},
-    {"items": [*ITEMS[:-1], ("clips/s059", 58)]},
-    {"part_items": 11},
-    {"max_shard_bytes": 25 << 10},
-    {"settings": "quality 80"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"items": ITEMS[:-1]},
+        {"items": [*ITEMS[:-1], ("clips/other", 59)]},
+        {"items": [*ITEMS[:-1], ("clips/s059", 58)]},
+        {"part_items": 11},
+        {"max_shard_bytes": 25 << 10},
+        {"settings": "quality 80"},
+    ],
+)
 def test_other_items_or_settings_than_it_was_begun_with_are_refused(whole, tmp_path, other):
     with pytest.raises(KeyError):
         packed(tmp_path, encode=pack_children.encode_with_a_mistake)
@@ -292,14 +294,17 @@ def test_a_dataset_is_not_packed_over(whole):
     assert files(whole) == before
 
 
-@pytest.mark.parametrize(("items", "message"), [
-    ([], "nothing to pack"),
-    ([("a", 1), ("b", 2), ("a", 3)], "key 'a' comes twice, for 1 and for 3"),
-    ([("a", 1), ("a.b", 2)], r"key 'a\.b' cannot name a sample"),
-    ([("folder.x/a", 1), ("folder/.a", 2)], r"key 'folder/\.a' cannot name a sample"),
-    ([("", 1)], "key '' cannot name a sample"),
-    ([("folder/", 1)], "key 'folder/' cannot name a sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "nothing to pack"),
+        ([("a", 1), ("b", 2), ("a", 3)], "key 'a' comes twice, for 1 and for 3"),
+        ([("a", 1), ("a.b", 2)], r"key 'a\.b' cannot name a sample"),
+        ([("folder.x/a", 1), ("folder/.a", 2)], r"key 'folder/\.a' cannot name a sample"),
+        ([("", 1)], "key '' cannot name a sample"),
+        ([("folder/", 1)], "key 'folder/' cannot name a sample"),
+    ],
+)
 def test_items_that_cannot_be_packed_are_named_before_anything_is_written(tmp_path, items, message):
     with pytest.raises(DatasetError, match=message):
         packed(tmp_path, items)

@@ -53,8 +53,21 @@ def make_dataset(url, count, part_items=10, **options):
     return store
 
 
-def open_loader(url, cache=None, *, batch=8, seed=1, lanes=2, window=2, max_bad=0.01, quarantine_path=None, patience=20.0,
-                options=None, cache_bytes=1 << 30, **arguments):  # fmt: skip
+def open_loader(
+    url,
+    cache=None,
+    *,
+    batch=8,
+    seed=1,
+    lanes=2,
+    window=2,
+    max_bad=0.01,
+    quarantine_path=None,
+    patience=20.0,
+    options=None,
+    cache_bytes=1 << 30,
+    **arguments,
+):
     dataset = Dataset(Store(url, patience=patience, options=options), cache)
     order = Order(dataset.fingerprint, seed, batch, lanes, window)
     arguments.setdefault("workers", 0)

@@ -74,8 +74,16 @@ def in_processes(W, cases, folder):
     out, port = Path(folder) / f"ranks-{W}.pt", str(free_port())
     processes = []
     for rank in range(W):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(W), "LOCAL_RANK": str(rank),
-               "LOCAL_WORLD_SIZE": str(W), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(W),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(W),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         processes.append(
             subprocess.Popen([sys.executable, "-m", "tests.train.ranks", json.dumps([cases, str(out)])], env=env)
         )

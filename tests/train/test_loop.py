@@ -22,8 +22,14 @@ def batches(size=8, epochs=1000):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS[:size]])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS[:size]]))
     for epoch in range(epochs):
-        yield Batch(epoch, torch.arange(size), frames, waveform, torch.full((size,), waveform.shape[1]),
-                    torch.ones(size, dtype=torch.bool))  # fmt: skip
+        yield Batch(
+            epoch,
+            torch.arange(size),
+            frames,
+            waveform,
+            torch.full((size,), waveform.shape[1]),
+            torch.ones(size, dtype=torch.bool),
+        )
 
 
 def run(config, source=None):
@@ -35,8 +41,11 @@ def run(config, source=None):
 
 def settings(make_config, steps=4, **sections):
     values = {"batch_size": 8, "steps": steps, "warmup_steps": 1, "lr": 1e-3, "lr_start": 1e-5}
-    return make_config(train={**values, **sections.pop("train", {})},
-                       objective={"centroid_size": 2, **sections.pop("objective", {})}, **sections)  # fmt: skip
+    return make_config(
+        train={**values, **sections.pop("train", {})},
+        objective={"centroid_size": 2, **sections.pop("objective", {})},
+        **sections,
+    )
 
 
 def test_learning_rate():
@@ -57,8 +66,17 @@ def test_one_batch_can_be_learned_by_heart(make_config, device):
     _, rows = run(config)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["loss_inter"] < 0.6 * math.log(8)
-    assert set(rows[0]) >= {"loss", "loss_inter", "loss_intra_audio", "loss_intra_image", "accuracy_inter", "similarity_audio",
-                            "gain_image", "gradient_norm", "lr"}  # fmt: skip
+    assert set(rows[0]) >= {
+        "loss",
+        "loss_inter",
+        "loss_intra_audio",
+        "loss_intra_image",
+        "accuracy_inter",
+        "similarity_audio",
+        "gain_image",
+        "gradient_norm",
+        "lr",
+    }
 
 
 def test_a_run_is_a_function_of_config_and_seed(make_config):
@@ -72,11 +90,18 @@ def test_a_run_is_a_function_of_config_and_seed(make_config):
         assert torch.equal(value, two.state_dict()[name])
 
 
-@pytest.mark.parametrize("objective", [
-    {"intra": "invariant", "inter_on": "original"}, {"intra": "none", "inter_on": "augmented"}, {"inter_on": "equivariant"},
-    {"schedule": "two_stage"}, {"schedule": "alternating"}, {"intra_positive_in_denominator": False},
-    {"learnable_temperature": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"intra": "invariant", "inter_on": "original"},
+        {"intra": "none", "inter_on": "augmented"},
+        {"inter_on": "equivariant"},
+        {"schedule": "two_stage"},
+        {"schedule": "alternating"},
+        {"intra_positive_in_denominator": False},
+        {"learnable_temperature": True},
+    ],
+)
 def test_every_ablation_trains(make_config, objective):
     model, rows = run(settings(make_config, steps=2, objective=objective))
     assert all(math.isfinite(value) for row in rows for value in row.values())
@@ -134,8 +159,13 @@ def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, w
         bad = good[1]
 
     def step_of(source, state, steps):
-        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), ranks, state, source,
-              lambda step, metrics: rows.append(metrics))  # fmt: skip
+        train(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)),
+            ranks,
+            state,
+            source,
+            lambda step, metrics: rows.append(metrics),
+        )
 
     step_of([good[0]], state, 1)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
@@ -163,8 +193,11 @@ def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, w
 
 
 def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
-    config = settings(make_config, objective={"schedule": "alternating"},
-                      train={"betas": [0.8, 0.9], "weight_decay": 0.3, "warmup_steps": 2})  # fmt: skip
+    config = settings(
+        make_config,
+        objective={"schedule": "alternating"},
+        train={"betas": [0.8, 0.9], "weight_decay": 0.3, "warmup_steps": 2},
+    )
     weights, epochs, rates, options = [], [], [], []
     real_loss, real_views, real_optimizer = loop.equiav_loss, loop.make_views, torch.optim.AdamW
 

@@ -28,8 +28,18 @@ class Nodes:
     def start(self, number):
         self.wanted.add(number)
         endpoint = f"node-0:{self.port}" if self.hosts.apart else f"127.0.0.1:{self.port}"
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "run", "--rdzv-conf",
-                      f"is_host={int(number == 0)},last_call_timeout=2", "--local-addr", self.hosts.address(number)]  # fmt: skip
+        rendezvous = [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            endpoint,
+            "--rdzv-id",
+            "run",
+            "--rdzv-conf",
+            f"is_host={int(number == 0)},last_call_timeout=2",
+            "--local-addr",
+            self.hosts.address(number),
+        ]
         size = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "20"]
         command = [sys.executable, "-m", "torch.distributed.run", *size, *rendezvous, "-m", "equiav", "pretrain"]
         command += ["--config", str(self.config), "--out", str(self.out), "--stall_seconds", "10"]

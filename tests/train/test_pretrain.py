@@ -24,12 +24,23 @@ class Run:
     def __init__(self, config, out, W=None, *arguments, module="equiav", env=None):
         program = [sys.executable, "-m"]
         if W:
-            program += ["torch.distributed.run", "--nproc-per-node", str(W), "--max-restarts", "3", "--rdzv-backend", "c10d",
-                        "--rdzv-endpoint", "127.0.0.1:0", "-m"]  # fmt: skip
+            program += [
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(W),
+                "--max-restarts",
+                "3",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                "127.0.0.1:0",
+                "-m",
+            ]
         self.out = Path(out)
         program += [module, "pretrain", "--config", str(config), "--out", str(out), *arguments]
-        self.process = subprocess.Popen(program, env={**ENV, **(env or {})}, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            program, env={**ENV, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def reach(self, step):
         """Waits until a step is in the log."""
@@ -179,8 +190,11 @@ def test_a_store_that_is_down_holds_up_nobody(run_config, whole, tmp_path):
     (tmp_path / "store" / "runs").mkdir(parents=True)
     with LocalS3(tmp_path / "store") as s3:
         proxy = FaultProxy(s3.port)
-        env = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret,
-               "AWS_ENDPOINT_URL": proxy.options()["endpoint_url"]}  # fmt: skip
+        env = {
+            "AWS_ACCESS_KEY_ID": s3.key,
+            "AWS_SECRET_ACCESS_KEY": s3.secret,
+            "AWS_ENDPOINT_URL": proxy.options()["endpoint_url"],
+        }
         run = Run(run_config, tmp_path / "out", 2, "--checkpoint.url", "s3://runs/one", env=env)
         run.reach(6)
         proxy.down = True

@@ -7,8 +7,15 @@ from tests.train.ranks import TINY, in_processes
 
 
 def settings(steps=2, objective=None, **train):
-    train = {"batch_size": 8, "micro_batch": 2, "steps": steps, "warmup_steps": min(10, steps // 2), "lr": 1e-3,
-             "lr_start": 1e-6, **train}  # fmt: skip
+    train = {
+        "batch_size": 8,
+        "micro_batch": 2,
+        "steps": steps,
+        "warmup_steps": min(10, steps // 2),
+        "lr": 1e-3,
+        "lr_start": 1e-6,
+        **train,
+    }
     return {**TINY, "train": train, "objective": {"centroid_size": 3, **(objective or {})}}
 
 
@@ -22,8 +29,10 @@ CASES = {
     "one copy each": (settings(shard=1), []),
     "recomputed": (settings(recompute=True), []),
     "recomputed, learned temperature": (
-        settings(recompute=True, batch_size=7, objective={"learnable_temperature": True}), [3]),
-}  # fmt: skip
+        settings(recompute=True, batch_size=7, objective={"learnable_temperature": True}),
+        [3],
+    ),
+}
 
 
 @pytest.fixture(scope="module")
