@@ -5,11 +5,12 @@ from streaming.dataset import Dataset, DatasetError
 from streaming.loader import Batch, Decoder, Loader, Stats
 from streaming.order import Epoch, Order
 from streaming.processes import ChildDied
-from streaming.quarantine import BadSample, Quarantine, TooManyBadSamples
+from streaming.quarantine import Bad, BadSample, Quarantine, TooManyBadSamples
 from streaming.shards import ShardError
 from streaming.store import Store, StoreError
 
 __all__ = [
+    "Bad",
     "BadSample",
     "Batch",
     "CacheError",

@@ -21,7 +21,7 @@ from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
 from streaming.order import Epoch, Order, share
 from streaming.processes import Child
-from streaming.quarantine import BadSample, Quarantine
+from streaming.quarantine import Bad, BadSample
 from streaming.shards import Member, Offsets, Sample
 
 KNOWN_SHARDS = 128  # whose offsets a decoding process keeps, a few hundred kB each
@@ -52,7 +52,8 @@ class Batch(NamedTuple):
     epoch: int
     step: int  # in the epoch
     samples: np.ndarray  # (b,) int64 ids; -1: the epoch has ended before this slot
-    valid: np.ndarray  # (b,) bool; false: quarantined, or no sample
+    valid: np.ndarray  # (b,) bool; false: it could not be used, or there is no sample
+    bad: list[Bad]  # what could not be used and why, in the order of the rows
     fields: dict[str, np.ndarray]  # (b, ...) each; zero where not valid
 
 
@@ -64,7 +65,6 @@ class Stats(NamedTuple):
     decoded: list[int]  # samples, by process
     wait_seconds: float  # in which the consumer waited
     queue_depth: int  # batches that are ready now
-    quarantined: Counter[str]  # samples by reason
 
 
 class Task(NamedTuple):
@@ -93,7 +93,8 @@ class _Step:
     buffer: int
     rows: dict[int, tuple[int, int, float]] = field(default_factory=dict)  # row -> shard number, place, draw
     left: int = 0  # rows not finished
-    repaired: set[int] = field(default_factory=set)
+    bad: dict[int, Bad] = field(default_factory=dict)  # by row
+    repaired: set[tuple[int, Member]] = field(default_factory=set)  # row, member
 
 
 @dataclass
@@ -127,7 +128,6 @@ class Loader:
         sharers: int = 1,
         draw: Callable[[int, np.ndarray], np.ndarray] = no_draw,
         empty: Empty = np.empty,
-        quarantine: Quarantine | None = None,
     ):
         """unit: rows of a batch that stay on one rank together. workers: decoding processes; 0: everything in threads of this
         one. ahead: batches prepared beyond the one being used. cache: folder for shards of a remote store, `cache_bytes` of it
@@ -139,7 +139,6 @@ class Loader:
             )
         self.dataset, self.order, self.decoder, self.draw, self.empty = dataset, order, decoder, draw, empty
         self.first, self.stop = share(order.batch, rank, ranks, unit)
-        self.quarantine = quarantine if quarantine is not None else Quarantine(dataset.samples)
         self._epoch = Epoch(order, dataset.sizes, 0)
         self._folder, self._hold = dataset.fingerprint[:16], 3  # windows at a time
         if dataset.store.local:
@@ -200,8 +199,8 @@ class Loader:
             raise
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint needs so that `batches` goes on from step `step`: under a kilobyte, and what was set aside."""
-        return {"step": step, "order": asdict(self.order), "quarantine": self.quarantine.state()}
+        """What a checkpoint needs so that `batches` goes on from step `step`: under a kilobyte."""
+        return {"step": step, "order": asdict(self.order)}
 
     def restore(self, state: dict[str, Any]) -> int:
         """-> the step to go on from. In another order than the one of the run there is no such step."""
@@ -212,19 +211,11 @@ class Loader:
                 f"{self.dataset.store.url}: a run cannot go on at step {state['step']} of another order of samples: "
                 f"{'; '.join(changed)}. Set them back (fingerprint: the dataset it began with), or begin a new run"
             )
-        self.quarantine.load(state["quarantine"])
         return state["step"]
 
     def stats(self) -> Stats:
         ready = sum(not step.left for step in self._flight.values())
-        return Stats(
-            self._fetch_stats,
-            list(self._seconds),
-            list(self._decoded),
-            self._wait_seconds,
-            ready,
-            self.quarantine.counts(),
-        )
+        return Stats(self._fetch_stats, list(self._seconds), list(self._decoded), self._wait_seconds, ready)
 
     # ---- scheduling
 
@@ -255,13 +246,7 @@ class Loader:
         samples[: len(slots.shards)] = self.dataset.starts[slots.shards] + slots.places
         step = _Step(samples, samples >= 0, slots.windows, -1)
         draws = self.draw(e, samples[: len(slots.shards)])
-        for row, (shard, place, draw) in enumerate(
-            zip(slots.shards.tolist(), slots.places.tolist(), draws.tolist(), strict=True)
-        ):
-            if int(samples[row]) in self.quarantine:
-                step.valid[row] = False
-            else:
-                step.rows[row] = (shard, place, draw)
+        step.rows = dict(enumerate(zip(slots.shards.tolist(), slots.places.tolist(), draws.tolist(), strict=True)))
         return number, step
 
     def _dispatch(self, number: int, step: _Step) -> None:
@@ -347,13 +332,14 @@ class Loader:
             self._set_aside(step, row, key, reason, detail)
         for row, key, member in result.damaged:
             shard = self.dataset[step.rows[row][0]]
-            if row in step.repaired:
-                step.left -= 1
-                self._set_aside(step, row, key, "checksum", "right in the store, wrong on the local disk, twice")
-            else:
-                step.repaired.add(row)
-                files = self._files(result.step // self.steps_per_epoch, step, step.rows[row][0])
-                self._fetcher.send(("repair", (result.step, row, key), shard.name, member, files[0]))
+            files = self._files(result.step // self.steps_per_epoch, step, step.rows[row][0])
+            if (row, member) in step.repaired:  # no property of the sample, which another machine could use
+                raise CacheError(
+                    f"{files[0]}: bytes {member.offset} to {member.offset + member.length} are right in the store, and wrong "
+                    "here even after they were written anew; this disk cannot be relied on"
+                )
+            step.repaired.add((row, member))
+            self._fetcher.send(("repair", (result.step, row, key), shard.name, member, files[0]))
 
     def _repaired(self, key: tuple[int, int, str], unusable: Unusable | None) -> None:
         number, row, name = key
@@ -370,7 +356,7 @@ class Loader:
         shard, place, _ = step.rows[row]
         step.valid[row] = False
         where = f"{self.dataset.store.url}/{self.dataset[shard].name}, sample {place}" + (f" ({key})" if key else "")
-        self.quarantine.add(int(step.samples[row]), reason, where, detail)
+        step.bad[row] = Bad(int(step.samples[row]), reason, where, detail)
 
     def _deliver(self) -> Batch:
         number, step = self._flight.popitem(last=False)
@@ -383,7 +369,7 @@ class Loader:
             oldest, windows = self._pending[0], self._pending[1].windows
         self._release((oldest // self.steps_per_epoch, windows[0]))
         epoch, k = divmod(number, self.steps_per_epoch)
-        return Batch(epoch, k, step.samples, step.valid, fields)
+        return Batch(epoch, k, step.samples, step.valid, [step.bad[row] for row in sorted(step.bad)], fields)
 
     def _release(self, before: tuple[float, float]) -> None:
         for key in [key for key in self._windows if key < before]:

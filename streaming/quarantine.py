@@ -1,12 +1,12 @@
-"""Samples that cannot be used: named, counted by reason, left out from then on."""
+"""Samples that cannot be used: named, and counted by reason until there are too many."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class BadSample(ValueError):  # noqa: N818
@@ -17,12 +17,22 @@ class BadSample(ValueError):  # noqa: N818
         self.reason, self.detail = reason, detail
 
 
+class Bad(NamedTuple):
+    """A use of a sample that failed."""
+
+    sample: int
+    reason: str  # what is counted
+    where: str  # shard, place in it, key
+    detail: str  # for people
+
+
 class TooManyBadSamples(RuntimeError):  # noqa: N818
     """More of the dataset is unusable than the run accepts."""
 
 
 class Quarantine:
-    """Grows as bad samples are met. Its state belongs in a checkpoint: what was left out once stays left out in a replay."""
+    """Grows as the batches name bad samples, each counted once. It keeps none of them from being tried again: of a sample that
+    is damaged in part, another draw may use what is whole."""
 
     def __init__(self, total: int, max_bad: float = 0.01, path: Path | None = None):
         self.total, self.max_bad, self.path = total, max_bad, path
@@ -42,26 +52,28 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._reasons)
 
-    def __contains__(self, sample: int) -> bool:
-        return sample in self._reasons
-
-    def add(self, sample: int, reason: str, where: str, detail: str = "") -> None:
-        if sample in self._reasons:
-            return
-        self._reasons[sample] = reason
-        if self.path and sample not in self._listed:
-            self._listed.add(sample)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"sample": sample, "where": where, "reason": reason, "detail": detail}) + "\n"
-            with self.path.open("a") as file:  # one write to the end: processes may share the file
-                file.write(line)
-        if len(self) > self.max_bad * self.total + 1e-6:
+    def add(self, bad: Iterable[Bad]) -> None:
+        """Records all of them, and then raises if they are too many."""
+        last = None
+        for one in bad:
+            if one.sample not in self._reasons:
+                self._reasons[one.sample] = one.reason
+                self._list(one)
+                last = one
+        if last and len(self) > self.max_bad * self.total + 1e-6:
             counts = ", ".join(f"{count} {name}" for name, count in self.counts().most_common())
             raise TooManyBadSamples(
                 f"{len(self)} of {self.total} samples cannot be used ({counts}), more than "
-                f"max_bad={self.max_bad:g} allows; the last was sample {sample}, {where}: {detail or reason}"
-                + (f". All are listed in {self.path}" if self.path else "")
+                f"max_bad={self.max_bad:g} allows; the last was sample {last.sample}, {last.where}: "
+                f"{last.detail or last.reason}" + (f". All are listed in {self.path}" if self.path else "")
             )
+
+    def _list(self, bad: Bad) -> None:
+        if self.path and bad.sample not in self._listed:
+            self._listed.add(bad.sample)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:  # one write to the end: processes may share the file
+                file.write(json.dumps(bad._asdict()) + "\n")
 
     def counts(self) -> Counter[str]:
         return Counter(self._reasons.values())

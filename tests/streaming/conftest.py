@@ -7,7 +7,9 @@ from tests.streaming.toys import make_dataset
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory):
     """A real S3 server; the credentials are in the environment, as users have them."""
-    with pytest.MonkeyPatch.context() as patch, LocalS3(tmp_path_factory.mktemp("s3")) as server:
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "clips").mkdir()
+    with pytest.MonkeyPatch.context() as patch, LocalS3(folder) as server:
         patch.setenv("AWS_ACCESS_KEY_ID", server.key)
         patch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -17,7 +19,6 @@ def s3(tmp_path_factory):
 @pytest.fixture(scope="session")
 def remote(s3):
     """103 samples in 11 shards on S3: (url, options). Not to be changed."""
-    (s3.folder / "clips").mkdir()
     make_dataset("s3://clips/toys", 103, **s3.options)
     return "s3://clips/toys", s3.options
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streaming import CacheError, ChildDied, Dataset, DatasetError, Epoch, Loader, Order, Store, TooManyBadSamples
+from streaming import Bad, BadSample, CacheError, ChildDied, Dataset, DatasetError, Epoch, Loader, Order, Store
+from streaming.fetch import Fetcher
 from streaming.order import share
 from streaming.shards import Offsets
 from tests.streaming.fault_proxy import FaultProxy
@@ -205,28 +206,81 @@ def flip(path, position):
         file.write(bytes([byte ^ 1]))
 
 
+def serve(s3, folder, bucket):
+    """-> the URL of a copy of the folder on S3, once the server sees it: it looks at its disk every tenth of a second."""
+    shutil.copytree(folder, s3.folder / bucket / "toys")
+    time.sleep(0.3)
+    return f"s3://{bucket}/toys"
+
+
 def run_epoch(url, **arguments):
-    arguments.setdefault("max_bad", 1.0)
+    """sample -> why it could not be used, in epoch 0."""
     with open_loader(str(url), **arguments) as loader:
         batches = take(loader, EPOCH)
-        delivered = [int(s) for b in batches for s in b.samples[b.valid]]
-        quarantined = loader.quarantine.state()
-        for b in batches:
-            assert not b.fields["bytes"][~b.valid].any()
-    assert sorted([*delivered, *quarantined]) == list(range(103))  # delivered + quarantined = total, always
-    return quarantined, loader
+    for b in batches:
+        assert not b.fields["bytes"][~b.valid].any()
+        assert [one.sample for one in b.bad] == [s for s in b.samples[~b.valid].tolist() if s >= 0]
+    bad = {one.sample: one for b in batches for one in b.bad}
+    delivered = [int(s) for b in batches for s in b.samples[b.valid]]
+    assert sorted([*delivered, *bad]) == list(range(103))  # delivered + bad = total, always
+    return bad
 
 
-def test_a_flipped_bit_is_quarantined_and_only_its_sample(damaged):
+def reasons(bad):
+    return {sample: one.reason for sample, one in bad.items()}
+
+
+def test_a_flipped_bit_is_bad_and_only_its_sample(damaged):
     for extension in ("0.bin", "1.bin", "2.bin"):
         flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members[extension].offset + 100)
-    quarantined, loader = run_epoch(damaged, quarantine_path=damaged / "quarantine.jsonl")
-    assert quarantined == {34: "checksum"}
-    line = json.loads((damaged / "quarantine.jsonl").read_text())
-    assert line["sample"] == 34
-    assert "000003-00.tar, sample 4 (s00034)" in line["where"]
-    assert "checksum" in line["detail"]
-    assert loader.stats().quarantined == {"checksum": 1}
+    (bad,) = run_epoch(damaged).values()
+    assert (bad.sample, bad.reason) == (34, "checksum")
+    assert bad.where == f"{damaged}/000003-00.tar, sample 4 (s00034)"
+    assert "000003-00.tar have not the checksum" in bad.detail
+
+
+def verdicts(url, W, count, start=0, **arguments):
+    """Of all ranks: (epoch, step, sample) -> what is bad about it, or None; and the number of rows that are valid."""
+    found, valid = {}, 0
+    for rank in range(W):
+        with open_loader(url, rank=rank, ranks=W, **arguments) as loader:
+            for b in take(loader, count, start):
+                bad = {one.sample: one for one in b.bad}
+                found |= {(b.epoch, b.step, s): bad.get(s) for s in b.samples.tolist() if s >= 0}
+                assert [s for s in b.samples[~b.valid].tolist() if s >= 0] == [one.sample for one in b.bad]
+                valid += int(b.valid.sum())
+    return found, valid
+
+
+def test_whether_a_sample_can_be_used_depends_on_its_bytes_and_its_draw_alone(damaged, s3, tmp_path):
+    """Of ten samples in a row, five have one or two damaged frames of three: in one epoch they can be used and in another not."""
+    for sample in range(0, 103, 2):
+        offsets = offsets_of(damaged, f"{sample // 10:06d}-00.tar")[sample % 10]
+        for frame in {sample % 3, sample // 10 % 3}:
+            flip(damaged / f"{sample // 10:06d}-00.tar", offsets.members[f"{frame}.bin"].offset + 9)
+    whole, valid = verdicts(str(damaged), 1, 3 * EPOCH)
+    unusable = {key for key, bad in whole.items() if bad}
+    by_epoch = [{s for e, _, s in unusable if e == epoch} for epoch in range(3)]
+    for epoch, bad in enumerate(by_epoch):
+        frames = (toy_draw(epoch, np.arange(103)) * FRAMES).astype(int)
+        assert bad == {s for s in range(0, 103, 2) if frames[s] in (s % 3, s // 10 % 3)}
+    assert by_epoch[0] - by_epoch[1]
+    assert by_epoch[1] - by_epoch[0]
+    assert valid + len(unusable) == 3 * 103
+    for W, ahead in ((1, 0), (2, 3), (3, 1)):
+        assert verdicts(str(damaged), W, 3 * EPOCH, ahead=ahead) == (whole, valid)
+    for start in range(1, 2 * EPOCH, 5):
+        count = EPOCH + 2
+        steps = {divmod(k, EPOCH) for k in range(start, start + count)}
+        after, _ = verdicts(str(damaged), 2, count, start)
+        assert after == {key: bad for key, bad in whole.items() if key[:2] in steps}
+    url = serve(s3, damaged, "partly")
+    for W in (1, 3):
+        arguments = {"options": s3.options, "cache": tmp_path / f"cache{W}"}
+        remote, _ = verdicts(url, W, 2 * EPOCH, **arguments)
+        assert {key: (bad and bad.reason) for key, bad in remote.items()} == {
+            key: (bad and bad.reason) for key, bad in whole.items() if key[0] < 2
+        }
 
 
 def test_a_bit_in_a_member_that_is_not_used_does_no_harm(damaged):
@@ -234,13 +288,13 @@ def test_a_bit_in_a_member_that_is_not_used_does_no_harm(damaged):
     frame = int(toy_draw(0, np.array([34]))[0] * FRAMES)
     other = (frame + 1) % FRAMES
     flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members[f"{other}.bin"].offset)
-    assert run_epoch(damaged)[0] == {}
+    assert run_epoch(damaged) == {}
 
 
 def test_of_a_truncated_shard_the_whole_samples_are_delivered(damaged):
     offsets = offsets_of(damaged, "000005-00.tar")
     os.truncate(damaged / "000005-00.tar", offsets[7].members["json"].offset + 3)
-    assert run_epoch(damaged)[0] == dict.fromkeys([57, 58, 59], "shard truncated")
+    assert reasons(run_epoch(damaged)) == dict.fromkeys([57, 58, 59], "shard truncated")
 
 
 def test_the_same_from_a_store(damaged, s3, tmp_path):
@@ -249,7 +303,7 @@ def test_the_same_from_a_store(damaged, s3, tmp_path):
     (damaged / "000001-00.tar").unlink()
     flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
     flip(damaged / "000008-00.tar.offsets", 30)
-    shutil.copytree(damaged, s3.folder / "damaged" / "toys")
+    url = serve(s3, damaged, "damaged")
     expected = (
         dict.fromkeys(range(10, 20), "shard missing")
         | dict.fromkeys([57, 58, 59], "shard truncated")
@@ -257,45 +311,41 @@ def test_the_same_from_a_store(damaged, s3, tmp_path):
         | dict.fromkeys(range(80, 90), "offsets damaged")
     )
     arguments = {"options": s3.options, "cache": tmp_path / "cache"}
-    assert run_epoch("s3://damaged/toys", **arguments)[0] == expected
-    assert run_epoch("s3://damaged/toys", workers=2, **arguments)[0] == expected
+    assert reasons(run_epoch(url, **arguments)) == expected
+    assert reasons(run_epoch(url, workers=2, **arguments)) == expected
     for rank in range(3):  # and the same samples, whoever meets them
-        with open_loader("s3://damaged/toys", max_bad=1.0, rank=rank, ranks=3, **arguments) as loader:
+        with open_loader(url, rank=rank, ranks=3, **arguments) as loader:
             batches = take(loader, EPOCH)
             bad = {int(s) for b in batches for s in b.samples[~b.valid] if s >= 0}
             assert bad == set(expected) & {int(s) for b in batches for s in b.samples}
 
 
-def test_a_missing_shard_and_missing_offsets_are_quarantined(damaged):
+def test_a_missing_shard_and_missing_offsets_are_bad(damaged):
     (damaged / "000001-00.tar").unlink()
     (damaged / "000002-00.tar.offsets").unlink()
     expected = dict.fromkeys(range(10, 20), "shard missing") | dict.fromkeys(range(20, 30), "offsets missing")
-    assert run_epoch(damaged)[0] == expected
+    assert reasons(run_epoch(damaged)) == expected
 
 
-def test_what_the_decoder_refuses_is_quarantined(damaged):
+def test_what_the_decoder_refuses_is_bad(local):
     class Picky(ToyDecoder):
-        def members(self, names, draw):
-            return super().members([n for n in names if n != "json"], draw)
+        def decode(self, key, members, out):
+            if key == "s00034":
+                raise BadSample("picky", "not this one")
+            super().decode(key, members, out)
 
-    dataset = Dataset(Store(str(damaged)))
-    with (
-        pytest.raises(TooManyBadSamples, match=r"2 of 103 samples .*2 member missing.* max_bad=0.01"),
-        Loader(dataset, Order(dataset.fingerprint, 1, 8), Picky(), workers=0) as loader,
-    ):
-        take(loader, EPOCH)
+    dataset = Dataset(Store(local))
+    with Loader(dataset, Order(dataset.fingerprint, 1, 8), Picky(), workers=0) as loader:
+        bad = [one for batch in take(loader, EPOCH) for one in batch.bad]
+    assert bad == [Bad(34, "picky", f"{local}/000003-00.tar, sample 4 (s00034)", "not this one")]
 
 
-def test_a_replay_leaves_out_what_was_left_out_though_it_is_whole_again(damaged):
-    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
-    quarantined, first = run_epoch(damaged, quarantine_path=damaged / "quarantine.jsonl")
-    flip(damaged / "000003-00.tar", offsets_of(damaged, "000003-00.tar")[4].members["json"].offset)
-    with open_loader(str(damaged), quarantine_path=damaged / "quarantine.jsonl") as loader:
-        assert loader.restore(json.loads(json.dumps(first.state(0)))) == 0
-        batches = take(loader, EPOCH)
-        assert {int(s) for b in batches for s in b.samples[~b.valid]} == {34, -1}
-    assert len((damaged / "quarantine.jsonl").read_text().splitlines()) == 1
-    assert quarantined == {34: "checksum"}
+def test_what_is_whole_again_is_used_again(damaged):
+    place = offsets_of(damaged, "000003-00.tar")[4].members["json"].offset
+    flip(damaged / "000003-00.tar", place)
+    assert reasons(run_epoch(damaged)) == {34: "checksum"}
+    flip(damaged / "000003-00.tar", place)
+    assert run_epoch(damaged) == {}
 
 
 def test_damage_on_the_local_disk_is_repaired_from_the_store(remote, tmp_path):
@@ -307,8 +357,36 @@ def test_damage_on_the_local_disk_is_repaired_from_the_store(remote, tmp_path):
             flip(path, position)
     with open_loader(url, tmp_path, options=options) as loader:
         batches = take(loader, EPOCH)
-        assert not len(loader.quarantine)
+        assert not any(b.bad for b in batches)
     assert sorted(int(s) for b in batches for s in b.samples[b.valid]) == list(range(103))
+
+
+def test_each_damaged_member_of_a_sample_is_repaired_and_a_disk_that_damages_them_again_ends_the_run(
+    remote, local, tmp_path, monkeypatch
+):
+    url, options = remote
+    with open_loader(url, tmp_path, options=options) as loader:
+        take(loader, EPOCH)
+    members = offsets_of(Path(local), "000003-00.tar")[4].members
+    (file,) = tmp_path.rglob("00000003.tar")
+    for name in members:
+        flip(file, members[name].offset)
+    with open_loader(url, tmp_path, options=options) as loader:
+        assert not any(b.bad for b in take(loader, EPOCH))
+    send = Fetcher.send
+
+    def damage_again(self, *message):
+        if message[0] == "repaired":
+            flip(file, members["json"].offset)
+        send(self, *message)
+
+    flip(file, members["json"].offset)
+    monkeypatch.setattr(Fetcher, "send", damage_again)
+    with (
+        open_loader(url, tmp_path, options=options) as loader,
+        pytest.raises(CacheError, match=f"{file}: bytes .* are right in the store, and wrong here.*this disk"),
+    ):
+        take(loader, EPOCH)
 
 
 def test_a_torn_file_in_the_cache_is_fetched_again(remote, tmp_path):

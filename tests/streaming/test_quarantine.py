@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 
-from streaming import BadSample, Quarantine
-from streaming.quarantine import TooManyBadSamples
+from streaming import Bad, BadSample, Quarantine, TooManyBadSamples
+
+
+def bad(sample, reason, where, detail=""):
+    return Bad(sample, reason, where, detail)
 
 
 def listed(path):
@@ -16,42 +19,50 @@ def listed(path):
 def test_samples_are_counted_by_reason_and_each_once():
     quarantine = Quarantine(total=1000)
     for sample, reason in [(5, "checksum"), (7, "image"), (5, "image"), (9, "checksum"), (9, "checksum")]:
-        quarantine.add(sample, reason, "shard 1")
+        quarantine.add([bad(sample, reason, "shard 1")])
     assert len(quarantine) == 3
     assert quarantine.counts() == {"checksum": 2, "image": 1}
-    assert [sample for sample in range(12) if sample in quarantine] == [5, 7, 9]
+    assert quarantine.state() == {5: "checksum", 7: "image", 9: "checksum"}
 
 
 @pytest.mark.parametrize(("total", "max_bad", "allowed"), [(200, 0.01, 2), (299, 0.01, 2), (10, 0, 0), (4, 1, 4)])
 def test_the_run_stops_at_the_first_sample_beyond_the_limit(total, max_bad, allowed):
     quarantine = Quarantine(total, max_bad)
     for sample in range(allowed):
-        quarantine.add(sample, "image", "shard 1")
-        quarantine.add(sample, "image", "shard 1")
+        quarantine.add([bad(sample, "image", "shard 1")])
+        quarantine.add([bad(sample, "image", "shard 1")])
     if allowed < total:
         with pytest.raises(TooManyBadSamples, match=f"{allowed + 1} of {total} samples"):
-            quarantine.add(allowed, "image", "shard 1")
+            quarantine.add([bad(allowed, "image", "shard 1")])
 
 
 def test_the_error_says_what_how_much_and_where(tmp_path):
     path = tmp_path / "bad.jsonl"
     quarantine = Quarantine(100, 0.02, path)
-    quarantine.add(1, "image", "a.tar, sample 1 (x)")
-    quarantine.add(2, "checksum", "a.tar, sample 2 (y)")
+    quarantine.add([bad(1, "image", "a.tar, sample 1 (x)")])
+    quarantine.add([bad(2, "checksum", "a.tar, sample 2 (y)")])
     with pytest.raises(TooManyBadSamples) as caught:
-        quarantine.add(3, "image", "a.tar, sample 3 (z)", "cut after 17 bytes")
+        quarantine.add([bad(3, "image", "a.tar, sample 3 (z)", "cut after 17 bytes")])
     for part in ("3 of 100", "2 image, 1 checksum", "max_bad=0.02", "a.tar, sample 3 (z)", "17 bytes", str(path)):
         assert part in str(caught.value)
     assert [line["sample"] for line in listed(path)] == [1, 2, 3]
+
+
+def test_all_of_one_call_are_recorded_before_they_are_too_many(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    quarantine = Quarantine(100, 0.02, path)
+    with pytest.raises(TooManyBadSamples, match="5 of 100"):
+        quarantine.add(bad(sample, "image", "a.tar") for sample in range(5))
+    assert [line["sample"] for line in listed(path)] == list(quarantine.state()) == list(range(5))
 
 
 def test_every_sample_is_a_line_of_the_file(tmp_path):
     path = tmp_path / "new" / "folder" / "bad.jsonl"
     quarantine = Quarantine(1000, path=path)
     assert not path.exists()
-    quarantine.add(5, "image", "shard 1", 'ünlike "JPEG"\nat all')
-    quarantine.add(7, "checksum", "shard 2")
-    quarantine.add(5, "checksum", "shard 1")
+    quarantine.add([bad(5, "image", "shard 1", 'ünlike "JPEG"\nat all')])
+    quarantine.add([bad(7, "checksum", "shard 2")])
+    quarantine.add([bad(5, "checksum", "shard 1")])
     assert listed(path) == [
         {"sample": 5, "where": "shard 1", "reason": "image", "detail": 'ünlike "JPEG"\nat all'},
         {"sample": 7, "where": "shard 2", "reason": "checksum", "detail": ""},
@@ -60,12 +71,11 @@ def test_every_sample_is_a_line_of_the_file(tmp_path):
 
 def test_after_a_restart_nothing_is_listed_twice_but_everything_is_counted(tmp_path):
     path = tmp_path / "bad.jsonl"
-    Quarantine(1000, path=path).add(5, "image", "shard 1")
+    Quarantine(1000, path=path).add([bad(5, "image", "shard 1")])
     again = Quarantine(1000, path=path)
-    assert len(again) == 0  # what is left out is what the checkpoint says, not what the file says
-    assert 5 not in again
-    again.add(5, "image", "shard 1")
-    again.add(7, "image", "shard 1")
+    assert len(again) == 0  # what counts is what the checkpoint says, not what the file says
+    again.add([bad(5, "image", "shard 1")])
+    again.add([bad(7, "image", "shard 1")])
     assert [line["sample"] for line in listed(path)] == [5, 7]
     assert len(again) == 2
 
@@ -79,11 +89,11 @@ def cut(path):
 def test_a_half_written_last_line_does_no_harm_to_the_lines_before_it(tmp_path):
     path = tmp_path / "bad.jsonl"
     before = Quarantine(1000, path=path)
-    before.add(5, "image", "shard 1")
-    before.add(7, "image", "shard 1")
+    before.add([bad(5, "image", "shard 1")])
+    before.add([bad(7, "image", "shard 1")])
     cut(path)
     again = Quarantine(1000, path=path)
-    again.add(5, "image", "shard 1")
+    again.add([bad(5, "image", "shard 1")])
     assert len(path.read_text().splitlines()) == 2
     assert listed_where_whole(path) == [5]
 
@@ -102,27 +112,25 @@ def listed_where_whole(path):
 def test_what_follows_a_half_written_last_line_is_listed_once_and_stays_so(tmp_path, sample):
     path = tmp_path / "bad.jsonl"
     before = Quarantine(1000, path=path)
-    before.add(5, "image", "shard 1")
-    before.add(7, "image", "shard 1")
+    before.add([bad(5, "image", "shard 1")])
+    before.add([bad(7, "image", "shard 1")])
     cut(path)
     for _ in range(2):
-        Quarantine(1000, path=path).add(sample, "image", "shard 1")
+        Quarantine(1000, path=path).add([bad(sample, "image", "shard 1")])
         assert listed_where_whole(path) == [5, sample]
 
 
-def test_the_state_of_a_checkpoint_leaves_out_the_same_samples_without_listing_them_again(tmp_path):
+def test_the_state_of_a_checkpoint_counts_the_same_samples_without_listing_them_again(tmp_path):
     path = tmp_path / "bad.jsonl"
     before = Quarantine(1000, path=path)
-    before.add(5, "image", "shard 1")
-    before.add(7, "checksum", "shard 1")
+    before.add([bad(5, "image", "shard 1")])
+    before.add([bad(7, "checksum", "shard 1")])
     state = before.state()
-    before.add(9, "image", "shard 1")  # after the checkpoint: not of its state
+    before.add([bad(9, "image", "shard 1")])  # after the checkpoint: not of its state
     after = Quarantine(1000, path=path)
     after.load(pickle.loads(pickle.dumps(state)))
     assert (after.state(), after.counts(), len(after)) == (state, {"image": 1, "checksum": 1}, 2)
-    assert 7 in after
-    assert 9 not in after
-    after.add(7, "checksum", "shard 1")
+    after.add([bad(7, "checksum", "shard 1")])
     assert [line["sample"] for line in listed(path)] == [5, 7, 9]
 
 
@@ -130,7 +138,7 @@ def test_what_was_loaded_counts_towards_the_limit():
     after = Quarantine(100, 0.02)
     after.load({1: "image", 2: "image"})
     with pytest.raises(TooManyBadSamples, match="3 of 100"):
-        after.add(3, "image", "shard 1")
+        after.add([bad(3, "image", "shard 1")])
 
 
 def test_a_bad_sample_keeps_its_reason_on_the_way_between_processes():

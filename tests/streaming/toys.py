@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from streaming import BadSample, Dataset, Loader, Order, Quarantine, Store
+from streaming import BadSample, Dataset, Loader, Order, Store
 from streaming.pack import pack
 
 FRAMES, FRAME = 3, 700
@@ -61,8 +61,6 @@ def open_loader(
     seed=1,
     lanes=2,
     window=2,
-    max_bad=0.01,
-    quarantine_path=None,
     patience=20.0,
     options=None,
     cache_bytes=1 << 30,
@@ -71,7 +69,6 @@ def open_loader(
     dataset = Dataset(Store(url, patience=patience, options=options), cache)
     order = Order(dataset.fingerprint, seed, batch, lanes, window)
     arguments.setdefault("workers", 0)
-    arguments.setdefault("quarantine", Quarantine(dataset.samples, max_bad, quarantine_path))
     return Loader(dataset, order, ToyDecoder(), cache=cache, cache_bytes=cache_bytes, draw=toy_draw, **arguments)
 
 
