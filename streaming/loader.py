@@ -20,7 +20,7 @@ from streaming.cache import CacheError
 from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
 from streaming.order import Epoch, Order, share
-from streaming.processes import Child
+from streaming.processes import Child, stop
 from streaming.quarantine import Bad, BadSample
 from streaming.shards import Member, Offsets, Sample
 
@@ -176,8 +176,7 @@ class Loader:
 
     def close(self) -> None:
         self._closed = True
-        for child in (*self._workers, self._fetcher):
-            child.stop()
+        stop([*self._workers, self._fetcher])
 
     @property
     def steps_per_epoch(self) -> int:

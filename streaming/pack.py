@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streaming.dataset import INDEX, Dataset, DatasetError, Shard, describe, write_index
-from streaming.processes import Child, ChildDied
+from streaming.processes import Child, ChildDied, stop
 from streaming.quarantine import BadSample
 from streaming.store import Store
 
@@ -113,8 +113,7 @@ def pack(
                     records[record[0]] = record[1]
             report(_progress(records, sum(packer.done for packer in packers)))
     finally:
-        for packer in packers:
-            packer.child.stop()
+        stop([packer.child for packer in packers], patience=1.0)  # a part that is cut short is packed again
 
     shards = [shard for record in records.values() for shard in record.shards]
     rejected = [line for k in sorted(records) for line in records[k].rejected]

@@ -1,4 +1,8 @@
-"""Child processes that are spawned, never forked, talk over a pipe, and do not outlive their parent."""
+"""Child processes that are spawned, never forked, talk over a pipe, and do not outlive their parent.
+
+A signal that asks the run to end (SIGTERM from a scheduler, Ctrl-C) reaches its whole process group. It is for the parent, which
+may have much to finish before it stops its children: they have both signals blocked, from the first instant of their lives.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,11 @@ import platform
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,7 +41,8 @@ class Child:
             self.process = multiprocessing.get_context("spawn").Process(
                 target=_in_process, args=(target, theirs, args), name=name, daemon=True
             )
-            self.process.start()
+            with _blocked(signal.SIGTERM, signal.SIGINT):  # a new process inherits what is blocked
+                self.process.start()
             theirs.close()
 
     def receive(self) -> Any:
@@ -72,13 +80,29 @@ class Child:
         return ChildDied(f"{self.name} {how}; what it wrote to stderr says more")
 
     def stop(self) -> None:
-        """It sees the end of the pipe and leaves."""
-        self.connection.close()
-        if self.process:
-            self.process.join(5)
-            if self.process.is_alive():
-                self.process.kill()
-                self.process.join()
+        stop([self])
+
+
+def stop(children: Iterable[Child], patience: float = 5.0) -> None:
+    """They see the end of their pipes and leave; those that have not after `patience` seconds are killed."""
+    children, deadline = list(children), time.monotonic() + patience
+    for child in children:
+        child.connection.close()
+    for process in (child.process for child in children if child.process):
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    resource_tracker.ensure_running()  # starting it unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _in_thread(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
@@ -92,7 +116,6 @@ def _in_thread(target: Callable[..., None], connection: Connection, args: tuple[
 
 
 def _in_process(target: Callable[..., None], connection: Connection, args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and stops us
     threading.Thread(target=_die_with_parent, daemon=True).start()
     keep_freed_memory()
     _in_thread(target, connection, args)

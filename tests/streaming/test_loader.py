@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -598,6 +600,59 @@ def test_nothing_is_left_behind_by_a_killed_rank(remote, tmp_path):
     with open_loader(url, tmp_path / "cache", options=options) as loader:
         take(loader, EPOCH)
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+SIGNALLED = (
+    RUN.replace("import json, sys\n", "import json, signal, sys\n")
+    .replace(
+        "def main():\n",
+        "def main():\n"
+        "    for number in (signal.SIGTERM, signal.SIGINT):\n"
+        "        signal.signal(number, lambda number, frame: print(number, flush=True))\n"
+        "    print('ready', flush=True)\n",
+    )
+    .replace("buffering=1) as file:\n", "buffering=1) as file:\n            print('begun', flush=True)\n")
+)
+
+
+def test_signals_to_the_whole_group_are_the_parents_alone(local, reference, tmp_path):
+    """At random moments, from before the first child is started on; the same batches come, and SIGKILL still ends all."""
+    (tmp_path / "run.py").write_text(SIGNALLED)
+    argument = json.dumps([local, str(tmp_path / "cache"), str(tmp_path / "log"), None, 0, 1, 0, 2, 1 << 30])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), argument],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    rng, sent, told = random.Random(0), Counter(), []
+    try:
+        assert parent.stdout.readline() == "ready\n"
+        reader = threading.Thread(target=lambda: told.extend(parent.stdout), daemon=True)
+        reader.start()
+        lines, deadline = 0, time.monotonic() + 120
+        while "begun\n" not in told or lines < 2 * EPOCH or sum(sent.values()) < 50:
+            assert parent.poll() is None
+            assert time.monotonic() < deadline
+            number = rng.choice([signal.SIGTERM, signal.SIGINT])
+            os.killpg(parent.pid, number)
+            sent[number] += 1
+            time.sleep(rng.random() * 0.05)
+            lines = (tmp_path / "log").read_text().count("\n") if (tmp_path / "log").exists() else 0
+        assert f"{signal.SIGTERM:d}\n" in told
+        assert f"{signal.SIGINT:d}\n" in told
+        below = children(parent.pid)
+        assert len(below) == 3
+    finally:
+        parent.kill()
+        parent.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in below):
+        assert time.monotonic() < deadline, "children outlive their parent"
+        time.sleep(0.05)
+    steps = [json.loads(line) for line in (tmp_path / "log").read_text().split("\n")[: 2 * EPOCH]]
+    assert [step[2] for step in steps] == [step["samples"] for step in reference]
+    assert [step[3] for step in steps] == [step["numbers"] for step in reference]
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -229,6 +231,33 @@ def test_no_child_outlives_a_parent_that_is_killed(whole, tmp_path):
 
 
 # ---- items that harm
+
+
+def test_from_the_keyboard_it_ends_though_its_processes_are_busy(tmp_path):
+    """Ctrl-C goes to the whole group. Without an end of its own, the first item takes an hour."""
+    program = (
+        "from streaming import Store; from streaming.pack import pack; from tests.streaming import pack_children\n"
+        "if __name__ == '__main__':\n"
+        f"    pack([(str(k), k) for k in range(8)], pack_children.encode_slowly, Store({str(tmp_path / 'out')!r}),\n"
+        "         processes=2, part_items=1, report=lambda progress: print(progress.items, flush=True))\n"
+    )
+    (tmp_path / "run.py").write_text(program)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while parent.stdout.readline() != "7\n":  # the others are done: one process sleeps
+            assert parent.poll() is None
+        os.killpg(parent.pid, signal.SIGINT)
+        _, errors = parent.communicate(timeout=60)
+    finally:
+        parent.kill()
+    assert "KeyboardInterrupt" in errors.splitlines()[-1]
 
 
 def test_items_that_kill_or_hold_up_their_process_are_rejected_and_nothing_else_is(tmp_path):
