@@ -9,15 +9,47 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    what: str
+    module: str  # of equiav.commands
+    settings: str
+    run: str
+
 
 COMMANDS = {
-    "smoke": "generate clips, pretrain the tiny model, retrieve, write a report: everything works here",
-    "pretrain": "pretrain on a packed dataset; the same command goes on with a run that was interrupted",
-    "pack": "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",
-    "index": "make the index of shards that somebody else packed",
-    "verify": "compare every byte of a dataset with its index",
-    "plan": "parameters, multiply-adds, memory and traffic of a configuration",
-    "import": "turn a published checkpoint (EquiAV, CAV-MAE, MAE) into a model folder",
+    "smoke": Command(
+        "generate clips, pretrain the tiny model, retrieve, write a report: everything works here",
+        "smoke",
+        "SmokeConfig",
+        "run_smoke",
+    ),
+    "pretrain": Command(
+        "pretrain on a packed dataset; the same command goes on with a run that was interrupted",
+        "pretrain",
+        "PretrainConfig",
+        "run_pretrain",
+    ),
+    "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
+    "pack": Command(
+        "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",
+        "pack",
+        "PackConfig",
+        "run_pack",
+    ),
+    "index": Command("make the index of shards that somebody else packed", "pack", "IndexConfig", "run_index"),
+    "verify": Command("compare every byte of a dataset with its index", "pack", "VerifyConfig", "run_verify"),
+    "plan": Command(
+        "parameters, multiply-adds, memory and traffic of a configuration", "plan", "PlanConfig", "run_plan"
+    ),
+    "import": Command(
+        "turn a published checkpoint (EquiAV, CAV-MAE, MAE) into a model folder",
+        "importing",
+        "ImportConfig",
+        "run_import",
+    ),
 }
 
 
@@ -25,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
-        for name, what in COMMANDS.items():
-            print(f"  {name:8s} {what}")
+        for name, listed in COMMANDS.items():
+            print(f"  {name:8s} {listed.what}")
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     if command == "--version":
@@ -48,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
     try:
-        _run(command, rest)
+        return _run(command, rest)
     except (
         FloatingPointError,
         BadClipError,
@@ -69,45 +101,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(command: str, argv: list[str]) -> None:
+def _run(name: str, argv: list[str]) -> int:
+    """-> the status with which to end."""
     from equiav.config import ConfigError, load, to_yaml
 
-    recipe = None
-    match command:
-        case "smoke":
-            try:
-                from equiav.commands.smoke import SmokeConfig as Settings
-                from equiav.commands.smoke import run_smoke as run
-            except ModuleNotFoundError as error:
-                raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
-            recipe = "smoke"
-        case "pretrain":
-            from equiav.commands.pretrain import PretrainConfig as Settings
-            from equiav.commands.pretrain import run_pretrain as run
-        case "pack":
-            from equiav.commands.pack import PackConfig as Settings
-            from equiav.commands.pack import run_pack as run
-        case "index":
-            from equiav.commands.pack import IndexConfig as Settings
-            from equiav.commands.pack import run_index as run
-        case "verify":
-            from equiav.commands.pack import VerifyConfig as Settings
-            from equiav.commands.pack import run_verify as run
-        case "plan":
-            from equiav.commands.plan import PlanConfig as Settings
-            from equiav.commands.plan import run_plan as run
-        case _:
-            from equiav.commands.importing import ImportConfig as Settings
-            from equiav.commands.importing import run_import as run
-
-    config, show = load(Settings, command, argv, recipe)
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(f"equiav.commands.{command.module}")
+    except ModuleNotFoundError as error:
+        if name != "smoke":
+            raise
+        raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
+    recipe = "smoke" if name == "smoke" else None
+    config, show = load(getattr(module, command.settings), name, argv, recipe)
     # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.
     gc.freeze()
     gc.enable()
-    print(to_yaml(config), end="") if show else run(config)  # type: ignore[arg-type]
+    if show:
+        print(to_yaml(config), end="")
+        return 0
+    return getattr(module, command.run)(config) or 0
 
 
 def _environment_problem() -> str | None:

@@ -13,6 +13,12 @@ class Terminated(Ending):
     status = 143
 
 
+class Interrupted(Terminated):
+    """As by SIGTERM, from the keyboard."""
+
+    status = 130
+
+
 class Superseded(Ending):
     """Another start of this run has taken over. Do not start this one again."""
 
@@ -23,3 +29,9 @@ class Stalled(Ending):
     """No step in too long a time, on this rank or another."""
 
     status = 145
+
+
+class Unsaved(Ending):
+    """No save has succeeded in too long a time. Start again, where it can save."""
+
+    status = 146

@@ -1,10 +1,10 @@
 """Eq. 8-16: what the embeddings are asked for. Pure functions; float32 (or float64, if they come so) under any autocast.
 
 N is the number of rows of the global batch. Each process holds some of them and computes the terms of its own anchors;
-a `gather` brings the rows of all processes. Losses and reported terms are shares, in float64: summed over the processes they
-are the global ones. The gradient is that of the global loss by the own rows, formed without a collective: an embedding is an
-anchor, with its own denominator, and a candidate of all other anchors, with theirs. Gradients of parameters must therefore be
-summed over the processes, not averaged.
+a `gather` brings the rows of all processes. The loss is this process's share. Reported terms are shares of single rows, in
+float64: summed over the rows of all processes they are the global ones. The gradient is that of the global loss by the own
+rows, formed without a collective: an embedding is an anchor, with its own denominator, and a candidate of all other anchors,
+with theirs. Gradients of parameters must therefore be summed over the processes, not averaged.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Embeddings(NamedTuple):
 
     @classmethod
     def cat(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """Of the rows of several, to be given gradients of its own."""
+        """The rows of all parts, as one. It is a leaf: backward leaves gradients in it, which `backward_from` hands on."""
         fields: list[Any] = [
             None if z[0] is None else torch.cat(z).detach().requires_grad_() for z in zip(*parts, strict=True)
         ]
         return cls(*fields)
 
     def backward_from(self, whole: Embeddings, part: slice) -> None:
-        """Backward with the gradients that some rows of `whole` have."""
+        """Goes on backward from the gradients of those rows of `whole` that these embeddings are."""
         outputs, gradients = [], []
         for own, of_whole in zip(self, whole, strict=True):
             if own is not None and of_whole is not None and own.requires_grad:
@@ -77,11 +77,19 @@ class Rows(NamedTuple):
         everyone = gather(valid)
         return cls(valid, everyone, first, everyone.sum().clamp(min=1), gather, piece or len(valid))
 
+    @property
+    def pieces(self) -> list[slice]:
+        b = len(self.own)
+        return [slice(begin, min(begin + self.piece, b)) for begin in range(0, b, self.piece)]
 
-def unit(*z: Tensor) -> Tensor:
-    """k embeddings (b, d) -> (b, k, d), each row of length 1, so that a product is the cosine sim()."""
-    stacked = torch.stack(z, dim=1)
-    return F.normalize(stacked if stacked.dtype == torch.float64 else stacked.float(), dim=-1)
+    def by_piece(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """f of x, a piece at a time."""
+        return torch.cat([f(x[piece]) for piece in self.pieces])
+
+
+def normalised(z: Tensor) -> Tensor:
+    """Embeddings (..., d) of length 1, so that a product is the cosine sim()."""
+    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
 
 
 class _Contrast(torch.autograd.Function):
@@ -90,67 +98,98 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, own: Tensor, temperature: Tensor, rows: Rows, intra: bool, positive: bool
-    ) -> tuple[Tensor, Tensor]:
-        b, M = len(own), len(rows.everyone)
-        everyone, scale = rows.gather(own), 1 / temperature  # (M, 2, d), (b,)
-        weight = rows.own.to(own.dtype) / (2 * rows.N)  # (b,) of an anchor's term
-        s_positive = (own[:, 0] * own[:, 1]).sum(dim=1) * scale  # (b,)
-        pieces = [slice(begin, min(begin + rows.piece, b)) for begin in range(0, b, rows.piece)]
-
-        def blocks(piece: slice, k: int) -> Iterator[tuple[int, slice, Tensor]]:
-            """side, columns, s (piece, columns) of anchors of side k with candidates but the positive; -inf: no candidate."""
-            for side in (1 - k, k) if intra else (1 - k,):
-                for begin in range(0, M, COLUMNS):
-                    columns = slice(begin, min(begin + COLUMNS, M))
-                    s = (own[piece, k] @ everyone[columns, side].T).mul_(scale[piece, None])
-                    s.masked_fill_(~rows.everyone[columns], -torch.inf)
-                    itself = rows.first + piece.start - begin  # the column of the piece's first row
-                    s.diagonal(itself).fill_(-torch.inf) if -len(s) < itself < s.shape[1] else None
-                    yield side, columns, s
-
-        D, correct = own.new_empty(b, 2), torch.zeros((), dtype=torch.int64, device=own.device)
-        for piece, k in product(pieces, (0, 1)):
-            log_sum, nearest = (torch.full_like(s_positive[piece], -torch.inf) for _ in (0, 1))
-            for _, _, s in blocks(piece, k):
-                nearest = torch.maximum(nearest, s.amax(dim=1))
-                log_sum = torch.logaddexp(log_sum, s.logsumexp(dim=1))
-            D[piece, k] = torch.logaddexp(log_sum, s_positive[piece]) if positive else log_sum
-            correct += (rows.own[piece] & (s_positive[piece] > nearest)).sum()
-        D.masked_fill_(torch.isneginf(D), 0)  # an anchor without candidates says nothing
-        loss = (D.sum(dim=1) - 2 * s_positive).where(rows.own, 0).double() @ weight.double()
-        ctx.mark_non_differentiable(correct)
-        if not any(ctx.needs_input_grad):
-            return loss, correct
-
-        everyones_D, everyones_weight = rows.gather(D), rows.everyone.to(own.dtype) / (2 * rows.N)  # (M, 2), (M,)
-        gradient, slope = torch.empty_like(own), torch.zeros_like(s_positive)
-        for piece in pieces:
-            # To its positive, of both anchors of a row.
-            pull = weight[piece] * ((s_positive[piece, None] - D[piece]).exp().sum(dim=1) - 2 if positive else -2)
-            slope[piece] = pull * s_positive[piece]
-            for k in (0, 1):
-                gradient[piece, k] = pull[:, None] * own[piece, 1 - k]
-                for side, columns, s in blocks(piece, k):
-                    as_anchor = (s - D[piece, k, None]).exp_().mul_(weight[piece, None])  # (piece, columns)
-                    if ctx.needs_input_grad[1]:
-                        slope[piece] += (as_anchor * s.masked_fill(torch.isneginf(s), 0)).sum(dim=1)
-                    as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
-                    gradient[piece, k] += as_candidate.add_(as_anchor) @ everyone[columns, side]
-        gradient *= (rows.own * scale)[:, None, None]
-        ctx.save_for_backward(gradient, -slope * scale)
-        return loss, correct
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scale = 1 / temperature
+        pair = _Pair(own, rows.gather(own), scale, rows.by_piece(_inner, own) * scale, rows, intra, positive)
+        D, correct = denominators(pair)
+        loss = (D.sum(dim=1) - 2 * pair.s_positive).where(rows.own, 0).double() * pair.weight.double()  # (b,)
+        ctx.mark_non_differentiable(loss, correct)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*gradient(pair, D, ctx.needs_input_grad[1]))
+        return loss.sum(), loss, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, slope = ctx.saved_tensors
-        return gradient * upstream[0], slope * upstream[0], None, None, None
+        by_own, by_temperature = ctx.saved_tensors
+        return by_own * upstream[0], by_temperature * upstream[0], None, None, None
+
+
+class _Pair(NamedTuple):
+    """Two embeddings of each clip, to be contrasted."""
+
+    own: Tensor  # (b, 2, d), unit vectors
+    everyone: Tensor  # (M, 2, d)
+    scale: Tensor  # (b,) 1 / tau
+    s_positive: Tensor  # (b,) sim(p_i, q_i) / tau
+    rows: Rows
+    intra: bool  # the other embeddings of the anchor's own side are candidates, too
+    positive: bool  # the positive stands in the denominator
+
+    @property
+    def weight(self) -> Tensor:
+        """(b,) of an anchor's term in the loss."""
+        return self.rows.own.to(self.own.dtype) / (2 * self.rows.N)
+
+    def candidates(self, piece: slice, k: int) -> Iterator[tuple[int, slice, Tensor]]:
+        """Of the anchors of side k: a side, columns of it, and s (piece, columns), the logits of the anchors with these
+        candidates, -inf where there is none or it is the positive. The caller may write over s."""
+        for side in (1 - k, k) if self.intra else (1 - k,):
+            for begin in range(0, len(self.everyone), COLUMNS):
+                columns = slice(begin, min(begin + COLUMNS, len(self.everyone)))
+                s = (self.own[piece, k] @ self.everyone[columns, side].T).mul_(self.scale[piece, None])
+                s.masked_fill_(~self.rows.everyone[columns], -torch.inf)
+                itself = self.rows.first + piece.start - begin  # the column of the piece's first row
+                if -len(s) < itself < s.shape[1]:
+                    s.diagonal(itself).fill_(-torch.inf)
+                yield side, columns, s
+
+
+def denominators(pair: _Pair) -> tuple[Tensor, Tensor]:
+    """(b, 2) logarithms of the denominators of both anchors of a row, and (b,) how many of the two are nearer to their
+    positive than to any other candidate."""
+    D, correct = pair.own.new_empty(len(pair.own), 2), torch.zeros_like(pair.rows.own, dtype=torch.int64)
+    s_positive = pair.s_positive
+    for piece, k in product(pair.rows.pieces, (0, 1)):
+        log_sum, nearest = (torch.full_like(s_positive[piece], -torch.inf) for _ in (0, 1))
+        for _, _, s in pair.candidates(piece, k):
+            nearest = torch.maximum(nearest, s.amax(dim=1))
+            log_sum = torch.logaddexp(log_sum, s.logsumexp(dim=1))
+        D[piece, k] = torch.logaddexp(log_sum, s_positive[piece]) if pair.positive else log_sum
+        correct[piece] += pair.rows.own[piece] & (s_positive[piece] > nearest)
+    return D.masked_fill_(torch.isneginf(D), 0), correct  # an anchor without candidates says nothing
+
+
+def gradient(pair: _Pair, D: Tensor, of_temperature: bool) -> tuple[Tensor, Tensor]:
+    """(b, 2, d) of the global loss by the own embeddings, (b,) by the own temperatures (zero unless asked for)."""
+    rows, weight, s_positive = pair.rows, pair.weight, pair.s_positive
+    everyones_D, everyones_weight = rows.gather(D), rows.everyone.to(D.dtype) / (2 * rows.N)  # (M, 2), (M,)
+    by_own, slope = torch.empty_like(pair.own), torch.zeros_like(s_positive)
+    for piece in rows.pieces:
+        # To its positive, of both anchors of a row.
+        in_denominators = (s_positive[piece, None] - D[piece]).exp().sum(dim=1) if pair.positive else 0
+        pull = weight[piece] * (in_denominators - 2)
+        slope[piece] = pull * s_positive[piece]
+        for k in (0, 1):
+            by_own[piece, k] = pull[:, None] * pair.own[piece, 1 - k]
+            for side, columns, s in pair.candidates(piece, k):
+                as_anchor = (s - D[piece, k, None]).exp_().mul_(weight[piece, None])  # (piece, columns)
+                if of_temperature:
+                    slope[piece] += (as_anchor * s.masked_fill(torch.isneginf(s), 0)).sum(dim=1)
+                as_candidate = s.sub_(everyones_D[columns, side]).exp_().mul_(everyones_weight[columns])
+                by_own[piece, k] += as_candidate.add_(as_anchor) @ pair.everyone[columns, side]
+    return by_own * (rows.own * pair.scale)[:, None, None], -slope * pair.scale
+
+
+def _inner(z: Tensor) -> Tensor:
+    """(b, 2, d) -> (b,) cosine of both embeddings of a row."""
+    return (z[:, 0] * z[:, 1]).sum(dim=1)
 
 
 def nt_xent(
     own: Tensor, rows: Rows, temperature: Tensor, positive_in_denominator: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Intra-modal loss (Eq. 8-10) of z_hat with z', unit vectors: own (b, 2, d) -> this process's share of the loss, and how
-    many of its anchors are nearer to their positive than to any negative.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Intra-modal loss (Eq. 8-10) of z_hat with z', unit vectors: own (b, 2, d) -> this process's share of the loss; of each
+    row (b,) its share; how many of a row's two anchors (b,) are nearer to their positive than to any negative.
 
     With s(x, y) = exp(sim(x, y) / tau), over the 2N embeddings of all processes:
 
@@ -162,9 +201,9 @@ def nt_xent(
     return _Contrast.apply(own, temperature, rows, True, positive_in_denominator)  # type: ignore[return-value]
 
 
-def info_nce(own: Tensor, rows: Rows, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Inter-modal loss (Eq. 14-15) of z_a with z_v, unit vectors: own (b, 2, d) -> this process's share of the loss, and how
-    many of its anchors are nearer to their positive than to any other.
+def info_nce(own: Tensor, rows: Rows, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inter-modal loss (Eq. 14-15) of z_a with z_v, unit vectors: own (b, 2, d) -> this process's share of the loss; of each
+    row (b,) its share; how many of a row's two anchors (b,) are nearer to their positive than to any other.
 
         l(p, q) = -1/N sum_i log  s(p_i, q_i) / sum_j s(p_i, q_j)
         loss    = 1/2 (l(z_a, z_v) + l(z_v, z_a))
@@ -195,7 +234,8 @@ def weights_at(step: int, steps: int, config: ObjectiveConfig) -> Weights:
 def equiav_loss(
     e: Embeddings, weights: Weights, config: ObjectiveConfig, rows: Rows | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 16 -> L = inter * L_inter + intra_a * L_intra_a + intra_v * L_intra_v, and what the run reports, as scalars.
+    """Eq. 16 -> this process's share of L = inter * L_inter + intra_a * L_intra_a + intra_v * L_intra_v, and of each row
+    what it contributes to what the run reports: name -> (b,) float64.
 
     Accuracies are shares of anchors nearer to their positive than to any other embedding. `similarity` is
     sim(z_hat, z') (Table 7). A predictor can reach 1 there as the identity on an invariant encoder, so `gain` says how
@@ -209,25 +249,27 @@ def equiav_loss(
             ("intra_audio", e.intra_a, e.aug_a, e.plain_a, weights.intra_a),
             ("intra_image", e.intra_v, e.aug_v, e.plain_v, weights.intra_v),
         )
-        terms, parts = {}, []
+        terms, losses, shares = {}, [], []
+        counted = rows.own.double() / rows.N  # (b,)
         for name, p, q, plain, weight in possible:
             if p is None or q is None:
                 continue
-            own = unit(p, q)  # (b, 2, d)
+            own = rows.by_piece(normalised, torch.stack((p, q), dim=1))  # (b, 2, d)
             tau = (
                 own.new_full((len(own),), config.temperature) if e.temperature is None else e.temperature.to(own.dtype)
             )
             if name == "inter":
-                part, correct = info_nce(own, rows, tau)
+                loss, of_rows, correct = info_nce(own, rows, tau)
             else:
-                part, correct = nt_xent(own, rows, tau, config.intra_positive_in_denominator)
-            parts.append(weight * part)
-            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = part.detach(), correct.double() / (2 * rows.N)
+                loss, of_rows, correct = nt_xent(own, rows, tau, config.intra_positive_in_denominator)
+            losses.append(weight * loss)
+            shares.append(weight * of_rows)
+            terms[f"loss_{name}"], terms[f"accuracy_{name}"] = of_rows, correct.double() / (2 * rows.N)
             if plain is not None:
-                side, counted = name.removeprefix("intra_"), rows.own.double() / rows.N
+                side = name.removeprefix("intra_")
                 with torch.no_grad():
-                    reached = (own[:, 0] * own[:, 1]).sum(dim=1)
-                    terms[f"similarity_{side}"] = (reached * counted).sum()
-                    terms[f"gain_{side}"] = ((reached - (unit(plain)[:, 0] * own[:, 1]).sum(dim=1)) * counted).sum()
-        loss = torch.stack(parts).sum()
-    return loss, {"loss": loss.detach(), **terms}
+                    reached = rows.by_piece(_inner, own)
+                    unpredicted = torch.stack((rows.by_piece(normalised, plain), own[:, 1]), dim=1)
+                    terms[f"similarity_{side}"] = reached * counted
+                    terms[f"gain_{side}"] = (reached - rows.by_piece(_inner, unpredicted)) * counted
+    return torch.stack(losses).sum(), {"loss": torch.stack(shares).sum(dim=0), **terms}

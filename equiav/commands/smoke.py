@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.config import Config, require, to_yaml
+from equiav.config import RunConfig, require
 from equiav.data.decoder import ClipDecoder
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
-from equiav.data.stream import batches, open_stream
+from equiav.data.stream import batches
 from equiav.data.synthetic import World
 from equiav.evaluate.report import plot_run
 from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
 from equiav.parallel import Ranks
-from equiav.train import begin, train
+from equiav.train import run
+from equiav.train.run import Done
 from equiav.weights import save_model
-from streaming import Dataset, Loader, Order, Stats, Store
+from streaming import Dataset, Loader, Order, Store
 from streaming.pack import Progress as Packed
 from streaming.pack import pack
 from streaming.processes import keep_freed_memory
@@ -36,7 +38,7 @@ HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 
 
 @dataclass(frozen=True)
-class SmokeConfig(Config):
+class SmokeConfig(RunConfig):
     """Generates clips, pretrains the tiny model on them, retrieves, and writes a report."""
 
     clips: int = 2048
@@ -62,16 +64,15 @@ def run_smoke(config: SmokeConfig) -> None:
     require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.yaml").write_text(to_yaml(config))
-    for left in ("metrics.jsonl", "quarantine.jsonl"):
+    for left in ("metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):
         (config.out / left).unlink(missing_ok=True)
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
 
     with tempfile.TemporaryDirectory(prefix="equiav-smoke-") as scratch, LocalS3(Path(scratch, "store")) as s3:
         config = replace(
             config, stream=replace(config.stream, url=f"s3://{BUCKET}/train", cache=Path(scratch, "cache"))
         )
-        clock, rows, ranks = {}, [], Ranks(config.device)
+        clock, rows = {}, []
         columns = [
             TextColumn("{task.description:11s}"),
             BarColumn(16),
@@ -84,28 +85,23 @@ def run_smoke(config: SmokeConfig) -> None:
             clock["pack"] = time.perf_counter() - started
 
             bar = progress.add_task("pretraining", total=config.train.steps, note="")
-            with (config.out / "metrics.jsonl").open("w") as log:
 
-                def report(step: int, metrics: dict[str, float]) -> None:
-                    rows.append(metrics)
-                    log.write(json.dumps({"step": step, **metrics}) + "\n")
-                    note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
-                    progress.update(bar, completed=step + 1, note=note)
+            def show(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:
+                rows.append(metrics)
+                note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
+                progress.update(bar, completed=step + 1, note=note)
 
-                begun = time.perf_counter()
-                with open_stream(config, quarantine=config.out / "quarantine.jsonl", options=s3.options) as loader:
-                    state = begin(config, ranks)
-                    train(config, ranks, state, batches(loader), report)
-                    stats = loader.stats()
-                clock["pretrain"] = time.perf_counter() - begun
+            begun = time.perf_counter()
+            done = run(config, Ranks(config.device), lambda message: None, show, s3.options)
+            clock["pretrain"] = time.perf_counter() - begun
 
         begun = time.perf_counter()
-        model = state.model.eval()
+        model = done.state.model.eval()
         retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
         clock["retrieve"] = time.perf_counter() - begun
     save_model(config.out / "model", model.state_dict(), config)
     clock["in all"] = time.perf_counter() - started
-    text = write_report(config, rows, retrieval, clock, stats)
+    text = write_report(config, rows, retrieval, clock, done)
     console.print(text, highlight=False, markup=False)
     console.print(f"report: {config.out / 'report.md'} and report.png")
 
@@ -162,14 +158,14 @@ def write_report(
     rows: list[dict[str, float]],
     retrieval: dict[str, tuple[float, float]],
     clock: dict[str, float],
-    stats: Stats,
+    done: Done,
 ) -> str:
     """report.md and report.png -> the Markdown."""
     plot_run(rows, retrieval, config.held_out, config.out / "report.png")
     last = rows[-max(1, len(rows) // 20) :]
     mean = {name: sum(row[name] for row in last) / len(last) for name in rows[-1]}
     chance = 100 / config.held_out
-    decoded = sum(stats.decoded)
+    stats, decoded = done.stats, sum(done.stats.decoded)
     lines = [
         "# EquiAV smoke run",
         "",
@@ -206,7 +202,7 @@ def write_report(
         "",
         "## Stream",
         "",
-        f"{decoded} clips decoded, {1000 * sum(stats.decode_seconds) / decoded:.2f} ms each; {stats.quarantined.total()} "
+        f"{decoded} clips decoded, {1000 * sum(stats.decode_seconds) / decoded:.2f} ms each; {done.quarantined.total()} "
         f"quarantined. {stats.fetch['requests']} requests to S3, {stats.fetch['retries']} retries, "
         f"{stats.fetch['bytes'] / 2**20:.1f} MiB. Training waited {stats.wait_seconds:.1f} s for data.",
         "",

@@ -1,6 +1,6 @@
 """What can be set (settings.py), and how it is read (reading.py); recipes/ has named sets of values."""
 
-from equiav.config.reading import from_dict, load, recipe_names, to_dict, to_yaml
+from equiav.config.reading import differences, flat, from_dict, load, recipe_names, to_dict, to_yaml
 from equiav.config.settings import (
     AUDIO_VECTOR,
     IMAGE_VECTOR,
@@ -13,6 +13,7 @@ from equiav.config.settings import (
     ModelConfig,
     ModelSettings,
     ObjectiveConfig,
+    RunConfig,
     StreamConfig,
     TrainConfig,
     require,
@@ -30,8 +31,11 @@ __all__ = [
     "ModelConfig",
     "ModelSettings",
     "ObjectiveConfig",
+    "RunConfig",
     "StreamConfig",
     "TrainConfig",
+    "differences",
+    "flat",
     "from_dict",
     "load",
     "recipe_names",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from importlib import resources
@@ -17,7 +18,7 @@ import cattrs
 import tyro
 import yaml
 
-from equiav.config.settings import SIZES, ConfigError
+from equiav.config.settings import ROUNDING, SIZES, WITHOUT_EFFECT, ConfigError
 
 T = typing.TypeVar("T")
 
@@ -158,3 +159,25 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(config: Any, began_with: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Of a run that began with other settings: what makes it another run, and what it is rounded otherwise for. Settings that
+    a later release has added had their default."""
+    defaults = from_dict(type(config), {"model": {"size": config.model.size}}, "defaults")
+    now, then = flat(to_dict(config)), flat(to_dict(defaults)) | flat(began_with)
+    changed = {
+        name: f"{name} is {now.get(name)}, was {then.get(name)}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)
+    }
+    refused = [text for name, text in changed.items() if name not in ROUNDING]
+    return refused, [text for name, text in changed.items() if name in ROUNDING]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}, as JSON has the values."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(values)).items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

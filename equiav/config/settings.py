@@ -300,12 +300,13 @@ class TrainConfig:
 
     micro_batch: int = 32
     """Rows that are computed together. Processes share the batch in whole micro-batches, so that what is computed, to the last
-    bit, does not depend on their number; there can be as many as micro-batches."""
+    bit, does not depend on their number. Processes beyond the number of micro-batches wait as spares."""
     recompute: bool = False
     """Keep nothing of a micro-batch between the embeddings and the gradient: memory for one micro-batch, however many a process
     has, and a third more time. The result is the same."""
     shard: int = 0
-    """Processes that hold one copy of the model and optimizer together (a node's, say); 0: all."""
+    """Processes that hold one copy of the model and optimizer together. 0: those of a node, so that only sums of gradients
+    cross from node to node. The result is the same."""
     compile: bool = False
     """Compile the encoders' blocks."""
     max_skipped: int = 10
@@ -355,9 +356,13 @@ class CheckpointConfig:
     """Those whose step is a multiple of this stay, too; 0: none."""
     patience: float = 600.0
     """Seconds for which a store that does not answer is asked again before a save has failed."""
+    overdue_seconds: float = 1800.0
+    """For so long a save may be due without one that succeeds. Then the run says so again and again."""
+    overdue: Literal["say", "end"] = "say"
+    """end: an overdue run ends with status 146 after saying so, to be started again where it can save."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "every_seconds", "keep_every", "patience"):
+        for name in ("every_steps", "every_seconds", "keep_every", "patience", "overdue_seconds"):
             require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "0 or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
 
@@ -400,3 +405,42 @@ class Config(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """A run that is kept: it goes on where it was, or says that it is finished."""
+
+    out: Path = Path("runs/pretrain")
+    """Folder of metrics.jsonl, timing.jsonl, quarantine.jsonl, config.yaml, starts.jsonl and the trained model."""
+    resume: Literal["auto", "never", "anyway"] = "auto"
+    """never: an error where `checkpoint.url` holds checkpoints. anyway: begins at step 0 where it holds none that can be used;
+    those that cannot are set aside."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stall_seconds: float = 60.0
+    """Without a step, after which the run has stalled: the rank that holds it up is named, every rank writes where it stands to
+    `out`/stalls, and the processes end, to be started again. Waiting for a store is no stall within its patience. 0: never."""
+    log_samples: bool = False
+    """Write the ids of every step's samples to samples-RANK.jsonl, each line with the token of the start (starts.jsonl)."""
+
+
+ROUNDING = ("device", "train.micro_batch", "train.compile")
+"""Settings that a run may change on its way: its numbers are rounded otherwise from there on."""
+
+WITHOUT_EFFECT = (
+    "out",
+    "resume",
+    "log_samples",
+    "stall_seconds",
+    "checkpoint",
+    "stream.url",
+    "stream.workers",
+    "stream.ahead",
+    "stream.cache",
+    "stream.cache_bytes",
+    "stream.patience",
+    "stream.max_bad",
+    "train.recompute",
+    "train.shard",
+)
+"""Settings, and sections, that a run may change on its way without a trace."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,14 @@ from equiav.augment import Batch
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, require
 from equiav.data.decoder import ClipDecoder
-from streaming import Dataset, Loader, Order, Quarantine, Store
+from streaming import Dataset, Loader, Order, Store
 
 
 def open_stream(
-    config: Config,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    sharers: int = 1,
-    quarantine: Path | None = None,
-    options: dict[str, Any] | None = None,
+    config: Config, *, rank: int = 0, ranks: int = 1, sharers: int = 1, options: dict[str, Any] | None = None
 ) -> Loader:
-    """The loader of one rank. `sharers`: ranks on this node. `quarantine`: file for what cannot be used.
-    `options`: for the file system, beside what the environment says."""
+    """The loader of one rank. `sharers`: ranks on this node. `options`: for the file system, beside what the environment
+    says."""
     s = config.stream
     require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     cache = s.cache.expanduser()
@@ -52,7 +45,6 @@ def open_stream(
         sharers=sharers,
         draw=frame_draw,
         empty=empty,
-        quarantine=Quarantine(dataset.samples, s.max_bad, quarantine),
     )
 
 
@@ -74,4 +66,5 @@ def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:
             fields["waveform"],
             fields["lengths"],
             torch.from_numpy(batch.valid),
+            tuple(batch.bad),
         )

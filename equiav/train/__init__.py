@@ -1,5 +1,6 @@
-"""The training loop: the same for one process and for many."""
+"""A run: its state and steps (loop.py), what happens beside them (checkpoint.py, watch.py, log.py), told once (run.py)."""
 
-from equiav.train.loop import NotFinite, TrainState, begin, train
+from equiav.train.loop import Step, TrainState, begin, steps
+from equiav.train.run import NotFinite, launched, run
 
-__all__ = ["NotFinite", "TrainState", "begin", "train"]
+__all__ = ["NotFinite", "Step", "TrainState", "begin", "launched", "run", "steps"]

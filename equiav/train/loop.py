@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from equiav.augment import Batch, make_views
-from equiav.config import Config, require
+from equiav.config import Config
 from equiav.model import EquiAV
 from equiav.objective import Embeddings, Rows, Weights, equiav_loss, weights_at
-from equiav.parallel import Ranks, add_gradients, fully_sharded, squared_norm
+from equiav.parallel import Ranks, add_gradients, fully_sharded, norm
 from equiav.train.schedule import learning_rate
 from streaming.order import share
 
 Metrics = dict[str, float]
 
 
-class NotFinite(FloatingPointError):  # noqa: N818
-    """The loss or the gradient was not finite, step after step. `steps` have the ids of their samples."""
+class Signals(NamedTuple):
+    """Numbers that ranks tell each other with every step; each has the largest of all."""
 
-    def __init__(self, message: str, steps: dict[int, list[int]]):
-        super().__init__(message)
-        self.steps = steps
+    asked: float = 0.0  # the status with which to end, 0: go on
+    due: float = 0.0  # a save is, by time
+    busy: float = 0.0  # with a save
+    superseded: float = 0.0
+    overdue: float = 0.0  # a save is, and the run shall end for it
 
 
 @dataclass
@@ -43,15 +45,6 @@ class TrainState:
 def begin(config: Config, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
     settings = config.train
-    require(
-        ranks.size <= settings.micro_batches,
-        "train.micro_batch",
-        settings.micro_batch,
-        f"{settings.batch_size // ranks.size} or less: {ranks.size} processes share train.batch_size="
-        f"{settings.batch_size} in whole micro-batches, of which there are {settings.micro_batches}",
-    )
-    shard = settings.shard or ranks.size
-    require(ranks.size % shard == 0, "train.shard", shard, f"a divisor of the {ranks.size} processes")
     with torch.device("meta"):
         model = EquiAV(config.model, config.objective)
     model.to_empty(device=ranks.device).init_weights(config.seed)
@@ -61,7 +54,7 @@ def begin(config: Config, ranks: Ranks) -> TrainState:
         for block in blocks:
             block.compile()
     if ranks.size > 1:
-        fully_sharded(model, blocks, ranks.mesh(shard))
+        fully_sharded(model, blocks, ranks.mesh())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=settings.lr_start,
@@ -73,39 +66,47 @@ def begin(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(model, optimizer)
 
 
-def train(
-    config: Config,
-    ranks: Ranks,
-    state: TrainState,
-    batches: Iterable[Batch],
-    report: Callable[[int, Metrics], object] = lambda step, metrics: None,
-    signals: Callable[[], list[float]] = list,
-    act: Callable[[int, list[float]], bool] = lambda step, signals: False,
-) -> None:
-    """From `state.step` to `config.train.steps`.
+class Step(NamedTuple):
+    """A step that was begun; its numbers may still be on their way to the host."""
 
-    `report(step, metrics)`, on every rank with the same numbers, one step late: nobody waits for the device. `signals` are
-    numbers of this rank that are summed over all; `act(steps done, their sums)`, at the same step on every rank, may save, and
-    ends the run where it returns true.
+    number: int
+    batch: Batch
+    rate: float
+    names: tuple[str, ...]  # of the terms
+    values: Tensor  # (terms, norm, finite, N, signals), on the host when the event has come
+    event: Any
+
+    def read(self) -> tuple[Metrics, bool, Signals]:
+        """Waits for the device. -> what the run reports, the same on every rank; whether all of it was finite; signals."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.values.tolist()
+        count = len(self.names)
+        metrics = dict(zip(self.names, values[:count], strict=True))
+        gradient_norm, finite, N = values[count : count + 3]
+        metrics |= {"gradient_norm": gradient_norm, "lr": self.rate, "clips": int(N), "bad": int(metrics["bad"])}
+        return metrics, bool(finite), Signals(*values[count + 3 :])
+
+
+def steps(
+    config: Config, ranks: Ranks, state: TrainState, batches: Iterable[Batch], signals: Callable[[], Signals] = Signals
+) -> Iterator[Step]:
+    """From `state.step` to `config.train.steps`, a step at a time; nobody waits for the device.
+
+    Where a step's loss or gradient is not finite, or it has fewer than two clips, nothing changes: the same on all ranks.
     """
     settings, model, optimizer = config.train, state.model, state.optimizer
-    late: _Late | None = None
-    ended = False
-    bad: dict[int, list[int]] = {}  # in a row
-    for step, batch in zip(range(state.step, settings.steps), batches, strict=False):
-        weights, rate = weights_at(step, settings.steps, config.objective), learning_rate(step, settings)
+    for number, batch in zip(range(state.step, settings.steps), batches, strict=False):
+        weights, rate = weights_at(number, settings.steps, config.objective), learning_rate(number, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        terms, rows = forward_backward(config, ranks, model, batch, weights)
-
-        square = squared_norm(p.grad for p in model.parameters() if p.grad is not None)
-        own = torch.stack([*terms.values(), square, *_to_device(signals(), square.device)])
-        sums = ranks.total(own)  # (terms, square, signals), float64
-        norm = sums[len(terms)].sqrt()
-        clip_grads_with_norm_(model.parameters(), settings.clip, norm.float())
-        finite = sums.isfinite().all()
-        nothing = ~finite | (rows.everyone.sum() < 2)
+        names, terms, N = forward_backward(config, ranks, model, batch, weights)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradient_norm, told = norm(ranks, gradients, signals())
+        clip_grads_with_norm_(model.parameters(), settings.clip, gradient_norm.float())
+        finite = terms.isfinite().all() & gradient_norm.isfinite()
+        nothing = ~finite | (N < 2)
         if ranks.device.type == "cuda":
             # Read on the device: where it is not zero, nothing changes, the count of steps included.
             optimizer.found_inf = nothing.float()  # type: ignore[attr-defined]
@@ -113,24 +114,17 @@ def train(
         elif not nothing:
             optimizer.step()
         model.clamp_temperature()
-        state.step = step + 1
-
-        values = torch.cat([sums, torch.stack([norm, finite, rows.N]).double()])
-        now = _Late(step, batch, rate, tuple(terms), _to_host(values))
-        ended = late is not None and _settle(late, config, ranks, state, bad, report, act)
-        late = now
-        if ended:
-            break
-    if late is not None:
-        ended = _settle(late, config, ranks, state, bad, report, act) or ended
-    if state.step != settings.steps and not ended:
+        state.step = number + 1
+        values = torch.cat([terms, torch.stack([gradient_norm, finite.double(), N.double()]), told])
+        yield Step(number, batch, rate, names, *_to_host(values))
+    if state.step != settings.steps:
         raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
 
 
 def forward_backward(
     config: Config, ranks: Ranks, model: EquiAV, batch: Batch, weights: Weights
-) -> tuple[dict[str, Tensor], Rows]:
-    """Gradients of the global loss into the model -> this rank's share of the terms, and the rows they are of."""
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Gradients of the global loss into the model -> names and values (float64) of its terms, and the number of clips."""
     settings, device = config.train, ranks.device
     low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
     p = min(settings.micro_batch, settings.batch_size)
@@ -150,33 +144,23 @@ def forward_backward(
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             return Embeddings(*model(*views))
 
-    rows = Rows.of(batch.valid.to(device, non_blocking=True), gather, p * shares[ranks.rank][0], p)
+    valid = batch.valid.to(device, non_blocking=True)
+    rows = Rows.of(valid, gather, p * shares[ranks.rank][0], p)
     with torch.set_grad_enabled(not settings.recompute):
         embedded = [embed(part) for part in parts]
     whole = Embeddings.cat(embedded)
     loss, terms = equiav_loss(whole, weights, config.objective, rows)
     loss.backward()
+    terms["bad"] = ((batch.samples >= 0) & ~valid).double()
 
     def backward(k: int) -> None:
         e = embed(parts[k]) if settings.recompute else embedded[k]
         e.backward_from(whole, parts[k])
 
     add_gradients(model, [partial(backward, k) for k in range(len(parts))])
-    return terms, rows
-
-
-class _Late(NamedTuple):
-    """A step whose numbers are on their way to the host."""
-
-    step: int
-    batch: Batch
-    rate: float
-    names: tuple[str, ...]
-    values: tuple[Tensor, Any]  # on the host, when the event has come
-
-
-def _to_device(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    # Row by row, in the order of the batch: a sum of the same shape in the same order at every number of ranks.
+    sums = gather(torch.stack(list(terms.values()), dim=1)).sum(dim=0)  # (M, terms) -> (terms,)
+    return tuple(terms), sums, rows.everyone.sum()
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:
@@ -187,37 +171,3 @@ def _to_host(values: Tensor) -> tuple[Tensor, Any]:
     event = torch.cuda.Event()
     event.record()
     return there, event
-
-
-def _settle(
-    late: _Late,
-    config: Config,
-    ranks: Ranks,
-    state: TrainState,
-    bad: dict[int, list[int]],
-    report: Callable[[int, Metrics], object],
-    act: Callable[[int, list[float]], bool],
-) -> bool:
-    """What follows from a step's numbers; true where the run ends."""
-    host, event = late.values
-    if event is not None:
-        event.synchronize()
-    values = host.tolist()
-    norm, finite, N = values[-3:]
-    signals = values[len(late.names) + 1 : -3]
-    metrics = dict(zip(late.names, values, strict=False))
-    if finite:
-        bad.clear()
-    else:
-        state.skipped += 1
-        bad[late.step] = [sample for part in ranks.objects(late.batch.samples.tolist()) for sample in part]
-    report(late.step, {**metrics, "gradient_norm": norm, "lr": late.rate, "clips": N, "skipped": state.skipped})
-    if len(bad) >= config.train.max_skipped:
-        names = [name for name, value in {**metrics, "gradient_norm": norm}.items() if not abs(value) < float("inf")]
-        raise NotFinite(
-            f"step {late.step}: {', '.join(names)} not finite, as in {len(bad)} steps in a row "
-            f"(train.max_skipped={config.train.max_skipped}). Lower train.lr or train.clip, or set "
-            "train.precision=float32",
-            dict(bad),
-        )
-    return act(state.step, signals)

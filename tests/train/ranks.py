@@ -16,7 +16,7 @@ from equiav.config import Config, from_dict
 from equiav.data.synthetic import World
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
-from equiav.train import begin, train
+from equiav.train import begin, steps
 from equiav.train.loop import forward_backward
 from streaming.order import share
 
@@ -53,13 +53,13 @@ def whole(tensor):
 def run(ranks, settings, missing=()):
     """-> gradient of the first step by name, metrics of each step, weights after the last."""
     config = from_dict(Config, settings, "test")
-    state, rows = begin(config, ranks), []
+    state = begin(config, ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
     forward_backward(config, ranks, state.model, next(source), weights_at(0, config.train.steps, config.objective))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    train(config, ranks, state, source, lambda step, metrics: rows.append(metrics))
+    rows = [step.read()[0] for step in steps(config, ranks, state, source)]
     return gradient, rows, {name: whole(value) for name, value in state.model.state_dict().items()}
 
 
@@ -92,9 +92,13 @@ def in_processes(W, cases, folder):
 
 
 def main(cases, out):
+    """Each case has its own sharding, on one group."""
     torch.set_num_threads(1)
-    ranks = Ranks("cpu", timeout=60)
-    results = [run(ranks, *case) for case in cases]
+    ranks, results = Ranks("cpu", timeout=60), []
+    by_node = ranks.shard
+    for settings, missing in cases:
+        ranks.shard = settings["train"].get("shard") or by_node
+        results.append(run(ranks, settings, missing))
     if ranks.rank == 0:
         torch.save(results, out)
     ranks.close()

@@ -1,9 +1,14 @@
 """A checkpoint is whole or it is none; what is damaged is passed over, loudly, for the one before."""
 
 import itertools
+import json
 import os
+import pickle
+import platform
+import re
 import shutil
 import subprocess
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -11,9 +16,8 @@ import torch
 
 from equiav.config import Config, ConfigError, from_dict
 from equiav.data.local_s3 import LocalS3
-from equiav.ending import Superseded
 from equiav.parallel import Ranks
-from equiav.train import begin, train
+from equiav.train import begin, checkpoint, steps
 from equiav.train.checkpoint import Checkpoints
 from tests.streaming.fault_proxy import FaultProxy
 from tests.train.ranks import TINY, batches
@@ -28,8 +32,23 @@ def config(steps):
     return from_dict(Config, settings, "test")
 
 
-def go_on(state, steps):
-    train(config(steps), ALONE, state, itertools.islice(batches(4, 4, 0, 1, of=8), state.step, None))
+def go_on(state, stop):
+    deque(steps(config(stop), ALONE, state, itertools.islice(batches(4, 4, 0, 1, of=8), state.step, None)), maxlen=0)
+
+
+def about(state, **more):
+    return {"stream": {}, "quarantine": {}, "config": {}, **more}
+
+
+def own(url, **arguments):
+    """Taken over."""
+    checkpoints = Checkpoints(str(url), ALONE, **arguments)
+    checkpoints.take_over(begin(config(2), ALONE))
+    return checkpoints
+
+
+def anything(manifest):
+    """Accepts any run's."""
 
 
 def numbers(state):
@@ -49,16 +68,21 @@ def same(state, expected):
         assert torch.equal(ours[name], value), name
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(checkpoint, "AGAIN", (0, 0))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with the checkpoints of steps 1 and 2, and the state at both. Not to be changed."""
     folder = tmp_path_factory.mktemp("saved")
-    checkpoints, state, at = Checkpoints(str(folder), ALONE), begin(config(2), ALONE), {}
+    checkpoints, state, at = own(folder), begin(config(2), ALONE), {}
     for step in (1, 2):
         go_on(state, step)
-        checkpoints.save(state, {"about": step})
+        checkpoints.save(state, about(state, told=step))
         at[step] = {name: value.clone() for name, value in numbers(state).items()}  # before it is changed again
-    checkpoints.wait()
+        checkpoints.finish()
     assert checkpoints.failures == 0
     return folder, at
 
@@ -72,14 +96,14 @@ def copy(saved, tmp_path):
 def load(folder, **arguments):
     told = []
     state = begin(config(2), ALONE)
-    manifest = Checkpoints(str(folder), ALONE, warn=told.append, **arguments).load(state)
+    manifest = Checkpoints(str(folder), ALONE, warn=told.append, **arguments).load(state, anything)
     return manifest, state, told
 
 
 def test_what_was_saved_is_loaded_to_the_bit(saved):
     manifest, state, told = load(saved[0])
     assert manifest["step"] == state.step == 2
-    assert manifest["about"] == 2
+    assert manifest["told"] == 2
     assert told == []
     same(state, saved[1][2])
 
@@ -115,55 +139,234 @@ def flip(path, place):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "manifest.json"])
+@pytest.mark.parametrize("file", ["part-00000-00000", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved, copy, file, damage):
     (newest,) = copy.glob("step-00000002-*")
-    assert sorted(path.name for path in newest.iterdir()) == [".metadata", "__0_0.distcp", "manifest.json"]
+    assert sorted(path.name for path in newest.iterdir()) == ["manifest.json", "part-00000-00000"]
     DAMAGE[damage](newest / file)
     manifest, state, told = load(copy)
+    if (damage, file) == ("longer", "part-00000-00000"):  # what is used of it is right
+        assert (manifest["step"], told) == (2, [])
+        same(state, saved[1][2])
+        return
     assert manifest["step"] == state.step == 1
+    if (damage, file) == ("missing", "manifest.json"):  # it was never finished
+        assert told == []
+        return
     same(state, saved[1][1])
     (message,) = told
     assert f"checkpoint {copy}/{newest.name} is passed over" in message
     assert file in message
 
 
-def test_where_all_are_damaged_the_run_begins_anew_and_says_so(copy):
-    for path in copy.glob("step-*/__0_0.distcp"):
+def test_what_none_can_use_is_kept_and_never_counts(copy):
+    """Both damaged: they are set aside when the folder is taken over, and the next checkpoints stay, at whatever step."""
+    for path in copy.glob("step-*/part-00000-00000"):
         DAMAGE["cut"](path)
+    told = []
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1, warn=told.append), begin(config(2), ALONE)
+    assert checkpoints.load(state, anything) is None
+    assert len(checkpoints.unusable()) == 2
+    assert checkpoints.newest() == -1
+    assert all("is passed over: " in message and "part-00000-00000" in message for message in told)
+    assert len(list(copy.glob("step-*"))) == 2  # nothing is touched before the start is known to be good
+    checkpoints.take_over(state)
+    assert sorted(path.name[:21] for path in copy.iterdir() if path.is_dir()) == [
+        f"damaged-step-{k:08d}" for k in (1, 2)
+    ]
+    state.step = 1
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    again = Checkpoints(str(copy), ALONE, warn=told.append)
+    assert again.load(begin(config(2), ALONE), anything)["step"] == 1
+    assert len(list(copy.glob("damaged-*"))) == 2
+
+
+def test_a_start_from_an_earlier_checkpoint_keeps_what_it_saves(copy):
+    """Another has published a later step meanwhile: neither is removed for the other's sake."""
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1), begin(config(2), ALONE)
+    state.step = 1
+    checkpoints.take_over(state)
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    own = f"step-00000001-{checkpoints.token}"
+    assert (copy / own / "manifest.json").exists()
+    assert len(list(copy.glob("step-00000002-*/manifest.json"))) == 1
+
+
+def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
+    """Twice in the tensors, once in the manifest."""
+    shutil.copytree(saved[0], s3.folder / "runs" / "copy")
+    proxy, flips = FaultProxy(s3.port), {"manifest.json": 1, "part-00000-00000": 2}
+    options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
+    told = []
+    checkpoints = Checkpoints("s3://runs/copy", ALONE, options=options, warn=told.append)
+    read = checkpoints.store.read
+
+    def flipped(name, *arguments):
+        content = bytearray(read(name, *arguments))
+        file = name.rpartition("/")[2]
+        if flips.get(file):
+            flips[file] -= 1
+            content[len(content) // 2] ^= 1
+        return bytes(content)
+
+    checkpoints.store.read = flipped
+    state = begin(config(2), ALONE)
+    assert checkpoints.load(state, anything)["step"] == 2
+    assert (told, set(flips.values())) == ([], {0})
+    same(state, saved[1][2])
+    proxy.close()
+
+
+IN_THE_WAY = {
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link loop": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("file", ["part-00000-00000", "manifest.json"])
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_something_else_in_place_of_a_file(saved, copy, file, what):
+    (newest,) = copy.glob("step-00000002-*")
+    IN_THE_WAY[what](newest / file)
     manifest, state, told = load(copy)
-    assert manifest is None
-    assert state.step == 0
-    assert len(told) == 2
+    assert manifest["step"] == 1
+    same(state, saved[1][1])
+    assert len(told) == 1
+
+
+def test_a_file_in_place_of_a_checkpoint(saved, copy):
+    (newest,) = copy.glob("step-00000002-*")
+    shutil.rmtree(newest)
+    newest.write_text("x")
+    assert load(copy)[0]["step"] == 1
+
+
+def forged(folder, change):
+    """The newest checkpoint's manifest, changed and sealed as if it were right."""
+    (newest,) = folder.glob("step-00000002-*")
+    manifest = json.loads(json.loads((newest / "manifest.json").read_text())["manifest"])
+    change(manifest)
+    (newest / "manifest.json").write_bytes(checkpoint._sealed(manifest))
+    return newest
+
+
+def first_block(manifest):
+    return next(iter(manifest["tensors"].values()))[2][0]
+
+
+FORGED = {
+    "no step": lambda m: m.pop("step"),
+    "step of text": lambda m: m.update(step="2"),
+    "no tensors": lambda m: m.pop("tensors"),
+    "tensors of nothing": lambda m: m.update(tensors={}),
+    "a name that leads away": lambda m: first_block(m).__setitem__(0, "../../secret"),
+    "an absolute name": lambda m: first_block(m).__setitem__(0, "/etc/passwd"),
+    "a size below zero": lambda m: first_block(m).__setitem__(2, -4),
+    "rows that are not there": lambda m: first_block(m).__setitem__(4, 10**12),
+    "blocks that lie on each other": lambda m: max(m["tensors"].values(), key=lambda t: t[1])[2].append(None),
+    "a type that runs code": lambda m: next(iter(m["tensors"].values())).__setitem__(0, "__import__('os')"),
+    "another shape": lambda m: next(iter(m["tensors"].values())).__setitem__(1, [1, 1]),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_manifest_is_damage(saved, copy, what):
+    (copy.parent / "secret").write_text("s")
+    forged(copy, FORGED[what])
+    manifest, state, told = load(copy)
+    assert manifest["step"] == 1
+    same(state, saved[1][1])
+    assert "is passed over" in told[0]
+
+
+class Payload:
+    """Unpickling it runs code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled_and_no_name_is_followed(copy, tmp_path):
+    """Payloads in every file of a checkpoint, and beside them the files that older programs unpickled."""
+    ran = tmp_path / "ran"
+    for folder in copy.glob("step-*"):
+        for path in (*folder.iterdir(), folder / ".metadata"):
+            path.write_bytes(pickle.dumps(Payload(ran)))
+    (copy / "owner").write_bytes(pickle.dumps(Payload(ran)))
+    assert load(copy)[0] is None
+    assert not ran.exists()
+
+
+def test_a_checkpoint_of_another_program_is_no_damage(copy):
+    """It is not set aside, and the run does not begin anew: somebody has to decide."""
+    forged(copy, lambda m: m.update(format=1))
+    with pytest.raises(ConfigError, match="format 1, this program reads 2: use the program that wrote it"):
+        load(copy)
+
+
+def test_the_digest_is_of_the_weights_alone(saved, tmp_path):
+    """Not of how they were cut; another weight, another place: another digest."""
+
+    def digest(state):
+        checkpoints = Checkpoints(str(tmp_path / str(state.step)), ALONE)
+        checkpoints.take_over(state)
+        checkpoints.save(state, about(state))
+        assert checkpoints.finish() == ""
+        return checkpoints.load(state, anything)["digest"]
+
+    state = load(saved[0])[1]
+    digests = [digest(state)]
+    state.step = 3
+    assert digest(state) == digests[0]
+    weight = next(p for p in state.model.parameters() if p.dim() == 2)
+    with torch.no_grad():
+        weight[1, 0] += 1e-6
+        state.step, weight_then = 4, weight.clone()
+        digests.append(digest(state))
+        weight.copy_(weight_then[[1, 0, *range(2, len(weight))]])
+        state.step = 5
+        digests.append(digest(state))
+    assert len(set(digests)) == 3
 
 
 def test_only_what_is_to_be_kept_stays(tmp_path):
-    checkpoints, state = Checkpoints(str(tmp_path), ALONE, keep=2, keep_every=3), begin(config(8), ALONE)
+    checkpoints, state = own(tmp_path, keep=2, keep_every=3), begin(config(8), ALONE)
     (tmp_path / "step-00000001-0badc0de").mkdir()  # what a crash left
-    (tmp_path / "step-00000001-0badc0de" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "step-00000001-0badc0de" / "part-00000-00000").write_bytes(b"half")
     for step in range(1, 9):
         state.step = step
-        checkpoints.save(state, {})
-    checkpoints.wait()
+        checkpoints.save(state, about(state))
+        checkpoints.finish()
     assert sorted(path.name[:13] for path in tmp_path.glob("step-*")) == [f"step-{k:08d}" for k in (3, 6, 7, 8)]
 
 
 def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
     first, state = Checkpoints(str(tmp_path), ALONE), begin(config(2), ALONE)
-    first.save(state, {})
-    first.wait()
+    first.take_over(state)
+    first.save(state, about(state))
+    assert first.finish() == ""
     second = Checkpoints(str(tmp_path), ALONE)
     state.step = 1
-    first.save(state, {})
-    with pytest.raises(
-        Superseded, match=f"start {second.token} of this run has taken over from this one, {first.token}"
-    ):
-        first.wait()
-    assert [path.parent.name[:13] for path in tmp_path.glob("step-*/manifest.json")] == ["step-00000000"]
-    second.save(state, {})
-    second.wait()
-    assert second.load(begin(config(2), ALONE))["step"] == 1
+    first.save(state, about(state))
+    assert first.finish() == ""  # until the other takes over
+    second.take_over(state)
+    state.step = 2
+    first.save(state, about(state))
+    said = rf"start {second.token} of this run, on host {platform.node()}, has taken over at .* from this one, {first.token}"
+    assert re.search(said, first.finish())
+    assert first.superseded
+    steps = sorted(int(path.parent.name[5:13]) for path in tmp_path.glob("step-*/manifest.json"))
+    assert steps == [0, 1]
+    second.save(state, about(state))
+    assert second.finish() == ""
+    assert second.load(begin(config(2), ALONE), anything)["step"] == 2
 
 
 # ---- on object storage
@@ -179,31 +382,29 @@ def s3(tmp_path):
 def test_on_object_storage(saved, s3):
     state = begin(config(2), ALONE)
     load_state = Checkpoints(str(saved[0]), ALONE)
-    load_state.load(state)
-    checkpoints = Checkpoints("s3://runs/one", ALONE, keep=1, options=s3.options)
-    checkpoints.save(state, {})
-    state.step = 3
-    checkpoints.save(state, {})
-    checkpoints.wait()
-    assert checkpoints.failures == 0
+    load_state.load(state, anything)
+    checkpoints = own("s3://runs/one", keep=1, options=s3.options)
+    for state.step in (2, 3):
+        checkpoints.save(state, about(state))
+        assert checkpoints.finish() == ""
     manifest, loaded, told = load("s3://runs/one", options=s3.options)
     assert manifest["step"] == 3
     assert told == []
     same(loaded, {**saved[1][2], "step": torch.tensor([3, 0])})
-    assert len(list((s3.folder / "runs" / "one").glob("step-*/*"))) == 3
+    assert len(list((s3.folder / "runs" / "one").glob("step-*/*"))) == 2
 
 
 def test_a_store_that_is_down_during_a_save_is_waited_for(s3):
     proxy = FaultProxy(s3.port)
     told = []
     options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
-    checkpoints = Checkpoints("s3://runs/two", ALONE, patience=60, options=options, warn=told.append)
+    checkpoints = own("s3://runs/two", patience=60, options=options, warn=told.append)
     proxy.down = True
     proxy._loop.call_later(3, setattr, proxy, "down", False)
     state = begin(config(2), ALONE)
-    checkpoints.save(state, {})
-    assert checkpoints.saving  # training goes on meanwhile
-    checkpoints.wait()
+    checkpoints.save(state, about(state))
+    assert checkpoints.busy  # training goes on meanwhile
+    checkpoints.finish()
     proxy.close()
     assert (checkpoints.failures, told) == (0, [])
     assert checkpoints.store.counts["retries"] > 0
@@ -213,19 +414,19 @@ def test_a_save_that_fails_is_told_and_counted_and_the_next_one_succeeds(s3):
     proxy = FaultProxy(s3.port)
     told = []
     options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
-    checkpoints = Checkpoints("s3://runs/three", ALONE, patience=0.5, options=options, warn=told.append)
+    checkpoints = own("s3://runs/three", patience=0.5, options=options, warn=told.append)
     state = begin(config(2), ALONE)
     proxy.down = True
-    checkpoints.save(state, {})
-    checkpoints.wait()
+    checkpoints.save(state, about(state))
+    checkpoints.finish()
     assert checkpoints.failures == 1
-    assert "could not be saved, the run goes on without it: s3://runs/three" in told[0]
+    assert "could not be saved, the run goes on without it: rank 0: s3://runs/three" in told[0]
     proxy.down = False
     state.step = 1
-    checkpoints.save(state, {})
-    checkpoints.wait()
+    checkpoints.save(state, about(state))
+    checkpoints.finish()
     assert checkpoints.failures == 1
-    assert checkpoints.load(begin(config(2), ALONE))["step"] == 1
+    assert checkpoints.load(begin(config(2), ALONE), anything)["step"] == 1
     proxy.close()
 
 
@@ -242,7 +443,7 @@ def test_a_place_that_cannot_be_written_is_found_at_the_start(s3, tmp_path, what
         (tmp_path / "file").write_text("")
         url, options = str(tmp_path / "file" / "x"), {}
     with pytest.raises(ConfigError, match=rf"checkpoints cannot be kept at {url}: .*checkpoint\.url"):
-        Checkpoints(url, ALONE, patience=2, options=options)
+        Checkpoints(url, ALONE, patience=2, options=options).take_over(begin(config(2), ALONE))
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounts a small disk")
@@ -255,11 +456,11 @@ def test_a_full_disk_is_found_at_the_start_and_later_costs_the_save_but_not_the_
         told = []
         checkpoints = Checkpoints(str(disk / "x"), ALONE, patience=1, warn=told.append)
         with pytest.raises(
-            ConfigError, match=rf"{disk}/x has room for 0\.\d MiB, a checkpoint takes .* there \(checkpoint\.url\)"
+            ConfigError, match=rf"{disk}/x has room for 0\.\d MiB, checkpoints take .*keep=3 and one more"
         ):
-            checkpoints.require_room(begin(config(2), ALONE))
-        checkpoints.save(begin(config(2), ALONE), {})
-        checkpoints.wait()
+            checkpoints.take_over(begin(config(2), ALONE))
+        checkpoints.save(begin(config(2), ALONE), about(None))
+        checkpoints.finish()
         assert checkpoints.failures == 1
         assert "No space left" in told[0]
     finally:

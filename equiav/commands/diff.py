@@ -1,0 +1,113 @@
+"""`equiav diff RUN RUN`: two runs are equal, or this is where they part."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from equiav.config import ConfigError, flat
+from equiav.config.settings import ROUNDING, WITHOUT_EFFECT
+from equiav.train.checkpoint import manifests
+from streaming import Store
+
+ENVIRONMENT = ("equiav", "code", "torch", "python", "threads", "gpu")  # beside the settings, what numbers depend on
+
+
+@dataclass(frozen=True)
+class DiffConfig:
+    """Compares two runs: settings, what every step reported, the digests of the weights. Ends with 1 where they differ."""
+
+    one: tyro.conf.Positional[str] = ""
+    """A run's folder (--out), or where it keeps its checkpoints (--checkpoint.url)."""
+    two: tyro.conf.Positional[str] = ""
+    """Another."""
+
+
+class Recorded:
+    """What is left of a run."""
+
+    def __init__(self, place: str):
+        self.place, folder = place, Path(place)
+        config, self.metrics = folder / "config.yaml", folder / "metrics.jsonl"
+        settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+        url = settings.get("checkpoint", {}).get("url") or str(folder / "checkpoints")
+        self.checkpoints = manifests(Store(url if settings else place))  # step -> manifest
+        if not settings and not self.checkpoints:
+            raise ConfigError(
+                f"{place}: neither a run's folder (config.yaml) nor one of checkpoints (step-...) is there"
+            )
+        newest = self.checkpoints[max(self.checkpoints)] if self.checkpoints else {}
+        self.settings = flat(newest.get("config") or settings)
+        self.environment = {name: newest.get(name, "?") for name in ENVIRONMENT}
+
+
+def run_diff(config: DiffConfig) -> int:
+    """-> 1 where they differ."""
+    if not config.one or not config.two:
+        raise ConfigError("two runs are needed: equiav diff RUN RUN")
+    one, two = Recorded(config.one), Recorded(config.two)
+    different: list[str] = []
+    names = sorted(
+        name for name in one.settings.keys() | two.settings.keys() if one.settings.get(name) != two.settings.get(name)
+    )
+    for name in names:
+        effect = (
+            ": rounds otherwise" if name in ROUNDING else ": without effect" if name.startswith(WITHOUT_EFFECT) else ""
+        )
+        print(f"setting {name}: {one.settings.get(name)} and {two.settings.get(name)}{effect}")
+        if not effect:
+            different.append(f"setting {name}")
+    for name in ENVIRONMENT:
+        if one.environment[name] != two.environment[name]:
+            print(f"{name}: {one.environment[name]} and {two.environment[name]}")
+    compared = [compare_metrics(one, two, different), compare_weights(one, two, different)]
+    if different:
+        print(f"the runs differ: {'; '.join(different)}")
+        return 1
+    if not any(compared):
+        raise ConfigError(f"{one.place} and {two.place} have no step and no checkpoint in common: nothing to compare")
+    print("the runs are equal")
+    return 0
+
+
+def compare_metrics(one: Recorded, two: Recorded, different: list[str]) -> int:
+    """Line by line. -> steps compared."""
+    if not (one.metrics.is_file() and two.metrics.is_file()):
+        return 0
+    count = 0
+    with one.metrics.open() as ours, two.metrics.open() as theirs:
+        for mine, other in zip(ours, theirs, strict=False):
+            if mine != other:
+                different.append(_first_difference(json.loads(mine), json.loads(other)))
+                break
+            count += 1
+    print(f"metrics: {count} steps are equal")
+    return count
+
+
+def _first_difference(one: dict[str, Any], two: dict[str, Any]) -> str:
+    for name in dict.fromkeys((*one, *two)):
+        if one.get(name) != two.get(name):
+            return f"step {one['step']}, {name}: {one.get(name)!r} and {two.get(name)!r}"
+    return f"step {one['step']}: the same numbers, written otherwise"
+
+
+def compare_weights(one: Recorded, two: Recorded, different: list[str]) -> int:
+    """At the steps that both have a checkpoint of. -> how many."""
+    steps = sorted(one.checkpoints.keys() & two.checkpoints.keys())
+    for step in steps:
+        ours, theirs = one.checkpoints[step], two.checkpoints[step]
+        if ours["digest"] == theirs["digest"]:
+            print(f"weights of step {step}: {ours['digest']} in both")
+            continue
+        names = [name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest]
+        different.append(
+            f"weights of step {step}: {len(names)} of {len(ours['weights'])} tensors, {names[0]} the first"
+        )
+        break
+    return len(steps)

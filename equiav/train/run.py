@@ -1,0 +1,399 @@
+"""A run, told once: what it begins with, its steps, what happens beside them, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from equiav.augment import Batch
+from equiav.config import ConfigError, RunConfig, differences, to_dict, to_yaml
+from equiav.data.stream import batches, open_stream
+from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
+from equiav.parallel import Ranks
+from equiav.train.checkpoint import Checkpoints
+from equiav.train.log import Log, append
+from equiav.train.loop import Metrics, Signals, Step, TrainState, begin, steps
+from equiav.train.watch import Watch
+from streaming import CacheError, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
+from streaming.processes import end_with_parent
+from streaming.store import Denied
+
+Tell = Callable[[str], None]
+Show = Callable[[int, Metrics, dict[str, Any]], None]
+FINAL = (ConfigError, DatasetError, CacheError, Denied, TooManyBadSamples, FloatingPointError, Superseded)
+OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
+
+
+class NotFinite(FloatingPointError):  # noqa: N818
+    """The loss or the gradient was not finite, step after step."""
+
+
+class Done(NamedTuple):
+    """What a run leaves in memory."""
+
+    state: TrainState
+    began: int  # step
+    stats: Stats
+    quarantined: Counter[str]  # samples that could not be used, by reason
+
+
+def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None = None) -> Done:
+    """From the newest checkpoint, or from the beginning, to the last step. `options`: for the file system of the clips."""
+    first = ranks.rank == 0
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {config.out} cannot be made ({error}); set a folder that can be written") from None
+    # The parts, each handed what it needs.
+    c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
+    checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
+    state = begin(config, ranks)
+    loader = open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size, options=options)
+    listed = config.out / "quarantine.jsonl" if first else None
+    quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
+    patience = max(config.stream.patience, c.patience)
+    with loader, checkpoints:
+        found = find(config, checkpoints, state, loader, quarantine)
+        if first:
+            how = "is finished" if state.step == config.train.steps else "goes on" if found else "begins"
+            spares = f" and {ranks.spares} spare(s)" if ranks.spares else ""
+            tell(f"{how} at step {state.step} of {config.train.steps}, {ranks.size} process(es){spares}")
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and ranks.size > ranks.local_size:
+                tell(
+                    "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node: without it, this one's agent keeps "
+                    "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)"
+                )
+            if state.step < config.train.steps:
+                write_start(config, ranks, checkpoints, loader, state.step)
+        log = Log(config.out, state.step) if first else None
+        with Asked(tell if first else None) as asked:
+            watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
+            checkpoints.moved = watch.moved
+            try:
+                ended = train(config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, show)
+            finally:
+                watch.end()
+                if log:
+                    log.close()
+        if ended:
+            raise ended
+        return Done(state, found["step"] if found else 0, loader.stats(), quarantine.counts())
+
+
+def find(
+    config: RunConfig, checkpoints: Checkpoints, state: TrainState, loader: Loader, quarantine: Quarantine
+) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, into `state` -> its manifest. Takes the folder over, when all is known to be good."""
+    url = checkpoints.store.url
+
+    def accept(manifest: dict[str, Any]) -> None:
+        if config.resume == "never":
+            raise ConfigError(
+                f"resume is never, and {url} holds a checkpoint of step {manifest['step']}; choose another folder"
+            )
+        refused, otherwise = differences(config, manifest["config"])
+        if refused:
+            raise ConfigError(
+                f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or begin a "
+                "new run in another folder"
+            )
+        loader.restore(manifest["stream"])
+        if otherwise and checkpoints.ranks.rank == 0:
+            checkpoints.warn(f"rounded otherwise from step {manifest['step']} on: {'; '.join(otherwise)}")
+
+    def load() -> dict[str, Any] | None:
+        found = checkpoints.load(state, accept)
+        if found is None and config.resume != "anyway" and (unusable := checkpoints.unusable()):
+            raise ConfigError(
+                f"{url} holds checkpoints of which none can be used: {'; '.join(unusable)}. Mend them (damaged-step-... is "
+                "renamed to step-...), or begin at step 0 with --resume anyway, or in another folder"
+            )
+        return found
+
+    found = load()
+    checkpoints.take_over(state)
+    while checkpoints.newest() > state.step:  # the start that this one takes over from has saved meanwhile
+        found = load()
+    if found:
+        quarantine.load(found["quarantine"])
+    return found
+
+
+def train(
+    config: RunConfig,
+    ranks: Ranks,
+    state: TrainState,
+    loader: Loader,
+    quarantine: Quarantine,
+    checkpoints: Checkpoints,
+    watch: Watch,
+    asked: Asked,
+    log: Log | None,
+    show: Show,
+) -> Ending | None:
+    """The steps, and what happens beside them. -> what it ends with before its last step."""
+    saves = Saves(config.checkpoint, checkpoints, state.step)
+    not_finite: dict[int, list[int]] = {}  # steps in a row -> the ids of their samples
+    under_way: deque[Step] = deque()
+    told = Signals()
+    clock = time.monotonic()
+
+    def settle() -> None:
+        """The numbers of the oldest step under way have come."""
+        nonlocal told, clock
+        step = under_way.popleft()
+        metrics, finite, told = step.read()
+        if metrics["bad"]:
+            quarantine.add(bad for of_rank in ranks.objects(step.batch.bad) for bad in of_rank)
+        if finite:
+            not_finite.clear()
+        else:
+            state.skipped += 1
+            samples = ranks.objects(step.batch.samples.tolist())
+            not_finite[step.number] = [sample for of_rank in samples for sample in of_rank if sample >= 0]
+        now = time.monotonic()
+        metrics["skipped"] = state.skipped
+        timing = {"clips_per_second": round(metrics["clips"] / (now - clock), 2), **saves.timing()}
+        clock = now
+        if log:
+            log.write(step.number, metrics, timing)
+            show(step.number, metrics, timing)
+        if len(not_finite) >= config.train.max_skipped:
+            raise_not_finite(config, ranks, metrics, not_finite)
+        if told.superseded:
+            raise Superseded(checkpoints.superseded_for_all())
+        if told.overdue:
+            raise Unsaved(ranks.first(lambda: saves.overdue()))
+        if not told.busy:
+            checkpoints.advance()
+        saves.due = saves.due or bool(told.due)
+
+    def signals() -> Signals:
+        overdue = bool(saves.overdue()) and config.checkpoint.overdue == "end"
+        return Signals(asked(), saves.due_by_time(), checkpoints.busy, bool(checkpoints.superseded), overdue)
+
+    def save() -> None:
+        watch.at(state.step, "saves")
+        if log:
+            log.sync()
+        about = {
+            "stream": loader.state(state.step),
+            "quarantine": quarantine.state(),
+            "config": shown(config, loader, checkpoints),
+            **environment(),
+        }
+        checkpoints.save(state, about)
+        saves.begun(state.step)
+
+    for step in steps(config, ranks, state, watched(config, ranks, loader, state.step, checkpoints, watch), signals):
+        under_way.append(step)
+        saves.after(state.step)
+        save_now = saves.due and not told.busy  # a store that is slow or down holds up nobody
+        # A step's numbers are read while the next one computes. What is saved has been read: no line of it may be lost.
+        while len(under_way) > (0 if save_now else 1):
+            settle()
+        if told.asked:
+            break
+        if save_now:
+            save()
+        watch.at(state.step, "waits for data")
+    while under_way:
+        settle()
+    watch.at(state.step, "saves")
+    problem = checkpoints.finish()  # of a save that is under way
+    if not checkpoints.superseded_for_all() and (saves.saved != state.step or problem):
+        save()
+        problem = checkpoints.finish()
+    if by := checkpoints.superseded_for_all():
+        raise Superseded(by)
+    if not told.asked:
+        return None
+    how, by = (Interrupted, "Ctrl-C") if told.asked == Interrupted.status else (Terminated, "SIGTERM")
+    what = f"step {state.step} is saved at {checkpoints.store.url}"
+    if problem:
+        what = f"step {state.step} could not be saved ({problem}); the next start goes on from an earlier one"
+    return how(f"asked to end by {by}; {what}")
+
+
+def raise_not_finite(config: RunConfig, ranks: Ranks, metrics: Metrics, steps: dict[int, list[int]]) -> None:
+    if ranks.rank == 0:
+        (config.out / "not_finite.json").write_text(json.dumps(steps))
+    names = [name for name, value in metrics.items() if not abs(value) < float("inf")]
+    raise NotFinite(
+        f"step {max(steps)}: {', '.join(names)} not finite, as in {len(steps)} steps in a row (train.max_skipped="
+        f"{config.train.max_skipped}). Lower train.lr or train.clip, or set train.precision=float32"
+    )
+
+
+def watched(
+    config: RunConfig, ranks: Ranks, loader: Loader, start: int, checkpoints: Checkpoints, watch: Watch
+) -> Iterator[Batch]:
+    """The batches from step `start` on; the watch knows when they are waited for."""
+    watch.at(start, "waits for data")
+    for number, batch in enumerate(batches(loader, start), start):
+        watch.at(number, "computes")
+        if config.log_samples:
+            ids = batch.samples[batch.valid].tolist()
+            append(config.out / f"samples-{ranks.rank}.jsonl", [checkpoints.token, number, ids])
+        yield batch
+
+
+class Saves:
+    """When one is due, and for how long it has been."""
+
+    def __init__(self, config: Any, checkpoints: Checkpoints, step: int):
+        self.config, self.checkpoints = config, checkpoints
+        self.due = False
+        self.saved = step  # of the last that was begun
+        self._begun = time.monotonic()
+        self._open: tuple[int, float] | None = None  # the step from which on one is due, and since when
+        self._said = 0.0
+
+    def after(self, step: int) -> None:
+        self.due = self.due or bool(self.config.every_steps and step % self.config.every_steps == 0)
+        if self.due and self._open is None:
+            self._open = (step, time.monotonic())
+        if self._open and self.checkpoints.saved_step >= self._open[0]:
+            self._open = None
+
+    def due_by_time(self) -> bool:
+        seconds = self.config.every_seconds
+        return self.checkpoints.ranks.rank == 0 and bool(seconds) and time.monotonic() - self._begun > seconds
+
+    def begun(self, step: int) -> None:
+        self.due, self.saved, self._begun = False, step, time.monotonic()
+        self._open = self._open or (step, self._begun)
+
+    def unsaved_seconds(self) -> float:
+        return time.monotonic() - self._open[1] if self._open else 0.0
+
+    def overdue(self) -> str:
+        """What there is to say of it, on rank 0, which also says it."""
+        if self.checkpoints.ranks.rank or self.unsaved_seconds() <= self.config.overdue_seconds:
+            return ""
+        saved = f"the last that succeeded is of step {self.checkpoints.saved_step}"
+        text = (
+            f"NO SAVE HAS SUCCEEDED for {self.unsaved_seconds():.0f} s since one was due (checkpoint.overdue_seconds="
+            f"{self.config.overdue_seconds:g}); {saved}; {self.checkpoints.failures} have failed. Look at "
+            f"{self.checkpoints.store.url}"
+        )
+        if time.monotonic() - self._said > OVERDUE_AGAIN:
+            self._said = time.monotonic()
+            self.checkpoints.warn(text)
+        return text
+
+    def timing(self) -> dict[str, Any]:
+        return {
+            "saved_step": self.checkpoints.saved_step,
+            "save_seconds": self.checkpoints.seconds,
+            "failed_saves": self.checkpoints.failures,
+            "unsaved_seconds": round(self.unsaved_seconds(), 1),
+        }
+
+
+class Asked:
+    """Whether this process shall end: the status for it, by SIGTERM or Ctrl-C. Python's own handlers wait for the main thread,
+    which may be in a collective that never ends. A second Ctrl-C ends at once."""
+
+    def __init__(self, tell: Tell | None):
+        self.tell, self._status, self._interrupts = tell, 0, 0
+        self._read, self._write = os.pipe()  # never closed: the watch may still ask
+
+    def __call__(self) -> int:
+        with suppress(BlockingIOError):
+            for number in os.read(self._read, 4096):
+                if number == signal.SIGTERM:
+                    self._status = Terminated.status
+                elif number == signal.SIGINT:
+                    self._status, self._interrupts = self._status or Interrupted.status, self._interrupts + 1
+        if self._interrupts > 1:
+            os._exit(Interrupted.status)
+        return self._status
+
+    def _handle(self, number: int, _: Any) -> None:
+        again = "; Ctrl-C again ends without it" if number == signal.SIGINT else ""
+        if self.tell:
+            self.tell(f"{signal.Signals(number).name}: finishes the step, saves, and ends{again}")
+        self()
+
+    def __enter__(self) -> Asked:
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
+    """Around a run that may be one of torchrun's processes. -> whether this one takes part; a spare waits until it ends.
+
+    An error that no restart mends ends the agent, too: it would start the workers again up to --max-restarts times.
+    """
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic:
+        end_with_parent()  # an agent that is killed would leave it behind, training beside those that take its place
+    try:
+        if ranks.spare:
+            tell(f"process {ranks.rank} is a spare: {ranks.size} can share train.batch_size in whole micro-batches")
+            try:
+                how = ranks.wait_as_spare()
+            except RuntimeError as error:
+                raise Stalled(f"rank 0, which this spare waits beside, is gone ({error})") from None
+            if how:
+                raise ConfigError(f"the run has ended: {how}")
+        yield not ranks.spare
+    except FINAL as error:
+        ranks.close(str(error))
+        if elastic:
+            os.kill(os.getppid(), signal.SIGTERM)
+        raise
+    ranks.close()
+
+
+def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loader: Loader, step: int) -> None:
+    (config.out / "config.yaml").write_text(to_yaml(shown(config, loader, checkpoints)))
+    start = {"time": time.time(), "step": step, "token": checkpoints.token, "ranks": ranks.size, "shard": ranks.shard}
+    append(config.out / "starts.jsonl", {**start, **environment()})
+
+
+def shown(config: RunConfig, loader: Loader, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The settings, less any password in a URL."""
+    values = to_dict(config)
+    values["stream"]["url"] = loader.dataset.store.url
+    if config.checkpoint.url:
+        values["checkpoint"]["url"] = checkpoints.store.url
+    return values
+
+
+def environment() -> dict[str, Any]:
+    """What a run's result depends on beside its config, as far as it can be known."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    code = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {
+        "equiav": version("equiav"),
+        "code": code,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
