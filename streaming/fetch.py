@@ -4,16 +4,20 @@ with the training loop for its interpreter.
 Messages in: ("want", key, pieces, ranking), ("release", key), ("repair", key, shard name, member, path).
 Messages out: ("ready", key, {shard number: Files or Unusable}), ("repaired", key, Unusable or None),
 ("stats", counts); or an exception that ends the run.
+
+What a store answers may be wrong once: a 404 of a server that is starting, bytes that were damaged on the way. Only what is wrong
+again and again, read anew after each pause, is taken for a fact about the data; facts are remembered.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +32,7 @@ from streaming.shards import Member, Offsets
 from streaming.store import Missing, Short, Store
 
 REQUEST = 8 << 20  # bytes asked for at once: large enough for throughput, small enough to retry
+AGAIN = (0.2, 1.0, 3.0, 10.0)  # seconds between the attempts at what is wrong, with a patience of ten minutes or more
 GAP = 4096  # neighbouring samples are read as one: between them lie only the tar's headers
 
 
@@ -61,6 +66,12 @@ class Files(NamedTuple):
 class Unusable(NamedTuple):
     reason: str
     detail: str
+    end: int | None = None  # of a shard that is truncated: what lies before it may be right
+
+
+class _Asked(NamedTuple):
+    call: Callable[[], Any]  # -> Unusable, or what was asked for
+    answer: Future[Any]  # of the first attempt
 
 
 def run_fetcher(connection: Connection, settings: FetchSettings) -> None:
@@ -81,11 +92,15 @@ class Fetcher:
         self._holding = threading.Lock()
         self._held: dict[Any, list[Entry]] = {}
         self._unwanted: set[Any] = set()
+        self._pauses = [pause * min(1.0, settings.patience / 600) for pause in AGAIN]
+        self._wrong: dict[Any, Unusable] = {}  # by the shard's name, or by that and a member
+        self._ends: dict[str, int] = {}  # of truncated shards
         self._stopped = threading.Event()
         self._windows = ThreadPoolExecutor(1, "window")  # windows claim their space one after the other
         self._finishing = ThreadPoolExecutor(2, "finish")
         self._offset_requests = ThreadPoolExecutor(4, "offsets")  # they do not wait behind the shards
         self._requests = ThreadPoolExecutor(settings.requests, "request")
+        self._again = ThreadPoolExecutor(32, "again")  # they mostly sleep
 
     def serve(self) -> None:
         last: Counter[str] = Counter()
@@ -97,7 +112,7 @@ class Fetcher:
                 elif kind == "release":
                     self._release(*rest)
                 elif kind == "repair":
-                    self._requests.submit(self._guarded, self._repair, *rest)
+                    self._again.submit(self._guarded, self._repair, *rest)
             stats = Counter({**self.store.counts, **self.counts})
             if stats != last:
                 last = stats
@@ -105,7 +120,7 @@ class Fetcher:
 
     def close(self) -> None:
         self._stopped.set()
-        for pool in (self._windows, self._finishing, self._offset_requests, self._requests):
+        for pool in (self._windows, self._finishing, self._offset_requests, self._requests, self._again):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def send(self, *message: Any) -> None:
@@ -127,19 +142,24 @@ class Fetcher:
         """Claims room for the pieces and asks for their bytes. Meanwhile the next window may do the same."""
         ready: dict[int, Files | Unusable] = {}
         entries: dict[int, Entry] = {}
-        requests: dict[int, list[Future[Missing | None]]] = {}  # of the entries that are being written
+        asked: dict[int, list[_Asked]] = {}  # of the entries that are being written
         absent = []
         for piece in pieces:
             if entry := self._cached(piece):
                 entries[piece.number] = entry
                 self.counts["hits"] += 1
+            elif piece.shard.name in self._wrong:
+                ready[piece.number] = self._wrong[piece.shard.name]
             else:
                 absent.append(piece)
-        for piece, content in zip(absent, self._offset_requests.map(self._offsets, absent), strict=True):
+        first = [self._ask(self._offset_requests, self._offsets, piece.shard) for piece in absent]
+        for piece, content in zip(absent, self._settled(first), strict=True):
             if isinstance(content, Unusable):
-                ready[piece.number] = content
+                ready[piece.number] = self._wrong[piece.shard.name] = content
             elif self.cache is None:
-                ready[piece.number] = self._in_place(piece.shard)
+                ready[piece.number] = Files(
+                    self.store.path(piece.shard.name), self.store.path(piece.shard.offsets_name), 0
+                )
             else:
                 ranges = _ranges(piece, Offsets(content))
                 behind = (piece.shard.bytes, piece.shard.bytes + len(content))
@@ -148,24 +168,31 @@ class Fetcher:
                 if new:
                     self.counts["misses"] += 1
                     entry.write(piece.shard.bytes, content)
-                    get = partial(self._get, piece.shard.name, entry)
-                    requests[piece.number] = [self._requests.submit(get, *r) for r in _requests(ranges)]
+                    asked[piece.number] = [
+                        self._ask(self._requests, self._get, piece.shard.name, entry, *r) for r in _requests(ranges)
+                    ]
         places = {piece.number: _files(entries[piece.number], piece) for piece in pieces if piece.number in entries}
-        self._finishing.submit(self._guarded, self._finish, key, {**ready, **places}, entries, requests)
+        names = {piece.number: piece.shard.name for piece in pieces}
+        self._finishing.submit(self._guarded, self._finish, key, {**ready, **places}, entries, asked, names)
 
     def _finish(
         self,
         key: Any,
         ready: dict[int, Files | Unusable],
         entries: dict[int, Entry],
-        requests: dict[int, list[Future[Missing | None]]],
+        asked: dict[int, list[_Asked]],
+        names: dict[int, str],
     ) -> None:
         """When every byte is there: says that the window is ready."""
-        for number, futures in requests.items():
-            missing = [failure for future in futures if (failure := future.result())]
-            if missing:
+        answers = iter(self._settled([one for ones in asked.values() for one in ones]))
+        for number, ones in asked.items():
+            for wrong in [answer for answer in islice(answers, len(ones)) if answer]:
+                if wrong.end is None:
+                    ready[number] = self._wrong[names[number]] = wrong
+                else:  # what lacks stays a hole, which no checksum matches
+                    self._ends[names[number]] = wrong.end
+            if isinstance(ready[number], Unusable):
                 self.cache.abandon(entries.pop(number))  # type: ignore[union-attr]
-                ready[number] = Unusable("shard missing", str(missing[0]))
             else:
                 self.cache.commit(entries[number])  # type: ignore[union-attr]
         with self._holding:
@@ -208,52 +235,83 @@ class Fetcher:
             if self._stopped.wait(0.05):
                 raise ConnectionError("stopped while waiting for room in the cache")
 
-    def _offsets(self, piece: Piece) -> bytes | Unusable:
-        name = piece.shard.offsets_name
-        for _ in range(2):  # a transfer may be damaged; twice is the object itself
-            try:
-                content = self.store.read(name)
-            except Missing as error:
-                return Unusable("offsets missing", str(error))
-            if xxh3_64_hexdigest(content) == piece.shard.offsets:
-                return content
-        return Unusable("offsets damaged", f"{name} has not the checksum {piece.shard.offsets} that the index says")
+    def _ask(self, pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> _Asked:
+        return _Asked(partial(call, *args), pool.submit(call, *args))
 
-    def _in_place(self, shard: Shard) -> Files | Unusable:
-        path = self.store.path(shard.name)
-        if not self.store.exists(shard.name):
-            return Unusable("shard missing", f"{path} does not exist")
-        return Files(path, self.store.path(shard.offsets_name), 0)
+    def _settled(self, asked: list[_Asked]) -> list[Any]:
+        """The answers; what is wrong is confirmed, or right by now."""
+        answers = [one.answer.result() for one in asked]
+        wrong = [k for k, answer in enumerate(answers) if isinstance(answer, Unusable)]
+        for k, answer in zip(wrong, self._again.map(self._confirmed, [asked[k].call for k in wrong]), strict=True):
+            answers[k] = answer
+        return answers
 
-    def _get(self, name: str, entry: Entry, start: int, stop: int) -> Missing | None:
+    def _confirmed(self, call: Callable[[], Any]) -> Any:
+        """The first answer that is right; or the last of several."""
+        answer = None
+        for pause in self._pauses:
+            if self._stopped.wait(pause):
+                raise ConnectionError("stopped while confirming what is wrong in the store")
+            if not isinstance(answer := call(), Unusable):
+                break
+        return answer
+
+    def _offsets(self, shard: Shard) -> bytes | Unusable:
+        name = shard.offsets_name
+        try:
+            content = self.store.read(name)
+        except Missing as error:
+            return Unusable("offsets missing", str(error))
+        if xxh3_64_hexdigest(content) != shard.offsets:
+            return Unusable("offsets damaged", f"{name} has not the checksum {shard.offsets} that the index says")
+        if self.cache is None and not self.store.exists(shard.name):
+            return Unusable("shard missing", f"{self.store.path(shard.name)} does not exist")
+        return content
+
+    def _get(self, name: str, entry: Entry, start: int, stop: int) -> Unusable | None:
         try:
             entry.write(start, self.store.read(name, start, stop))
         except Missing as error:
-            return error
-        except Short as error:  # what lacks stays a hole, which no checksum matches
+            return Unusable("shard missing", str(error))
+        except Short as error:
             if error.size > start:
-                return self._get(name, entry, start, error.size)
+                self._get(name, entry, start, error.size)
+            return self._truncated(name, error.size, stop)
         return None
 
+    def _truncated(self, name: str, end: int, stop: int) -> Unusable:
+        return Unusable("shard truncated", f"{self.store.url}/{name} ends at byte {end}, expected {stop} or more", end)
+
     def _repair(self, key: Any, name: str, member: Member, path: str) -> None:
-        """Reads a member again from the store itself. Right there: into the local file. Wrong there too: it is unusable."""
+        """Whether a member that is wrong on the local disk is right in the store; then it is right on the disk, too."""
+        stop = member.offset + member.length
+        if (name, member) not in self._wrong:
+            if self._ends.get(name, stop) < stop:
+                answer = self._truncated(name, self._ends[name], stop)
+            elif answer := self._mend(name, member, path):
+                answer = self._confirmed(partial(self._mend, name, member, path))
+            if answer:
+                self._wrong[name, member] = answer
+                if answer.end is not None:
+                    self._ends[name] = answer.end
+        self.send("repaired", key, self._wrong.get((name, member)))
+
+    def _mend(self, name: str, member: Member, path: str) -> Unusable | None:
+        stop = member.offset + member.length
         try:
-            content = self.store.read(name, member.offset, member.offset + member.length)
+            content = self.store.read(name, member.offset, stop)
         except Short as error:
-            self.send("repaired", key, Unusable("shard truncated", str(error)))
-            return
+            return self._truncated(name, error.size, stop)
         except Missing as error:
-            self.send("repaired", key, Unusable("shard missing", str(error)))
-            return
+            return Unusable("shard missing", str(error))
         if xxh3_64_hexdigest(content) != member.checksum:
-            detail = f"bytes {member.offset} to {member.offset + member.length} of {name} have not the checksum {member.checksum}"
-            self.send("repaired", key, Unusable("checksum", detail))
-            return
+            detail = f"bytes {member.offset} to {stop} of {name} have not the checksum {member.checksum}"
+            return Unusable("checksum", detail)
         if self.cache:
             with Path(path).open("r+b") as file:
                 file.seek(member.offset)
                 file.write(content)
-        self.send("repaired", key, None)
+        return None
 
 
 def _name(piece: Piece) -> str:

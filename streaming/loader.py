@@ -255,7 +255,7 @@ class Loader:
         for row, (shard, place, draw) in step.rows.items():
             files = self._files(epoch, step, shard)
             if isinstance(files, Unusable):
-                self._set_aside(step, row, "", *files)
+                self._set_aside(step, row, "", files.reason, files.detail)
             else:
                 rows.append((row, files, place, draw))
         step.left = len(rows)
@@ -349,7 +349,7 @@ class Loader:
             self._hand_out(Task(number, step.buffer, [(row, files, place, draw)]))  # type: ignore[list-item]
         else:
             step.left -= 1
-            self._set_aside(step, row, name, *unusable)
+            self._set_aside(step, row, name, unusable.reason, unusable.detail)
 
     def _set_aside(self, step: _Step, row: int, key: str, reason: str, detail: str) -> None:
         shard, place, _ = step.rows[row]

@@ -15,13 +15,19 @@ class Request(NamedTuple):
     answer: str  # what the client was given: "whole", or the fault
 
 
+REFUSALS = {"503": b"SlowDown", "404": b"NoSuchKey"}
+
+
 class FaultProxy:
-    """`shares` of requests by fault: 503, reset, truncate, stall. `down`: connections are closed at once."""
+    """Faults: 503, 404, reset, truncate (the connection ends within the body), short (a body that is whole by its header, and
+    half), flip (its bytes are), stall (no answer), slow (1 kB/s). `next`: those of the next requests, in order; then `shares` of
+    them. `down`: connections are closed at once."""
 
     def __init__(self, upstream: int, seed: int = 0):
         self.upstream, self.random = upstream, random.Random(seed)
         self.shares: dict[str, float] = {}
-        self.only = re.compile("")  # faults hit only these paths
+        self.next: list[str] = []
+        self.only = re.compile("")  # faults hit only these: METHOD path?query
         self.down = False
         self.log: list[Request] = []
         started = threading.Event()
@@ -68,17 +74,18 @@ class FaultProxy:
         method, path = head.split(" ", 2)[:2]
         sent = re.search(r"(?im)^range: bytes=(\d+)-(\d+)", head)
         start, stop = (int(sent[1]), int(sent[2]) + 1) if sent else (0, -1)
-        fault = self._draw() if self.only.search(path) else "whole"
+        fault = self._draw() if self.only.search(f"{method} {path}") else "whole"
         self.log.append(Request(method, path.split("?")[0], start, stop, fault))
         body = b""
         if length := re.search(r"(?im)^content-length: (\d+)", head):
             if "100-continue" in head.lower():
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(length[1]))
-        if fault == "503":
-            text = b"<Error><Code>SlowDown</Code><Message>injected</Message></Error>"
+        if fault in REFUSALS:
+            text = b"<Error><Code>%s</Code><Message>injected</Message></Error>" % REFUSALS[fault]
             writer.write(
-                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % len(text)
+                b"HTTP/1.1 %s Injected\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
+                % (fault.encode(), len(text))
             )
             writer.write(text if method != "HEAD" else b"")
             await writer.drain()
@@ -95,16 +102,29 @@ class FaultProxy:
         await answer.drain()
         content = await there.read(-1)
         answer.close()
-        if fault == "truncate":
-            begin = content.find(b"\r\n\r\n") + 4
-            writer.write(content[: begin + (len(content) - begin) // 2])
+        begin = content.find(b"\r\n\r\n") + 4
+        header, body = content[:begin], content[begin:]
+        if fault in ("truncate", "short"):
+            body = body[: len(body) // 2]
+        if fault == "short":
+            header = re.sub(
+                rb"(?im)^(content-length: )(\d+)", lambda found: found[1] + b"%d" % (int(found[2]) // 2), header
+            )
+        if fault == "flip":
+            body = bytes(255 - byte for byte in body)
+        writer.write(header)
+        while fault == "slow" and body:
+            writer.write(body[:100])
+            body = body[100:]
             await writer.drain()
-            return False
-        writer.write(content)
+            await asyncio.sleep(0.1)
+        writer.write(body)
         await writer.drain()
         return False  # the answer says that the connection closes
 
     def _draw(self):
+        if self.next:
+            return self.next.pop(0)
         u = self.random.random()
         for fault, share in self.shares.items():
             if u < share:

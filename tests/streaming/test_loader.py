@@ -1,5 +1,6 @@
 """The stream as its users see it: the same batches whatever happens, every sample once, nothing wrong delivered."""
 
+import itertools
 import json
 import os
 import random
@@ -245,7 +246,7 @@ def verdicts(url, W, count, start=0, **arguments):
     """Of all ranks: (epoch, step, sample) -> what is bad about it, or None; and the number of rows that are valid."""
     found, valid = {}, 0
     for rank in range(W):
-        with open_loader(url, rank=rank, ranks=W, **arguments) as loader:
+        with open_loader(url, rank=rank, ranks=W, **{"patience": 1, **arguments}) as loader:
             for b in take(loader, count, start):
                 bad = {one.sample: one for one in b.bad}
                 found |= {(b.epoch, b.step, s): bad.get(s) for s in b.samples.tolist() if s >= 0}
@@ -278,7 +279,7 @@ def test_whether_a_sample_can_be_used_depends_on_its_bytes_and_its_draw_alone(da
         assert after == {key: bad for key, bad in whole.items() if key[:2] in steps}
     url = serve(s3, damaged, "partly")
     for W in (1, 3):
-        arguments = {"options": s3.options, "cache": tmp_path / f"cache{W}"}
+        arguments = {"options": s3.options, "cache": tmp_path / f"cache{W}", "patience": 5}
         remote, _ = verdicts(url, W, 2 * EPOCH, **arguments)
         assert {key: (bad and bad.reason) for key, bad in remote.items()} == {
             key: (bad and bad.reason) for key, bad in whole.items() if key[0] < 2
@@ -312,7 +313,7 @@ def test_the_same_from_a_store(damaged, s3, tmp_path):
         | {34: "checksum"}
         | dict.fromkeys(range(80, 90), "offsets damaged")
     )
-    arguments = {"options": s3.options, "cache": tmp_path / "cache"}
+    arguments = {"options": s3.options, "cache": tmp_path / "cache", "patience": 5}
     assert reasons(run_epoch(url, **arguments)) == expected
     assert reasons(run_epoch(url, workers=2, **arguments)) == expected
     for rank in range(3):  # and the same samples, whoever meets them
@@ -418,6 +419,52 @@ def test_a_store_that_fails_now_and_then_changes_nothing(remote, s3, reference, 
         proxy.close()
     assert steps == [step["samples"] for step in reference[:EPOCH]]
     assert any(request.answer != "whole" for request in proxy.log) or shares == {"503": 0.05}
+
+
+SHARD, OFFSETS = r"GET .*/000003-00\.tar$", r"GET .*/000003-00\.tar\.offsets$"
+
+
+@pytest.mark.parametrize(
+    ("of", "faults"),
+    [
+        *itertools.product([SHARD, OFFSETS], [["404"], ["404", "404"], ["flip", "flip"], ["short"]]),
+        (r" .*/000003-00\.tar$", ["short", "short"]),  # HEAD says the same
+    ],
+)
+def test_a_fault_that_passes_is_no_property_of_a_sample(remote, s3, tmp_path, of, faults):
+    proxy = FaultProxy(s3.port)
+    try:
+        proxy.next, proxy.only = list(faults), re.compile(of)
+        assert run_epoch(remote[0], cache=tmp_path, options=proxy.options()) == {}
+        assert [request.answer for request in proxy.log if request.answer != "whole"] == faults
+    finally:
+        proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("of", "fault", "reason"),
+    [
+        (SHARD, "404", "shard missing"),
+        (SHARD, "flip", "checksum"),
+        (OFFSETS, "404", "offsets missing"),
+        (OFFSETS, "flip", "offsets damaged"),
+        (OFFSETS, "short", "offsets damaged"),
+    ],
+)
+def test_a_fault_that_stays_is_one_and_is_not_asked_about_for_ever(remote, s3, tmp_path, of, fault, reason):
+    proxy = FaultProxy(s3.port)
+    try:
+        proxy.shares, proxy.only = {fault: 1.0}, re.compile(of)
+        with open_loader(remote[0], tmp_path, options=proxy.options()) as loader:
+            first, asked = take(loader, EPOCH), len(proxy.log)
+            again = take(loader, EPOCH)  # the same uses, so that the same members are damaged
+            assert len(proxy.log) - asked <= 11  # shards of the next epoch
+    finally:
+        proxy.close()
+    bad = {one.sample: one.reason for batch in first for one in batch.bad}
+    assert set(bad.values()) == {reason}
+    assert sorted(bad) == list(range(30, 40))
+    assert [one for batch in again for one in batch.bad] == [one for batch in first for one in batch.bad]
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
