@@ -122,9 +122,24 @@ class Dataset:
                 f"{url}/{INDEX} is damaged: its lines are not those that its first line says; `equiav index` "
                 "makes it anew"
             )
+        self._check_names()
         self.fingerprint: str = head["fingerprint"]
         if not self.samples:
             raise DatasetError(f"{url} has no samples")
+
+    def _check_names(self) -> None:
+        """An index is somebody's word: what it calls a shard must be a file of this folder."""
+        for start in range(0, len(self), 1 << 16):
+            names = np.ascontiguousarray(self._rows["name"][start : start + (1 << 16)])
+            letters = names.view(np.uint8).reshape(len(names), -1)
+            wrong = (letters < 32) | (letters == 127) | (letters == ord("/")) | (letters == ord("\\"))
+            rows = wrong.any(axis=1) | (letters[:, 0] == ord(".")) | (letters == ord(" ")).all(axis=1)
+            if rows.any():
+                name = bytes(letters[rows.argmax()]).decode(errors="replace").rstrip()
+                raise DatasetError(
+                    f"{self.store.url}/{INDEX} names a shard {name!r}, expected the plain name of a file in this folder: "
+                    "without slashes or control characters, and not beginning with a dot"
+                )
 
     def __len__(self) -> int:
         """Shards."""

@@ -38,7 +38,7 @@ GAP = 4096  # neighbouring samples are read as one: between them lie only the ta
 
 @dataclass(frozen=True)
 class FetchSettings:
-    url: str
+    address: str  # of the store, with its password
     folder: str  # in the cache, of this dataset
     cache: Path | None  # None: the store is a local folder and is read in place
     limit: int
@@ -85,7 +85,7 @@ def run_fetcher(connection: Connection, settings: FetchSettings) -> None:
 class Fetcher:
     def __init__(self, connection: Connection, settings: FetchSettings):
         self.connection, self.settings = connection, settings
-        self.store = Store(settings.url, settings.patience, settings.options)
+        self.store = Store(settings.address, settings.patience, settings.options)
         self.cache = Cache(settings.cache, settings.limit) if settings.cache else None
         self.counts: Counter[str] = Counter()  # hits, misses
         self._sending = threading.Lock()

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 class Stats(NamedTuple):
     """Since the loader began."""
 
-    fetch: Counter[str]  # requests, retries, bytes, hits, misses
+    fetch: Counter[str]  # requests, retries, hedged, bytes, hits, misses
     decode_seconds: list[float]  # by process
     decoded: list[int]  # samples, by process
     wait_seconds: float  # in which the consumer waited
@@ -158,7 +158,7 @@ class Loader:
         self._fetch_stats: Counter[str] = Counter()
         self._buffers = _Buffers(decoder.fields, self.stop - self.first, ahead + 1)
         settings = FetchSettings(
-            dataset.store.url, self._folder, cache, cache_bytes, dataset.store.patience, dataset.store.options
+            dataset.store.address, self._folder, cache, cache_bytes, dataset.store.patience, dataset.store.options
         )
         self._fetcher = Child("the fetching process", run_fetcher, (settings,), threads=not workers)
         self._workers = [

@@ -40,7 +40,7 @@ class Progress(NamedTuple):
 
 
 class Settings(NamedTuple):
-    url: str
+    address: str  # of the store, with its password
     options: dict[str, Any]
     max_shard_bytes: int
 
@@ -97,7 +97,7 @@ def pack(
     finished = {int(name[:-5]) for name in store.list(RECORDS) if name[:-5].isdigit()}
     records = {k: Record.decode(store.read(f"{RECORDS}/{k:06d}.json")) for k in finished}
     todo = [k for k in range(parts) if k not in records]
-    destination = Settings(store.url, store.options, max_shard_bytes)
+    destination = Settings(store.address, store.options, max_shard_bytes)
     packers = [_Packer(k, encode, destination, not processes) for k in range(min(max(1, processes), len(todo)))]
     try:
         while todo or any(packer.part is not None for packer in packers):
@@ -204,7 +204,7 @@ class _Packer:
 
 
 def run_packer(connection: Connection, encode: Encode, settings: Settings) -> None:
-    store = Store(settings.url, options=settings.options)
+    store = Store(settings.address, options=settings.options)
     while True:
         part, items, fatal = connection.recv()
         connection.send(("done", _pack_part(connection, encode, store, settings, part, items, fatal)))

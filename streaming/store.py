@@ -1,24 +1,39 @@
-"""Bytes of objects through fsspec, whatever the store does meanwhile: retried with backoff and jitter, or one clear error."""
+"""Bytes of objects through fsspec, whatever the store does meanwhile: retried with backoff and jitter, or one clear error.
+
+A store may also be slow, or silent. Each attempt is limited in time, the call as a whole by `patience`; a read that takes far
+longer than others did is asked for again beside the first, and the first to arrive is taken.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import random
+import re
 import shutil
+import stat
+import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 FIRST_DELAY, LONGEST_DELAY = 0.05, 10.0  # seconds between attempts
+ATTEMPT, SLOWEST = 30.0, 1e6  # seconds that the first attempt may take, beside those for its bytes at so many a second
+UNUSUAL, SHORTEST = 10, 2.0  # times as long as is usual, and seconds, after which a read is asked for again
+UNKNOWN = 10.0  # seconds instead, beside those for its bytes, until some reads have shown what is usual
+SAME = 3  # requests for the same bytes at a time
+OVERHEAD = 256 << 10  # bytes that a store could send while it begins to answer
 
 
 class StoreError(OSError):
@@ -43,8 +58,10 @@ class Store:
     """One folder of a store. Threads may share it; a process makes its own (event loops do not survive a fork)."""
 
     def __init__(self, url: str, patience: float = 600.0, options: dict[str, Any] | None = None):
-        self.url, self.patience, self.options = url.rstrip("/"), patience, dict(options or {})
-        self.counts: Counter[str] = Counter()  # requests, retries, bytes
+        self.address, self.patience, self.options = url.rstrip("/"), patience, dict(options or {})
+        self.url = re.sub(r"://[^/]*@", "://***@", self.address)  # for people: the address without its password
+        self.counts: Counter[str] = Counter()  # requests (retries and hedged are of them), retries, hedged, bytes
+        self._pace: deque[float] = deque(maxlen=64)  # seconds for a byte, of the last reads
         self._lock = threading.Lock()
         protocol = get_protocol(url)
         options = dict(self.options)
@@ -63,9 +80,9 @@ class Store:
             options.setdefault("skip_instance_cache", True)  # another store may have come with other credentials
             options.setdefault("anon", os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes"))
         try:
-            self.fs, self.root = url_to_fs(self.url, **options)
+            self.fs, self.root = url_to_fs(self.address, **options)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{url}: {error}") from None
+            raise StoreError(f"{self.url}: {self._clean(error)}") from None
         if protocol in ("s3", "s3a"):
             self.fs.retries = 1
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -77,28 +94,92 @@ class Store:
         """The whole object, or bytes start to stop of it: all of them, or an error."""
         if stop is None:
             assert start == 0, "a range has an end"
-            content = self._retry(name, lambda: self.fs.cat_file(self.path(name)))
+            content = self._retry(name, lambda limit: self._read(limit, 0, self.path(name)))
         else:
-            content = self._retry(name, lambda: self._range(name, start, stop))
+            content = self._retry(name, lambda limit: self._range(limit, name, start, stop), stop - start)
         with self._lock:
             self.counts["bytes"] += len(content)
         return content
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
+    def _range(self, limit: float, name: str, start: int, stop: int) -> bytes:
         try:
-            content = self.fs.cat_file(self.path(name), start=start, end=stop)
+            content = self._read(limit, stop - start, self.path(name), start=start, end=stop)
         except OSError as error:
             if _status(error) != 416:  # the object ends before the range begins
                 raise
             content = b""
         if len(content) == stop - start:
             return content
-        size = self._size(name)
+        size = self._size(limit, name)
         if size < stop:
             short = Short(f"{self.url}/{name} ends at byte {size}, expected {stop} or more")
             short.size = size
             raise short
         raise OSError(f"short read: {len(content)} of {stop - start} bytes")
+
+    def _read(self, limit: float, size: int, path: str, **part: int) -> bytes:
+        """Asks again where it takes unusually long."""
+        begun = time.monotonic()
+        asked, count, error = {self._begin("cat_file", path, **part): begun}, 1, None
+        try:
+            while asked and time.monotonic() < begun + limit:
+                late = begun + count * self._unusual(size) if count < SAME else begun + limit
+                for future in wait(asked, min(late, begun + limit) - time.monotonic(), FIRST_COMPLETED).done:
+                    error = future.exception()
+                    if error is None:
+                        content = future.result()
+                        with self._lock:
+                            self._pace.append((time.monotonic() - asked[future]) / (len(content) + OVERHEAD))
+                        return content
+                    del asked[future]
+                if asked and count < SAME and time.monotonic() >= late:
+                    asked[self._begin("cat_file", path, **part)] = time.monotonic()
+                    count += 1
+                    with self._lock:
+                        self.counts["hedged"] += 1
+                        self.counts["requests"] += 1
+            raise error or TimeoutError(f"not all of it came within {limit:.0f} s")
+        finally:
+            for future in asked:
+                future.cancel()
+
+    def _unusual(self, size: int) -> float:
+        """Seconds after which a read of so many bytes is late."""
+        with self._lock:
+            if len(self._pace) < 5:
+                return UNKNOWN + size / SLOWEST
+            return max(SHORTEST, UNUSUAL * statistics.median(self._pace) * (size + OVERHEAD))
+
+    def _begin(self, what: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        """A method of the file system, under way. What is cancelled ends, where the file system knows how; elsewhere it is left
+        to itself in its thread."""
+        if getattr(self.fs, "async_impl", False):
+            return asyncio.run_coroutine_threadsafe(getattr(self.fs, f"_{what}")(*args, **kwargs), self.fs.loop)
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result = getattr(self.fs, what)(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if self.local:
+            run()
+        else:
+            threading.Thread(target=run, name=f"{what} of {self.url}", daemon=True).start()
+        return future
+
+    def _wait(self, limit: float, what: str, *args: Any, **kwargs: Any) -> Any:
+        future = self._begin(what, *args, **kwargs)
+        try:
+            if not wait([future], limit).done:
+                raise TimeoutError(f"no answer within {limit:.0f} s")
+            return future.result()
+        finally:
+            future.cancel()
 
     def exists(self, name: str) -> bool:
         try:
@@ -108,44 +189,54 @@ class Store:
         return True
 
     def size(self, name: str) -> int:
-        return self._retry(name, lambda: self._size(name))
+        return self._retry(name, lambda limit: self._size(limit, name))
 
-    def _size(self, name: str) -> int:
-        self.fs.invalidate_cache()
-        return self.fs.info(self.path(name))["size"]
+    def _size(self, limit: float, name: str) -> int:
+        path = self.path(name)
+        if self.local:  # fsspec says that a link to nowhere has no bytes
+            status = os.stat(path)
+            size, folder = status.st_size, stat.S_ISDIR(status.st_mode)
+        else:
+            self.fs.invalidate_cache()
+            found = self._wait(limit, "info", path)
+            size, folder = found["size"], found["type"] == "directory"
+        if folder:
+            raise IsADirectoryError(errno.EISDIR, "is a directory")
+        return size
 
     def list(self, folder: str = "") -> list[str]:
         """Names right in a folder, sorted; none where the folder is absent."""
         path = self.path(folder) if folder else self.root
         try:
             self.fs.invalidate_cache()
-            found = self._retry(folder, lambda: self.fs.ls(path, detail=False))
+            found = self._retry(folder, lambda limit: self._wait(limit, "ls", path, detail=False))
         except Missing:
             return []
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def write(self, name: str, content: bytes) -> None:
         """All of it or nothing of it becomes visible."""
-        self._publish(name, lambda path: self.fs.pipe_file(path, content))
+        self._publish(name, len(content), lambda limit, path: self._wait(limit, "pipe_file", path, content))
 
     def upload(self, name: str, source: Path) -> None:
-        self._publish(name, lambda path: self.fs.put_file(str(source), path))
+        size = source.stat().st_size
+        self._publish(name, size, lambda limit, path: self._wait(limit, "put_file", str(source), path))
 
-    def _publish(self, name: str, put: Callable[[str], None]) -> None:
+    def _publish(self, name: str, size: int, put: Callable[[float, str], None]) -> None:
         path = self.path(name)
 
-        def put_in_place() -> None:
+        def put_in_place(limit: float) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             temporary = f"{path}.part"
             try:
-                put(temporary)
+                put(limit, temporary)
                 os.replace(temporary, path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
 
-        self._retry(name, put_in_place if self.local else lambda: put(path))
+        self._retry(name, put_in_place if self.local else lambda limit: put(limit, path), size)
 
     def remove(self, folder: str) -> None:
         """A folder and all in it, or an object."""
@@ -155,56 +246,72 @@ class Store:
             shutil.rmtree(self.path(folder), ignore_errors=True)
         elif self.list(folder):
             with contextlib.suppress(Missing):  # an earlier attempt's answer was lost
-                self._retry(folder, lambda: self.fs.rm(self.path(folder), recursive=True))
+                self._retry(folder, lambda limit: self._wait(limit, "rm", self.path(folder), recursive=True))
 
-    def _retry(self, name: str, attempt: Any) -> Any:
+    def _retry(self, name: str, attempt: Callable[[float], Any], size: int = 0) -> Any:
         """Until it succeeds, is refused for good, or patience ends. Waits are random: many clients do not return as one."""
         url, begun, delay = f"{self.url}/{name}".rstrip("/"), time.monotonic(), FIRST_DELAY
+        limit, left = ATTEMPT + size / SLOWEST, self.patience  # seconds: of an attempt, of the whole
         while True:
             with self._lock:
                 self.counts["requests"] += 1
             try:
-                return attempt()
+                return attempt(min(limit, left))
             except StoreError:
                 raise
             except Exception as error:
                 self._judge(url, error)
-                waited = time.monotonic() - begun
-                if waited > self.patience:
+                pause = delay * random.uniform(0.5, 1.0)
+                left = begun + self.patience - time.monotonic() - pause
+                if left <= 0:
                     raise StoreError(
-                        f"{url}: no answer for {waited:.0f} s (patience); the last was {type(error).__name__}: {error}"
-                    ) from error
-                with self._lock:
-                    self.counts["retries"] += 1
-                time.sleep(delay * random.uniform(0.5, 1.0))
-                delay = min(2 * delay, LONGEST_DELAY)
+                        f"{url}: no answer for {time.monotonic() - begun:.0f} s (patience); the last was "
+                        f"{type(error).__name__}: {self._clean(error)}"
+                    ) from None
+            with self._lock:
+                self.counts["retries"] += 1
+            time.sleep(pause)
+            delay, limit = min(2 * delay, LONGEST_DELAY), 2 * limit
+
+    def _clean(self, error: BaseException) -> str:
+        """What a foreign error says, without the password of the address."""
+        text = str(error)
+        for secret in re.findall(r"://([^/]*)@", self.address):
+            password = secret.partition(":")[2]
+            for part in filter(None, (secret, unquote(secret), password, unquote(password))):
+                text = text.replace(part, "***")
+        return text
 
     def _judge(self, url: str, error: Exception) -> None:
         """Raises what will not pass by waiting; returns where it may: the network's trouble or the store's."""
-        status, name = _status(error), type(error).__name__
-        if status == 404 or isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise Missing(f"{url} does not exist ({error})") from None
+        status, name, said = _status(error), type(error).__name__, self._clean(error)
+        if status == 404 or isinstance(error, FileNotFoundError):
+            raise Missing(f"{url} does not exist ({said})") from None
+        if isinstance(error, IsADirectoryError | NotADirectoryError) or (
+            isinstance(error, OSError) and error.errno == errno.ELOOP
+        ):
+            raise Missing(f"{url} is not a file ({said})") from None
         if "Credentials" in name:
             raise Denied(
-                f"{url}: no credentials were found ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
+                f"{url}: no credentials were found ({said}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a "
                 "profile or a service account, or AWS_NO_SIGN_REQUEST=1 for a public bucket"
             ) from None
         if status in (401, 403) or isinstance(error, PermissionError):
             raise Denied(
-                f"{url}: access is refused ({error}); check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                f"{url}: access is refused ({said}); check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
                 "a profile or a service account) and what they may do there"
             ) from None
         if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
-            raise StoreError(f"{url}: the store rejects the request ({error})") from error
+            raise StoreError(f"{url}: the store rejects the request ({said})") from None
         if (
             self.local
             and isinstance(error, OSError)
             and error.errno not in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
         ):
-            raise StoreError(f"{url}: {error}") from error
+            raise StoreError(f"{url}: {said}") from None
         kind = type(error).__module__.split(".")[0]
         if kind == "botocore" and not isinstance(error, _passing()):
-            raise StoreError(f"{url}: the client of the store refuses its settings: {error}") from error
+            raise StoreError(f"{url}: the client of the store refuses its settings: {said}") from None
         if not isinstance(error, OSError) and kind not in ("botocore", "aiobotocore", "aiohttp", "asyncio", "fsspec"):
             raise error
 
@@ -223,10 +330,12 @@ def _passing() -> tuple[type[Exception], ...]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, where there is one (s3fs keeps the client's error as the cause)."""
+    """The HTTP status behind an error, where there is one (s3fs keeps the client's error as the cause; aiohttp's has it)."""
     while error is not None:
         answer = getattr(error, "response", None)
         if isinstance(answer, dict):
             return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(status := getattr(error, "status", None), int):
+            return status
         error = error.__cause__
     return None

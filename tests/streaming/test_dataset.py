@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -159,6 +160,19 @@ def heads(**changes):
 )
 def test_a_first_line_that_is_wrong_is_named(tmp_path, index, message):
     with pytest.raises(DatasetError, match=f"{tmp_path}/index .*{message}"):
+        opened(tmp_path, index)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/etc/x.tar", "a/x.tar", "a\\x.tar", ".x.tar", "..", "x\n.tar", "x\0.tar", "\x7f", ""]
+)
+def test_an_index_names_files_of_its_own_folder_and_nothing_else(tmp_path, name):
+    """With the right fingerprint, as whoever wrote the name would give it."""
+    shards = [Shard(f"part-{k}.tar", 10, 1000, "0" * 16, "1" * 16) for k in range(5)]
+    index = encode_index([*shards, shards[0]._replace(name=name)])
+    with pytest.raises(
+        DatasetError, match=rf"^{tmp_path}/index names a shard .*{re.escape(repr(name))}, expected the plain"
+    ):
         opened(tmp_path, index)
 
 

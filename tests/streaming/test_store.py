@@ -1,19 +1,27 @@
 """A store that answers late, wrongly, in part or not at all: the right bytes come back, or one clear error."""
 
+import base64
+import itertools
 import random
 import re
 import resource
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from equiav.data.local_s3 import LocalS3
 from streaming import Store
 from streaming.store import Denied, Missing, Short, StoreError
 from tests.streaming.fault_proxy import FaultProxy
+from tests.streaming.toys import make_dataset, open_loader, take
 
 BIG = random.Random(0).randbytes(300_000)
 
@@ -38,7 +46,7 @@ def the_proxy(s3):
 @pytest.fixture
 def proxy(the_proxy, bucket):
     """It behaves, until a test wants otherwise, and has seen nothing."""
-    the_proxy.shares, the_proxy.only, the_proxy.down = {}, re.compile(""), False
+    the_proxy.shares, the_proxy.next, the_proxy.only, the_proxy.down = {}, [], re.compile(""), False
     the_proxy.random.seed(0)
     the_proxy.log.clear()
     return the_proxy
@@ -176,6 +184,90 @@ def test_when_patience_is_over_the_error_names_the_url_and_the_last_trouble(prox
         assert store.counts["requests"] == store.counts["retries"] + 1
 
 
+# ---- slow and silent
+
+
+def test_a_read_that_takes_far_longer_than_others_is_asked_for_again_beside_the_first(proxy, bucket):
+    """The first request would take a minute."""
+    store = Store(bucket, patience=120, options=proxy.options())
+    for start in range(0, 60_000, 10_000):
+        store.read("big", start, start + 10_000)
+    assert dict(store.counts) == {"requests": 6, "bytes": 60_000}
+    proxy.next = ["slow"]
+    assert store.read("big", 100_000, 160_000) == BIG[100_000:160_000]
+    assert dict(store.counts) == {"requests": 8, "hedged": 1, "bytes": 120_000}
+    assert [(request.start, request.answer) for request in proxy.log[-2:]] == [(100_000, "slow"), (100_000, "whole")]
+
+
+def test_of_three_requests_for_the_same_bytes_one_may_arrive_and_the_others_fail(proxy, bucket):
+    store = Store(bucket, patience=120, options=proxy.options())
+    for start in range(0, 60_000, 10_000):
+        store.read("big", start, start + 10_000)
+    proxy.next = ["stall", "503"]
+    assert store.read("big", 100_000, 160_000) == BIG[100_000:160_000]
+    assert dict(store.counts) == {"requests": 9, "hedged": 2, "bytes": 120_000}
+
+
+@pytest.mark.parametrize("what", ["write", "upload", "read a range", "size", "list"])
+def test_a_store_that_takes_a_request_and_never_answers_is_an_error_when_patience_is_over(
+    proxy, bucket, tmp_path, what
+):
+    (tmp_path / "source").write_bytes(BIG)
+    store = Store(bucket, patience=2, options=proxy.options() | {"config_kwargs": {"read_timeout": 3600}})
+    proxy.shares = {"stall": 1.0}
+    ask = operations(store, tmp_path / "source")[what]
+    with pytest.raises(StoreError, match=rf"{bucket}.*no answer for \d+ s \(patience\)"):
+        ask()
+    assert faults(proxy) == 1
+    proxy.shares = {}
+    ask()
+    store.write("silent", b"and then not")
+    assert store.read("silent") == b"and then not"
+    store.remove("new")
+
+
+def test_an_attempt_has_its_own_limit_and_the_next_a_longer_one(proxy, bucket, monkeypatch):
+    monkeypatch.setattr("streaming.store.ATTEMPT", 0.5)
+    store = Store(bucket, patience=60, options=proxy.options())
+    proxy.next = ["stall", "stall"]
+    store.write("late", b"late")
+    assert store.counts["retries"] >= 2
+    assert proxy.next == []
+    assert store.read("late") == b"late"
+
+
+class Stuck(MemoryFileSystem):
+    """A file system of the kind that is called in threads; its first answer never comes."""
+
+    protocol = "stuck"
+    store: ClassVar[dict] = {}
+    calls = itertools.count()
+
+    def pipe_file(self, path, value, **kwargs):
+        if next(self.calls) == 0:
+            threading.Event().wait()
+        return super().pipe_file(path, value, **kwargs)
+
+
+def test_a_file_system_that_is_not_asynchronous_is_left_alone_in_its_thread(tmp_path):
+    fsspec.register_implementation("stuck", Stuck)
+    (tmp_path / "source").write_bytes(BIG)
+    store = Store("stuck://folder", patience=1)
+    with pytest.raises(StoreError, match="stuck://folder/new: no answer"):
+        store.write("new", b"new")
+    store.write("new", b"new")
+    store.upload("parts/big", tmp_path / "source")
+    assert store.list() == ["new", "parts"]
+    assert (store.read("new"), store.read("parts/big", 5, 50), store.size("new")) == (b"new", BIG[5:50], 3)
+    with pytest.raises(Short, match="ends at byte 300000"):
+        store.read("parts/big", 5, 300_001)
+    store.remove("parts")
+    assert not store.exists("parts/big")
+
+
+# ---- many at once
+
+
 def test_threads_share_a_store_and_each_gets_its_own_bytes(proxy, bucket):
     store = Store(bucket, patience=60, options=proxy.options())
     proxy.shares = {"503": 0.1, "reset": 0.1}
@@ -297,12 +389,121 @@ def test_a_setting_that_no_waiting_will_mend_is_an_error_at_once(s3, url, option
     assert store.counts["retries"] == 0
 
 
-def test_a_local_folder_where_an_object_should_be_is_an_error_at_once(tmp_path):
+IN_THE_WAY = {
+    "a folder": lambda path: path.mkdir(),
+    "a link loop": lambda path: path.symlink_to(path),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a file in the place of a folder": lambda path: path.parent.rmdir() or path.parent.write_text(""),
+}
+
+
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_what_is_not_a_file_is_missing(tmp_path, what):
     (tmp_path / "folder").mkdir()
+    IN_THE_WAY[what](tmp_path / "folder" / "object")
     store = Store(str(tmp_path), patience=0.3)
-    with pytest.raises(StoreError, match="folder"):
-        store.read("folder")
+    says = "does not exist" if what == "a link to nowhere" else "is not a file"
+    for ask in (
+        lambda: store.read("folder/object"),
+        lambda: store.read("folder/object", 0, 5),
+        lambda: store.size("folder/object"),
+    ):
+        with pytest.raises(Missing, match=f"{tmp_path}/folder/object {says}"):
+            ask()
+    assert not store.exists("folder/object")
     assert store.counts["retries"] == 0
+
+
+def test_a_folder_of_a_bucket_is_no_object(s3, bucket):
+    store = Store(bucket, patience=5, options=s3.options)
+    store.write("folder/object", b"text")
+    assert store.exists("folder/object")
+    assert not store.exists("folder")
+
+
+SECRET = "secretpw"
+
+
+@pytest.fixture(params=["404", "401", "503", "refused", "unknown"])
+def address(request):
+    """A URL with a password, at a server that says no."""
+    if request.param == "unknown":
+        yield f"nonsense://user:{SECRET}@127.0.0.1/folder"
+        return
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(int(request.param), f"of {self.path} by user:{SECRET} {SECRET}")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        url = f"http://user:{SECRET}@127.0.0.1:{server.server_port}/folder"
+        if request.param == "refused":
+            server.server_close()
+            yield url
+            return
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield url
+        server.shutdown()
+
+
+def test_no_message_shows_the_password_of_the_address(address):
+    def ask():
+        store = Store(address, patience=0.2)
+        assert store.address == address
+        assert store.url == address.replace(f"user:{SECRET}@", "***@")
+        store.read("object", 0, 10)
+
+    with pytest.raises(StoreError) as caught:
+        ask()
+    said = str(caught.value) + "".join(traceback.format_exception(caught.value))
+    assert "://***@127.0.0.1" in said
+    assert SECRET not in said
+
+
+def test_processes_are_given_the_address_with_its_password(tmp_path):
+    """From a server that wants it."""
+    make_dataset(str(tmp_path / "data"), 20)
+
+    class Asks(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def answer(self, body):
+            if self.headers["Authorization"] != "Basic " + base64.b64encode(f"user:{SECRET}".encode()).decode():
+                self.send_error(401)
+                return
+            content = (tmp_path / "data" / self.path[1:]).read_bytes()
+            first, last = re.fullmatch(
+                r"bytes=(\d+)-(\d+)", self.headers.get("Range", f"bytes=0-{len(content)}")
+            ).groups()
+            part = content[int(first) : int(last) + 1]
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Accept-Ranges", "bytes")
+            self.end_headers()
+            if body:
+                self.wfile.write(part)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Asks) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        with open_loader(f"http://user:{SECRET}@127.0.0.1:{server.server_port}", tmp_path / "cache") as loader:
+            assert [batch.valid.sum() for batch in take(loader, 3)] == [8, 8, 4]
+        with pytest.raises(Denied, match="access is refused"):
+            Store(f"http://user:wrong@127.0.0.1:{server.server_port}", patience=5).read("index")
+        server.shutdown()
 
 
 def test_errors_of_the_program_are_raised_as_they_are(store):
