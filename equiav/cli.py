@@ -6,6 +6,8 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +56,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """-> the status with which to end."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
@@ -77,30 +80,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.data.clips import BadClipError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
+    from equiav.train.run import FINAL
     from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
+    mistakes = (ConfigError, CheckpointError, CacheError)
+    troubles = (FloatingPointError, BadClipError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples)
     try:
         return _run(command, rest)
-    except (
-        FloatingPointError,
-        BadClipError,
-        ChildDied,
-        DatasetError,
-        ShardError,
-        StoreError,
-        TooManyBadSamples,
-    ) as error:
+    except (*mistakes, *troubles, Ending) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
-        return 1
-    except (ConfigError, CheckpointError, CacheError) as error:
-        print(f"equiav {command}: {error}", file=sys.stderr)
-        return 2
-    except Ending as error:
-        print(f"equiav {command}: {error}", file=sys.stderr)
-        return error.status
+        if isinstance(error, FINAL):
+            _end_agent()
+        return error.status if isinstance(error, Ending) else 2 if isinstance(error, mistakes) else 1
+    except SystemExit as error:  # of the parser, which has said why
+        if error.code:
+            _end_agent()
+        raise
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _end_agent() -> None:
+    """As one of torchrun's processes: it would start them again and again, for an error that no restart mends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _run(name: str, argv: list[str]) -> int:

@@ -24,11 +24,10 @@ class Batch(NamedTuple):
     waveform: Tensor  # (B, L) int16
     lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
     valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it cannot be used)
-    bad: tuple = ()  # what is known of those that cannot be used
 
     def rows(self, part: slice) -> Batch:
         """Some of the clips."""
-        return Batch(self.epoch, *(x[part] for x in self[1:6]), bad=self.bad)
+        return Batch(self.epoch, *(x[part] for x in self[1:]))
 
     def padded(self, rows: int) -> Batch:
         """With as many rows as asked for; those added are no clips."""
@@ -36,8 +35,8 @@ class Batch(NamedTuple):
         if not missing:
             return self
         samples = F.pad(self.samples, (0, missing), value=-1)
-        others = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in self[2:6])
-        return Batch(self.epoch, samples, *others, bad=self.bad)
+        others = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in self[2:])
+        return Batch(self.epoch, samples, *others)
 
     def to(self, device: torch.device) -> Batch:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
@@ -45,7 +44,7 @@ class Batch(NamedTuple):
         if device.type == "cuda":
             tensors = (x.pin_memory() for x in tensors)
         there = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(self.epoch, *there, valid=self.valid, bad=self.bad)
+        return Batch(self.epoch, *there, valid=self.valid)
 
 
 class Views(NamedTuple):

@@ -44,14 +44,9 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             mode, frame = image.mode, np.asarray(image)
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except UnidentifiedImageError:  # its text has an address in memory
+        raise BadClipError(sample, "image cannot be decoded: no format that Pillow knows") from None
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise BadClipError(sample, f"image cannot be decoded: {error}") from None
     if mode != "RGB":
         raise BadClipError(sample, f"image has mode {mode}, expected RGB")

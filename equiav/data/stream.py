@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import streaming
 from equiav.augment import Batch
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, require
@@ -56,15 +57,11 @@ def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:
     """From step `start`, counted over all epochs, without end."""
-    for batch in loader.batches(start):
-        fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
-        frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
-        yield Batch(
-            batch.epoch,
-            torch.from_numpy(batch.samples),
-            frames,
-            fields["waveform"],
-            fields["lengths"],
-            torch.from_numpy(batch.valid),
-            tuple(batch.bad),
-        )
+    return map(as_tensors, loader.batches(start))
+
+
+def as_tensors(batch: streaming.Batch) -> Batch:
+    fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
+    frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
+    samples, valid = torch.from_numpy(batch.samples), torch.from_numpy(batch.valid)
+    return Batch(batch.epoch, samples, frames, fields["waveform"], fields["lengths"], valid)

@@ -20,19 +20,20 @@ import torch
 
 from equiav.augment import Batch
 from equiav.config import ConfigError, RunConfig, differences, to_dict, to_yaml
-from equiav.data.stream import batches, open_stream
+from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
 from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, begin, steps
 from equiav.train.watch import Watch
-from streaming import CacheError, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
+from streaming import Bad, CacheError, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
 from streaming.processes import end_with_parent
 from streaming.store import Denied
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
+# No restart mends these.
 FINAL = (ConfigError, DatasetError, CacheError, Denied, TooManyBadSamples, FloatingPointError, Superseded)
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
@@ -146,18 +147,27 @@ def train(
 ) -> Ending | None:
     """The steps, and what happens beside them. -> what it ends with before its last step."""
     saves = Saves(config.checkpoint, checkpoints, state.step)
+    bad: dict[int, list[Bad]] = {}  # step -> what of its own samples cannot be used
     not_finite: dict[int, list[int]] = {}  # steps in a row -> the ids of their samples
     under_way: deque[Step] = deque()
     told = Signals()
     clock = time.monotonic()
+
+    def data() -> Iterator[Batch]:
+        watch.at(state.step, "waits for data")
+        for number, batch in enumerate(loader.batches(state.step), state.step):
+            watch.at(number, "computes")
+            if config.log_samples:
+                ids = batch.samples[batch.valid].tolist()
+                append(config.out / f"samples-{ranks.rank}.jsonl", [checkpoints.token, number, ids])
+            bad[number] = batch.bad
+            yield as_tensors(batch)
 
     def settle() -> None:
         """The numbers of the oldest step under way have come."""
         nonlocal told, clock
         step = under_way.popleft()
         metrics, finite, told = step.read()
-        if metrics["bad"]:
-            quarantine.add(bad for of_rank in ranks.objects(step.batch.bad) for bad in of_rank)
         if finite:
             not_finite.clear()
         else:
@@ -171,6 +181,9 @@ def train(
         if log:
             log.write(step.number, metrics, timing)
             show(step.number, metrics, timing)
+        found = bad.pop(step.number)
+        if metrics["bad"]:
+            quarantine.add(one for of_rank in ranks.objects(found) for one in of_rank)
         if len(not_finite) >= config.train.max_skipped:
             raise_not_finite(config, ranks, metrics, not_finite)
         if told.superseded:
@@ -198,16 +211,15 @@ def train(
         checkpoints.save(state, about)
         saves.begun(state.step)
 
-    for step in steps(config, ranks, state, watched(config, ranks, loader, state.step, checkpoints, watch), signals):
+    for step in steps(config, ranks, state, data(), signals):
         under_way.append(step)
         saves.after(state.step)
-        save_now = saves.due and not told.busy  # a store that is slow or down holds up nobody
         # A step's numbers are read while the next one computes. What is saved has been read: no line of it may be lost.
-        while len(under_way) > (0 if save_now else 1):
+        while len(under_way) > (0 if saves.due and not told.busy else 1):
             settle()
         if told.asked:
             break
-        if save_now:
+        if saves.due and not under_way and not told.busy:  # a store that is slow or down holds up nobody
             save()
         watch.at(state.step, "waits for data")
     while under_way:
@@ -219,7 +231,7 @@ def train(
         problem = checkpoints.finish()
     if by := checkpoints.superseded_for_all():
         raise Superseded(by)
-    if not told.asked:
+    if not told.asked or state.step == config.train.steps:
         return None
     how, by = (Interrupted, "Ctrl-C") if told.asked == Interrupted.status else (Terminated, "SIGTERM")
     what = f"step {state.step} is saved at {checkpoints.store.url}"
@@ -236,19 +248,6 @@ def raise_not_finite(config: RunConfig, ranks: Ranks, metrics: Metrics, steps: d
         f"step {max(steps)}: {', '.join(names)} not finite, as in {len(steps)} steps in a row (train.max_skipped="
         f"{config.train.max_skipped}). Lower train.lr or train.clip, or set train.precision=float32"
     )
-
-
-def watched(
-    config: RunConfig, ranks: Ranks, loader: Loader, start: int, checkpoints: Checkpoints, watch: Watch
-) -> Iterator[Batch]:
-    """The batches from step `start` on; the watch knows when they are waited for."""
-    watch.at(start, "waits for data")
-    for number, batch in enumerate(batches(loader, start), start):
-        watch.at(number, "computes")
-        if config.log_samples:
-            ids = batch.samples[batch.valid].tolist()
-            append(config.out / f"samples-{ranks.rank}.jsonl", [checkpoints.token, number, ids])
-        yield batch
 
 
 class Saves:
@@ -344,12 +343,8 @@ class Asked:
 
 @contextmanager
 def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
-    """Around a run that may be one of torchrun's processes. -> whether this one takes part; a spare waits until it ends.
-
-    An error that no restart mends ends the agent, too: it would start the workers again up to --max-restarts times.
-    """
-    elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    if elastic:
+    """Around a run that may be one of torchrun's processes. -> whether this one takes part; a spare waits until it ends."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # an agent that is killed would leave it behind, training beside those that take its place
     try:
         if ranks.spare:
@@ -363,8 +358,6 @@ def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
         yield not ranks.spare
     except FINAL as error:
         ranks.close(str(error))
-        if elastic:
-            os.kill(os.getppid(), signal.SIGTERM)
         raise
     ranks.close()
 

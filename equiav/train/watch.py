@@ -55,6 +55,8 @@ class Watch:
         self._heard: dict[int, tuple[Beat, float]] = {}  # of a rank, and since when it has not changed
         if seconds:
             self._pause = min(1.0, seconds / 4)
+            self._silence = os.fdopen(os.memfd_create("stacks"), "w")
+            self._set_alarm()
             for rank in range(ranks.size) if ranks.rank == 0 else (0, ranks.rank):
                 self._hear(rank, Beat(0, PHASES[0], 0.0, 0))
             for target, name in ((self._watch, "watch"), (self._exchange, "beats")):
@@ -77,10 +79,8 @@ class Watch:
 
     def _watch(self) -> None:
         number = 0
-        # Should no thread get to run Python any more, the process ends all the same, without a word.
-        silence = os.fdopen(os.memfd_create("stacks"), "w")
         while not self._ended.wait(self._pause):
-            faulthandler.dump_traceback_later(2 * self.seconds + self.patience + LAST_WORDS, exit=True, file=silence)
+            self._set_alarm()
             number += 1
             step, phase, since = self._at
             if self._left_alone(phase, since):
@@ -91,6 +91,11 @@ class Watch:
             self._hear(self.ranks.rank, Beat(step, phase, time.monotonic() - since, number))
             if problem := self._problem():
                 self._leave(Stalled.status, f"the run has stalled: {problem}", problem)
+
+    def _set_alarm(self) -> None:
+        """Should no thread get to run Python any more, the process ends all the same, without a word, with 1."""
+        seconds = 2 * self.seconds + self.patience + LAST_WORDS
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._silence)
 
     def _exchange(self) -> None:
         """Beats to rank 0, its verdict from there, in a thread of its own: the store of a host that is cut off answers never."""

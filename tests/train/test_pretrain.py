@@ -39,7 +39,12 @@ class Run:
         self.out = Path(out)
         program += [module, "pretrain", "--config", str(config), "--out", str(out), *arguments]
         self.process = subprocess.Popen(
-            program, env={**ENV, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            program,
+            env={**ENV, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a group, to be sent signals as a terminal or a container does
         )
 
     def reach(self, step):

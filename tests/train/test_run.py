@@ -1,0 +1,340 @@
+"""What happens to a run beside its steps: signals, second starts, errors, stores that fail, spares, damaged samples."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from equiav.config import DataConfig
+from equiav.data.local_s3 import LocalS3
+from equiav.data.sources import EncodeSynthetic, Shape
+from equiav.data.synthetic import World
+from streaming import Store
+from streaming.pack import pack
+from tests.streaming.fault_proxy import FaultProxy
+from tests.train.test_pretrain import ENV, Run, lines, same_run, same_weights, steps, whole  # noqa: F401  # a fixture
+
+
+def saved(out):
+    return sorted(int(path.parent.name[5:13]) for path in Path(out).glob("checkpoints/step-*/manifest.json"))
+
+
+# ---- asked to end
+
+ENDINGS = {
+    "SIGTERM to torchrun": (2, lambda run: os.kill(run.process.pid, signal.SIGTERM), 1),
+    "SIGTERM to the group": (None, lambda run: os.killpg(run.process.pid, signal.SIGTERM), 143),
+    "Ctrl-C": (None, lambda run: os.killpg(run.process.pid, signal.SIGINT), 130),
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_who_is_asked_to_end_saves_first(run_config, whole, tmp_path, how):  # noqa: F811
+    """No save is due: were the loader's processes gone, so would be the steps."""
+    W, ask, status = ENDINGS[how]
+    run = Run(run_config, tmp_path, W, "--checkpoint.every_steps", "1000", "--stream.workers", "1")
+    run.reach(6)
+    ask(run)
+    text = run.end(status)
+    last = max(steps(tmp_path))
+    assert saved(tmp_path) == [last + 1]
+    assert f"step {last + 1} is saved at {tmp_path}/checkpoints" in text
+    assert "finishes the step, saves, and ends" in text
+    Run(run_config, tmp_path).end()
+    same_run(tmp_path, whole)
+    assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, last + 1]
+
+
+# ---- started twice
+
+
+def test_a_start_that_is_refused_does_not_disturb_the_live_run(run_config, whole, tmp_path):  # noqa: F811
+    run = Run(run_config, tmp_path)
+    run.reach(5)
+    for arguments, said in (
+        (("--seed", "1"), "of a run with other settings: seed is 1, was 0"),
+        (("--model.width", "32"), "model.width is 32, was 64"),
+        (("--model.depth", "2"), "model.depth is 2, was 1"),
+        (("--resume", "never"), "resume is never, and"),
+    ):
+        os.kill(run.process.pid, signal.SIGSTOP)  # it has to be there still when the other looks
+        refused = Run(run_config, tmp_path, None, *arguments).end(2)
+        os.kill(run.process.pid, signal.SIGCONT)
+        assert said in refused
+        assert "Traceback" not in refused
+    run.end()
+    same_run(tmp_path, whole)
+    assert len(lines(tmp_path / "starts.jsonl")) == 1
+
+
+# ---- checkpoints that cannot be used
+
+
+def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_by_itself(run_config, whole, tmp_path):  # noqa: F811
+    run = Run(run_config, tmp_path)
+    run.reach(9)
+    run.process.kill()
+    run.process.communicate()
+    for part in tmp_path.glob("checkpoints/step-*/part-*"):
+        os.truncate(part, 100)
+    text = Run(run_config, tmp_path).end(2)
+    assert "holds checkpoints of which none can be used" in text
+    assert "--resume anyway" in text
+    assert max(steps(tmp_path)) >= 9  # nothing was touched
+    run = Run(run_config, tmp_path, None, "--resume", "anyway", "--checkpoint.keep", "1")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("checkpoints/damaged-*")) or not saved(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.process.kill()
+    run.process.communicate()
+    kept = saved(tmp_path)
+    assert kept
+    assert set(kept) <= {4, 8, 12}  # of the later steps that are damaged, none is in the way
+    Run(run_config, tmp_path).end()
+    same_run(tmp_path, whole)
+    assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, 0, max(kept)]
+
+
+# ---- errors that no restart mends
+
+FINAL = {
+    "not finite": (["--train.lr", "1e30", "--train.lr_start", "1e30"], "not finite, as in 10 steps in a row"),
+    "a setting": (["--objective.schedule", "two_stage", "--train.micro_batch", "0"], "train.micro_batch is 0"),
+    "no dataset": (["--stream.url", "/nowhere"], "/nowhere holds no dataset"),
+}
+
+
+@pytest.mark.parametrize("what", FINAL)
+def test_an_error_that_no_restart_mends_ends_torchrun(run_config, tmp_path, what):
+    arguments, said = FINAL[what]
+    text = Run(run_config, tmp_path, 2, *arguments).end(1)
+    assert said in text
+    assert "worker group" not in text  # torchrun's word when it restarts one
+    assert len(lines(tmp_path / "starts.jsonl")) <= 1
+    assert text.count(said) <= 2  # once a rank
+    if what == "not finite":
+        found = json.loads((tmp_path / "not_finite.json").read_text())
+        assert len(found) == 10
+        assert all(len(ids) in (8, 2) for ids in found.values())
+
+
+# ---- damaged samples
+
+
+class Spoiled(EncodeSynthetic):
+    """Of every fifth clip, two of three frames are no JPEG; of one, all."""
+
+    def __call__(self, k):
+        members = super().__call__(k)
+        for frame in (0, 2) if k % 5 == 0 else (0, 1, 2) if k == 7 else ():
+            members[f"{frame}.jpg"] = b"\xff\xd8" + bytes(100)
+        return members
+
+
+@pytest.fixture(scope="module")
+def spoiled_config(run_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spoiled")
+    encode = Spoiled(World(1, 64, 3, 2.56), Shape(3, 64, 90, "wav", 30.0, False, DataConfig()))
+    pack([(f"clip-{k}", k) for k in range(26)], encode, Store(str(folder / "clips")), processes=0, part_items=4)
+    settings = yaml.safe_load(run_config.read_text())
+    settings["stream"] |= {"url": str(folder / "clips"), "max_bad": 0.5}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def test_a_sample_that_is_bad_in_part_is_bad_for_everyone_alike(spoiled_config, tmp_path):
+    """Whoever met it first, and however often it is saved: the same losses, weights and quarantine."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    Run(spoiled_config, one, None, "--checkpoint.every_steps", "1000", "--stream.ahead", "0").end()
+    run = Run(spoiled_config, two, 2, "--checkpoint.every_steps", "3", "--stream.ahead", "3")
+    run.reach(10)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    run.end()
+    same_run(two, one)
+    assert (one / "quarantine.jsonl").read_bytes() == (two / "quarantine.jsonl").read_bytes()
+    rows = steps(one)
+    bad = [sum(rows[k]["bad"] for k in range(4 * epoch, 4 * epoch + 4)) for epoch in range(6)]
+    assert len(set(bad)) > 1  # what is bad in part is so in some epochs
+    assert 1 < len(lines(one / "quarantine.jsonl")) <= 7
+    assert all(rows[k]["clips"] + rows[k]["bad"] == (2 if k % 4 == 3 else 8) for k in rows)
+
+
+def test_too_much_bad_data_ends_the_run_at_the_same_step_for_all(spoiled_config, tmp_path):
+    ends = {}
+    for W in (None, 2):
+        out = tmp_path / str(W)
+        text = Run(spoiled_config, out, W, "--stream.max_bad", "0.1").end(1)
+        assert "of 26 samples cannot be used" in text
+        assert "max_bad=0.1" in text
+        ends[W] = list(steps(out).values())
+        assert len(lines(out / "starts.jsonl")) == 1
+    assert ends[None] == ends[2]
+    out = tmp_path / "None"
+    Run(spoiled_config, out, None, "--stream.max_bad", "0.5").end()  # it may be changed on the way
+
+
+# ---- stores that fail
+
+
+@pytest.fixture
+def s3(tmp_path):
+    (tmp_path / "store" / "runs").mkdir(parents=True)
+    with LocalS3(tmp_path / "store") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(s3):
+    proxy = FaultProxy(s3.port)
+    yield proxy
+    proxy.close()
+
+
+def at(s3, proxy):
+    keys = {"AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret}
+    return {**keys, "AWS_ENDPOINT_URL": proxy.options()["endpoint_url"]}
+
+
+def test_a_save_that_is_never_answered_is_given_up_and_the_next_succeeds(run_config, s3, proxy, tmp_path):
+    place = ["--checkpoint.url", "s3://runs/one", "--checkpoint.patience", "2", "--checkpoint.overdue_seconds", "3"]
+    run = Run(run_config, tmp_path / "out", 2, *place, "--train.steps", "400", env=at(s3, proxy))
+    run.reach(2)
+    proxy.only, proxy.shares = re.compile(r"PUT .*part-"), {"stall": 1.0}
+    deadline = time.monotonic() + 60
+    while not any(row["unsaved_seconds"] > 3 for row in lines(run.out / "timing.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    proxy.shares = {}
+    failed = lines(run.out / "timing.jsonl")[-1]
+    while lines(run.out / "timing.jsonl")[-1]["saved_step"] <= failed["step"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert lines(run.out / "timing.jsonl")[-1]["failed_saves"] >= 1
+    run.process.terminate()
+    text = run.end(1)
+    assert "NO SAVE HAS SUCCEEDED for" in text
+    assert "a checkpoint could not be saved, the run goes on without it: rank" in text
+
+
+def test_a_run_that_cannot_save_ends_if_it_is_told_to(run_config, s3, proxy, tmp_path):
+    place = ["--checkpoint.url", "s3://runs/one", "--checkpoint.patience", "1", "--checkpoint.overdue_seconds", "3"]
+    place += ["--checkpoint.overdue", "end", "--train.steps", "4000"]
+    run = Run(run_config, tmp_path / "out", None, *place, env=at(s3, proxy))
+    run.reach(2)
+    proxy.only, proxy.shares = re.compile("PUT .*step-"), {"503": 1.0}
+    text = run.end(146)
+    assert "NO SAVE HAS SUCCEEDED for" in text
+    assert "checkpoint.overdue_seconds=3" in text
+
+
+# ---- more processes than can share the work
+
+
+@pytest.mark.slow
+def test_processes_beyond_the_micro_batches_wait_as_spares(run_config, whole, tmp_path):  # noqa: F811
+    """Four micro-batches, five processes; one is lost."""
+    run = Run(run_config, tmp_path, 5)
+    run.reach(6)
+    os.kill(run.workers()[2], signal.SIGKILL)
+    text = run.end()
+    same_run(tmp_path, whole)
+    starts = lines(tmp_path / "starts.jsonl")
+    assert [row["ranks"] for row in starts] == [4, 4]
+    assert starts[1]["step"] > 0
+    assert "process 4 is a spare" in text
+    assert "4 process(es) and 1 spare(s)" in text
+
+
+def test_processes_beyond_whole_groups_that_share_a_model_wait_too(run_config, whole, tmp_path):  # noqa: F811
+    Run(run_config, tmp_path, 3, "--train.shard", "2").end()
+    same_run(tmp_path, whole)
+    (start,) = lines(tmp_path / "starts.jsonl")
+    assert (start["ranks"], start["shard"]) == (2, 2)
+
+
+@pytest.mark.slow
+def test_a_spare_ends_with_a_run_that_cannot_go_on(run_config, tmp_path):
+    Run(run_config, tmp_path, 5, "--train.lr", "1e30", "--train.lr_start", "1e30").end(1)
+    assert len(lines(tmp_path / "starts.jsonl")) == 1
+
+
+# ---- a log that no kill can harm
+
+
+def test_no_line_is_lost_and_none_comes_twice_whatever_is_killed(run_config, whole, tmp_path):  # noqa: F811
+    """Killed right after each of its saves, and while it begins."""
+    for step in (4, 8, 12, 16):
+        run = Run(run_config, tmp_path)
+        deadline = time.monotonic() + 60
+        while step not in saved(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        run.process.kill()
+        run.process.communicate()
+    before = (tmp_path / "metrics.jsonl").stat().st_size
+    for delay in (1.5, 2.0, 2.5, 3.0):  # some while the log is begun again
+        run = Run(run_config, tmp_path)
+        time.sleep(delay)
+        run.process.kill()
+        run.process.communicate()
+        kept = lines(tmp_path / "metrics.jsonl")
+        assert [row["step"] for row in kept] == list(range(len(kept)))
+        assert len(kept) >= min(16, before)
+    Run(run_config, tmp_path).end()
+    same_run(tmp_path, whole)
+
+
+LOG = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("log", "equiav/train/log.py")  # without torch, which takes seconds
+log = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(log)
+while True:
+    log.Log(Path(sys.argv[1]), 20000).close()
+    print(flush=True)
+"""
+
+
+def test_a_log_is_whole_at_every_moment_at_which_it_is_begun_again(tmp_path):
+    line = "".join(json.dumps({"step": k, "loss": 1.5, "filling": "x" * 100}) + "\n" for k in range(20000))
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (tmp_path / name).write_text(line)
+    for k in range(20):
+        process = subprocess.Popen([sys.executable, "-c", LOG, str(tmp_path)], stdout=subprocess.PIPE, env=ENV)
+        process.stdout.readline()
+        time.sleep(0.013 * k)
+        process.kill()
+        process.communicate()
+        assert (tmp_path / "metrics.jsonl").read_text() == line
+
+
+def test_what_an_earlier_start_still_writes_does_not_come_between(tmp_path):
+    from equiav.train.log import Log
+
+    first = Log(tmp_path, 0)
+    for step in range(5):
+        first.write(step, {"loss": 0.5}, {})
+    second = Log(tmp_path, 3)
+    first.write(5, {"loss": 0.5}, {})
+    second.write(3, {"loss": 0.25}, {})
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path / "metrics.jsonl")] == [
+        (0, 0.5),
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.25),
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(run_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    text = Run(run_config, tmp_path / "file" / "out").end(2)
+    assert f"out: {tmp_path}/file/out cannot be made" in text
