@@ -1,6 +1,6 @@
 """WebDataset shards on object storage, delivered in an order that no crash and no resize can change. docs/streaming.md."""
 
-from streaming.cache import CacheError
+from streaming.cache import CacheError, CacheGone
 from streaming.dataset import Dataset, DatasetError
 from streaming.loader import Batch, Decoder, Loader, Stats
 from streaming.order import Epoch, Order
@@ -14,6 +14,7 @@ __all__ = [
     "BadSample",
     "Batch",
     "CacheError",
+    "CacheGone",
     "ChildDied",
     "Dataset",
     "DatasetError",

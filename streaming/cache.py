@@ -3,24 +3,48 @@
 The folder is the whole state. A file being written is `NAME.part`, with all its blocks allocated before the first byte is
 fetched and an exclusive lock on it; a file in use has a shared lock. Locks end with their process, so after a crash a part
 without a lock is nobody's, and a whole file without a lock may be evicted. What is used is what the file system says.
+
+Two jobs that share a folder must not wait for each other's room. So each process registers what its whole job may hold, in a file
+`.job-PID-NUMBER` with a lock on it, and a job that would not fit beside those which run does not begin.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
+import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 BLOCK = 4096
+DYING = 10.0  # seconds that processes of a job which is ending may take
 Ranges = Sequence[tuple[int, int]]  # first byte and one after the last, ascending, apart
 
 
 class CacheError(OSError):
     """The cache cannot hold what a run needs; the message names the setting."""
+
+
+class CacheGone(CacheError):  # noqa: N818
+    """The folder is no longer there."""
+
+
+def gone(root: Path) -> CacheGone:
+    return CacheGone(f"the cache folder {root} was removed while the run used it; start the run again")
+
+
+class Claim(NamedTuple):
+    """What the job of this process may hold, as others see it, until it is given back or the process ends."""
+
+    path: Path
+    file: int
+    bytes: int
 
 
 class Entry:
@@ -59,6 +83,53 @@ class Cache:
             return [name for name in os.listdir(self.root / folder) if not name.endswith(".part")]
         except FileNotFoundError:
             return []
+
+    def claim(self, job: str, wishes: Sequence[int]) -> Claim:
+        """Registers the first of `wishes`, in bytes, for which there is room beside other jobs."""
+        deadline = time.monotonic() + DYING
+        while True:
+            with self._locked():
+                jobs = self._jobs()
+                own = max((size for size, _ in jobs.pop(job, [])), default=0)
+                others = sum(max(size for size, _ in registered) for registered in jobs.values())
+                for size in wishes:
+                    if size <= own or others + size <= self.limit:
+                        return self._register(job, size)
+            if time.monotonic() > deadline:
+                who = "; ".join(
+                    f"{max(size for size, _ in registered)} bytes by process {', '.join(str(pid) for _, pid in registered)}"
+                    for registered in jobs.values()
+                )
+                raise CacheError(
+                    f"the cache folder {self.root} is used by other jobs that may hold {who}. This one needs {wishes[-1]} "
+                    f"beside that, and cache_bytes is {self.limit}. Raise it, name another folder, or wait until they have "
+                    "ended"
+                )
+            time.sleep(0.1)
+
+    def give_back(self, claim: Claim) -> None:
+        with contextlib.suppress(CacheGone), self._locked():  # a folder that is gone says nothing to others
+            claim.path.unlink()
+        os.close(claim.file)
+
+    def _jobs(self) -> dict[str, list[tuple[int, int]]]:
+        """job -> bytes and process, of each of its registrations."""
+        jobs: dict[str, list[tuple[int, int]]] = {}
+        for path in self.root.glob(".job-*"):
+            if not self._remove(path):
+                line = json.loads(path.read_bytes())
+                jobs.setdefault(line["job"], []).append((line["bytes"], line["pid"]))
+        return jobs
+
+    def _register(self, job: str, size: int) -> Claim:
+        for number in itertools.count():
+            path = self.root / f".job-{os.getpid()}-{number}"
+            with contextlib.suppress(FileExistsError):
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.write(file, json.dumps({"job": job, "pid": os.getpid(), "bytes": size}).encode())
+                return Claim(path, file, size)
+        raise AssertionError("not reached")
 
     def used(self) -> int:
         """Bytes on disk."""
@@ -104,6 +175,8 @@ class Cache:
                     os.unlink(part)
                     os.close(file)
                     return None
+            except FileNotFoundError:
+                raise
             except OSError as error:
                 if file is not None:
                     os.unlink(part)
@@ -139,7 +212,7 @@ class Cache:
         used = sum(status.st_blocks * 512 for _, status in files)
         if used + needed <= self.limit:
             return True
-        files = [(path, status) for path, status in files if path.name != ".lock"]
+        files = [(path, status) for path, status in files if not path.name.startswith(".")]
         files.sort(
             key=lambda item: (
                 item[0].suffix != ".part",
@@ -178,7 +251,12 @@ class Cache:
         with self._threads:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             try:
+                # Another folder of the same name has another lock, and would not hold back who waits for this one.
+                if not os.path.samestat(os.fstat(self._lock_file), os.stat(self.root / ".lock")):
+                    raise gone(self.root)
                 yield
+            except FileNotFoundError:
+                raise gone(self.root) from None
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 

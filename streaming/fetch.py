@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
-from streaming.cache import Cache, Entry
+from streaming.cache import Cache, Entry, gone
 from streaming.dataset import Shard
 from streaming.processes import portable
 from streaming.shards import Member, Offsets
@@ -61,6 +61,7 @@ class Files(NamedTuple):
     tar: str
     offsets: str
     offsets_start: int
+    cache: str  # its folder; empty: the store is a local folder and is read in place
 
 
 class Unusable(NamedTuple):
@@ -157,9 +158,8 @@ class Fetcher:
             if isinstance(content, Unusable):
                 ready[piece.number] = self._wrong[piece.shard.name] = content
             elif self.cache is None:
-                ready[piece.number] = Files(
-                    self.store.path(piece.shard.name), self.store.path(piece.shard.offsets_name), 0
-                )
+                tar, offsets = self.store.path(piece.shard.name), self.store.path(piece.shard.offsets_name)
+                ready[piece.number] = Files(tar, offsets, 0, "")
             else:
                 ranges = _ranges(piece, Offsets(content))
                 behind = (piece.shard.bytes, piece.shard.bytes + len(content))
@@ -171,7 +171,9 @@ class Fetcher:
                     asked[piece.number] = [
                         self._ask(self._requests, self._get, piece.shard.name, entry, *r) for r in _requests(ranges)
                     ]
-        places = {piece.number: _files(entries[piece.number], piece) for piece in pieces if piece.number in entries}
+        places = {
+            piece.number: self._files(entries[piece.number], piece) for piece in pieces if piece.number in entries
+        }
         names = {piece.number: piece.shard.name for piece in pieces}
         self._finishing.submit(self._guarded, self._finish, key, {**ready, **places}, entries, asked, names)
 
@@ -211,6 +213,9 @@ class Fetcher:
                     entry.release()
             else:
                 self._unwanted.add(key)
+
+    def _files(self, entry: Entry, piece: Piece) -> Files:
+        return Files(str(entry.path), str(entry.path), piece.shard.bytes, str(self.settings.cache))
 
     def _cached(self, piece: Piece) -> Entry | None:
         """The whole shard, or exactly this part of it, from the cache; what a crash of the machine left torn is removed."""
@@ -308,9 +313,12 @@ class Fetcher:
             detail = f"bytes {member.offset} to {stop} of {name} have not the checksum {member.checksum}"
             return Unusable("checksum", detail)
         if self.cache:
-            with Path(path).open("r+b") as file:
-                file.seek(member.offset)
-                file.write(content)
+            try:
+                with Path(path).open("r+b") as file:
+                    file.seek(member.offset)
+                    file.write(content)
+            except FileNotFoundError:
+                raise gone(self.cache.root) from None
         return None
 
 
@@ -318,10 +326,6 @@ def _name(piece: Piece) -> str:
     """Of the file in the cache: the shard's number, and what part of it."""
     part = "" if piece.places is None else f".{xxh3_64_hexdigest(piece.places.tobytes())}"
     return f"{piece.number:08d}{part}.tar"
-
-
-def _files(entry: Entry, piece: Piece) -> Files:
-    return Files(str(entry.path), str(entry.path), piece.shard.bytes)
 
 
 def _ranges(piece: Piece, offsets: Offsets) -> list[tuple[int, int]]:

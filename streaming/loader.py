@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
-from streaming.cache import CacheError
+from streaming.cache import Cache, CacheError, Claim, gone
 from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
 from streaming.order import Epoch, Order, share
@@ -26,6 +27,7 @@ from streaming.shards import Member, Offsets, Sample
 
 KNOWN_SHARDS = 128  # whose offsets a decoding process keeps, a few hundred kB each
 TASK = 16  # rows at most
+LOADERS = itertools.count()  # of this process
 
 
 Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
@@ -145,9 +147,10 @@ class Loader:
             cache = None
         elif cache is None:
             raise CacheError(f"{dataset.store.url} is not local, and no cache folder is set for its shards")
-        else:
-            self._check_room(cache_bytes, sharers)
-        self.cache = cache
+        self._cache = Cache(cache, cache_bytes) if cache else None
+        self._claim: Claim | None = None
+        if self._cache:
+            self._check_room(self._cache, sharers)
         self._known = {0: self._epoch}
         self._windows: dict[tuple[int, int], _Window] = {}  # (epoch, window) -> what is asked for, in that order
         self._asked = 0
@@ -177,6 +180,9 @@ class Loader:
     def close(self) -> None:
         self._closed = True
         stop([*self._workers, self._fetcher])
+        if self._cache and self._claim:
+            self._cache.give_back(self._claim)
+            self._claim = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -281,11 +287,9 @@ class Loader:
 
     def _ranking(self, now: tuple[int, int]) -> dict[str, float]:
         """The whole shards in the cache -> in how many windows they are next used: what is least useful is evicted first."""
-        if self.cache is None or not (self.cache / self._folder).is_dir():
+        if self._cache is None:
             return {}
-        names = [
-            name for name in os.listdir(self.cache / self._folder) if name.endswith(".tar") and name.count(".") == 1
-        ]
+        names = [name for name in self._cache.names(self._folder) if name.count(".") == 1]
         epoch, window = now
         numbers = np.array([int(name[:8]) for name in names], np.int64)
         uses = self._epochs(epoch).next_use(numbers, window).astype(np.float64)
@@ -391,9 +395,9 @@ class Loader:
             if shard in (ready := self._windows[epoch, w].files or {})
         )
 
-    def _check_room(self, limit: int, sharers: int) -> None:
+    def _check_room(self, cache: Cache, sharers: int) -> None:
         """Two windows must fit, of each rank on the node, or ranks could wait for each other's room for ever. Where three do,
-        the store is never idle between them."""
+        the store is never idle between them. Other jobs may use the same folder."""
         edges = np.array([self._epoch.bounds(w)[0] for w in range(self._epoch.windows)])
         held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
         # Shards that a rank's part of a window touches:
@@ -405,14 +409,17 @@ class Loader:
             needed = sharers * min(windows * shards * (self.dataset.largest + beside), windows * whole)
             return needed + needed // 50  # offsets files
 
-        needed = room(held)
-        self._hold = held + 1 if limit >= room(held + 1) else held
-        if limit < needed:
+        if cache.limit < room(held):
             raise CacheError(
-                f"cache_bytes is {limit}, expected {needed} or more: room for {held} windows of "
+                f"cache_bytes is {cache.limit}, expected {room(held)} or more: room for {held} windows of "
                 f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
                 "node. Raise it, or lower the window, or pack smaller shards"
             )
+        # Ranks that share are the children of one process. Containers may share a folder, too, and number theirs alike.
+        space = os.stat("/proc/self/ns/pid").st_ino
+        job = f"{space}-{os.getppid()}" if sharers > 1 else f"{space}-{os.getpid()}-{next(LOADERS)}"
+        self._claim = cache.claim(job, [room(held + 1), room(held)])
+        self._hold = held + 1 if self._claim.bytes == room(held + 1) else held
 
 
 class _Buffers:
@@ -473,7 +480,7 @@ def run_worker(connection: Connection, decoder: Decoder, buffers: _Buffers) -> N
             sample = _offsets(files, known)[place]
             out = {name: view[row, ...] for name, view in views[task.buffer].items()}
             try:
-                found = _decode(decoder, files.tar, sample, draw, out)
+                found = _decode(decoder, files, sample, draw, out)
             except BadSample as error:
                 bad.append((row, sample.key, error.reason, error.detail))
             else:
@@ -484,7 +491,7 @@ def run_worker(connection: Connection, decoder: Decoder, buffers: _Buffers) -> N
 
 def _offsets(files: Files, known: OrderedDict[Files, Offsets]) -> Offsets:
     if files not in known:
-        with open(files.offsets, "rb") as file:
+        with open(_open(files.offsets, files), "rb") as file:
             file.seek(files.offsets_start)
             known[files] = Offsets(file.read())
         if len(known) > KNOWN_SHARDS:
@@ -493,10 +500,19 @@ def _offsets(files: Files, known: OrderedDict[Files, Offsets]) -> Offsets:
     return known[files]
 
 
-def _decode(decoder: Decoder, tar: str, sample: Sample, draw: float, out: dict[str, np.ndarray]) -> Member | None:
+def _open(path: str, files: Files) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        if files.cache:
+            raise gone(Path(files.cache)) from None
+        raise
+
+
+def _decode(decoder: Decoder, files: Files, sample: Sample, draw: float, out: dict[str, np.ndarray]) -> Member | None:
     """Fills `out`; or returns the member whose bytes on the local disk are not the ones that were packed."""
     contents = {}
-    file = os.open(tar, os.O_RDONLY)
+    file = _open(files.tar, files)
     try:
         for name in decoder.members(list(sample.members), draw):
             member = sample.members[name]

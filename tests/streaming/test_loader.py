@@ -11,15 +11,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from streaming import Bad, BadSample, CacheError, ChildDied, Dataset, DatasetError, Epoch, Loader, Order, Store
-from streaming.fetch import Fetcher
+from streaming import (
+    Bad,
+    BadSample,
+    CacheError,
+    CacheGone,
+    ChildDied,
+    Dataset,
+    DatasetError,
+    Epoch,
+    Loader,
+    Order,
+    Store,
+)
+from streaming import loader as loader_module
+from streaming.fetch import Fetcher, Files
 from streaming.order import share
 from streaming.shards import Offsets
 from tests.streaming.fault_proxy import FaultProxy
@@ -700,6 +713,133 @@ def test_signals_to_the_whole_group_are_the_parents_alone(local, reference, tmp_
     steps = [json.loads(line) for line in (tmp_path / "log").read_text().split("\n")[: 2 * EPOCH]]
     assert [step[2] for step in steps] == [step["samples"] for step in reference]
     assert [step[3] for step in steps] == [step["numbers"] for step in reference]
+
+
+# ---- two jobs, one cache folder
+
+
+def least(url, options, cache, **arguments):
+    """Bytes of the smallest cache that a job takes."""
+    with pytest.raises(CacheError) as error:
+        open_loader(url, cache, options=options, cache_bytes=1000, **arguments)
+    return int(re.search(r"expected (\d+)", str(error.value))[1])
+
+
+@pytest.fixture
+def other_job(remote, tmp_path):
+    """(start, lines): begins a job on the folder `cache`, and what it has delivered."""
+    url, options = remote
+    (tmp_path / "run.py").write_text(RUN)
+    processes = []
+
+    def start(limit):
+        log = tmp_path / f"log{len(processes)}"
+        process = start_rank(tmp_path / "run.py", url, tmp_path / "cache", log, options, 0, 1, 0, 2, limit)
+        processes.append(process)
+
+        def lines(count):
+            """Waits for so many."""
+            deadline = time.monotonic() + 60
+            while not log.exists() or log.read_text().count("\n") < count:
+                assert process.poll() is None
+                assert time.monotonic() < deadline, "it does not go on"
+                time.sleep(0.05)
+            return [json.loads(line) for line in log.read_text().split("\n")[:-1]]
+
+        return process, lines
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_job_for_which_another_leaves_no_room_does_not_begin(remote, reference, tmp_path, other_job, monkeypatch):
+    url, options = remote
+    limit = least(url, options, tmp_path / "cache")
+    process, lines = other_job(limit)
+    done = len(lines(5))
+    with monkeypatch.context() as patch:
+        patch.setattr("streaming.cache.DYING", 0.5)
+        said = rf"{tmp_path}/cache is used by other jobs .* {limit} bytes by process {process.pid}\. This one needs {limit} "
+        with pytest.raises(
+            CacheError, match=said + rf".*cache_bytes is {limit}\. Raise it, name another folder, or wait"
+        ):
+            open_loader(url, tmp_path / "cache", options=options, cache_bytes=limit)
+    after = lines(done + 2 * EPOCH)
+    assert [line[2] for line in after[: 2 * EPOCH]] == [step["samples"] for step in reference]
+    threading.Timer(1.0, process.kill).start()  # while the other already asks
+    with open_loader(url, tmp_path / "cache", options=options, cache_bytes=limit) as loader:
+        assert ids(take(loader, EPOCH)) == [step["samples"] for step in reference[:EPOCH]]
+        (registered,) = (tmp_path / "cache").glob(".job-*")
+        assert json.loads(registered.read_text())["bytes"] == limit
+    assert not list((tmp_path / "cache").glob(".job-*"))
+    with open_loader(url, tmp_path / "cache", options=options, cache_bytes=limit):
+        pass  # the last one has given its room back
+
+
+def test_two_jobs_for_which_there_is_room_both_go_on(remote, reference, tmp_path, other_job):
+    url, options = remote
+    needed = least(url, options, tmp_path / "cache")
+    limit = needed * 5 // 2 + 2  # three windows of one, two of the other
+    first = other_job(limit)[1]
+    first(1)
+    second = other_job(limit)[1]
+    second(1)
+    registered = [json.loads(path.read_text())["bytes"] for path in (tmp_path / "cache").glob(".job-*")]
+    assert sorted(registered) == [needed, pytest.approx(1.5 * needed, abs=2)]
+    for lines in (first, second):
+        assert [line[2] for line in lines(2 * EPOCH)[: 2 * EPOCH]] == [step["samples"] for step in reference]
+
+
+def test_the_ranks_of_a_job_are_counted_once(remote, tmp_path):
+    url, options = remote
+    limit = least(url, options, tmp_path, ranks=2, sharers=2)
+    arguments = {"options": options, "cache_bytes": limit, "ranks": 2, "sharers": 2}
+    with (
+        open_loader(url, tmp_path, rank=0, **arguments) as one,
+        open_loader(url, tmp_path, rank=1, **arguments) as other,
+    ):
+        assert len(list(tmp_path.glob(".job-*"))) == 2
+        for _ in range(2):
+            take(one, EPOCH)
+            take(other, EPOCH)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_folder_that_is_removed_is_one_clear_error(remote, tmp_path, workers, again):
+    url, options = remote
+    limit = least(url, options, tmp_path / "cache")
+    with open_loader(url, tmp_path / "cache", options=options, cache_bytes=limit, workers=workers) as loader:
+        batches = loader.batches()
+        next(batches)
+        shutil.rmtree(tmp_path / "cache")
+        if again:
+            open_loader(url, tmp_path / "cache", options=options, cache_bytes=limit).close()
+        with pytest.raises(
+            CacheGone, match=f"^the cache folder {tmp_path}/cache was removed while the run used it; start"
+        ):
+            list(islice(batches, 2 * EPOCH))
+
+
+def test_a_file_that_was_removed_before_it_is_opened_or_mended_is_the_same_error(remote, tmp_path):
+    url, options = remote
+    with open_loader(url, tmp_path, options=options) as loader:
+        take(loader, EPOCH)
+        file = next(tmp_path.rglob("00000003.tar"))
+        files = Files(str(file), str(file), loader.dataset[3].bytes, str(tmp_path))
+        sample = loader_module._offsets(files, OrderedDict())[4]
+        file.unlink()
+        for use in (
+            lambda: loader_module._offsets(files, OrderedDict()),
+            lambda: loader_module._decode(ToyDecoder(), files, sample, 0.0, {}),
+        ):
+            with pytest.raises(CacheGone, match=str(tmp_path)):
+                use()
+        loader._fetcher.send(("repair", (0, 0, ""), "000003-00.tar", sample.members["json"], str(file)))
+        with pytest.raises(CacheGone, match=str(tmp_path)):
+            [loader._receive() for _ in range(9)]  # statistics come, too
 
 
 @pytest.mark.slow
