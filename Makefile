@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# A test process for each core, of one thread each; the tests of a file share what they set up.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 
 .PHONY: help install smoke test test-slow lint bench clean
 
@@ -15,10 +17,10 @@ smoke: .venv/installed ## generate clips, pretrain the tiny model, retrieve, wri
 	@$(BIN)/equiav smoke
 
 test: .venv/installed ## the fast tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 lint: .venv/installed ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -8,15 +8,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from equiav.augment import Batch, make_views
+from equiav.augment import Clips, make_views
 from equiav.commands.plan import PlanConfig, make_plan
 from equiav.config import Config, from_dict, load
-from equiav.parallel import Ranks
-from equiav.train import TrainState, begin, train
+from equiav.parallel import Ranks, norm
+from equiav.train import TrainState, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
 
 Row = tuple[str, str, str]  # what, figure, beside what it is measured
@@ -54,22 +55,21 @@ class Steps:
         frames = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
         waveform = torch.randint(-3000, 3000, (batch, 160 * m.spectrogram_frames)).short()
         lengths = torch.full((batch,), waveform.shape[1])
-        self.batch = Batch(0, torch.arange(batch), frames, waveform, lengths, torch.ones(batch, dtype=torch.bool))
+        self.batch = Clips(0, torch.arange(batch), frames, waveform, lengths, torch.ones(batch, dtype=torch.bool))
         self.ranks = Ranks(DEVICE)
-        self.state: TrainState = begin(self.config, self.ranks)
+        self.state: TrainState = initial_state(self.config, self.ranks)
         self.run(5)
 
     def run(self, count: int, act: Callable[[int], object] = lambda step: None) -> float:
-        """Seconds that `count` steps take."""
+        """Seconds that `count` steps take. `act(steps done)`: after each."""
         config = replace(self.config, train=replace(self.config.train, steps=self.state.step + count))
-
-        def after(step: int, signals: list[float]) -> bool:
-            act(step)
-            return False
-
         synchronize()
-        begun = time.perf_counter()
-        train(config, self.ranks, self.state, itertools.repeat(self.batch), act=after)
+        begun, late = time.perf_counter(), None
+        for step in steps(config, self.ranks, self.state, itertools.repeat(self.batch)):
+            if late:
+                late.read()
+            late = step
+            act(self.state.step)
         synchronize()
         return time.perf_counter() - begun
 
@@ -94,13 +94,16 @@ def step() -> Iterator[Row]:
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            steps = Steps(batch, **settings)
-            spent = steps.run(STEPS) / STEPS
+            run = Steps(batch, **settings)
+            spent = run.run(STEPS) / STEPS
         except torch.cuda.OutOfMemoryError:
             yield f"training step, {SIZE}, batch {batch}", "does not fit", ", ".join(settings)
             continue
-        views = seconds(lambda s=steps: make_views(s.config, s.batch.to(s.ranks.device)))
-        beside = f"{batch * counted / spent / peak:.0%} of a large product's rate; views {views / spent:.1%}"
+        views = seconds(lambda s=run: make_views(s.config, s.batch.to(s.ranks.device)))
+        gradients = [p for p in run.state.model.parameters() if p.requires_grad]  # as many numbers
+        norms = seconds(lambda r=run, g=gradients: norm(r.ranks, g))
+        beside = f"{batch * counted / spent / peak:.0%} of a large product's rate; views {views / spent:.1%}, "
+        beside += f"norm of the gradient {norms / spent:.1%}"
         if DEVICE == "cuda":
             beside += f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
         yield (
@@ -110,22 +113,22 @@ def step() -> Iterator[Row]:
         )
         if batch / spent > rate and not settings:
             best, rate = batch, batch / spent
-        del steps
+        del run
     yield from _where(best)
     for micro_batch, settings in ((best // 4, {}), (best // 4, {"recompute": True})):
-        steps = Steps(best, micro_batch=micro_batch, **settings)
-        spent = steps.run(STEPS) / STEPS
+        run = Steps(best, micro_batch=micro_batch, **settings)
+        spent = run.run(STEPS) / STEPS
         how = f"micro-batches of {micro_batch}{', recomputed' if settings else ''}"
         yield f"training step, {SIZE}, batch {best}, {how}", f"{best / spent / rate:.2f}x", "of that at once"
-        del steps
+        del run
 
 
 def _where(batch: int) -> Iterator[Row]:
     """What the time of a step goes to."""
-    steps = Steps(batch)
+    run = Steps(batch)
     activity = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiled:
-        steps.run(3)
+        run.run(3)
     name = f"self_{'device' if DEVICE == 'cuda' else 'cpu'}_time_total"
     events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, name))
     total = sum(getattr(event, name) for event in events)
@@ -134,22 +137,23 @@ def _where(batch: int) -> Iterator[Row]:
 
 
 def checkpoint() -> Iterator[Row]:
-    steps, count = Steps(BATCHES[0]), 100
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints, held = Checkpoints(folder, steps.ranks), []
+    run, count = Steps(BATCHES[0]), 100
+    about: dict[str, Any] = {"stream": {}, "quarantine": {}, "config": {}}
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, run.ranks) as checkpoints:
+        checkpoints.take_over(run.state)
+        held = []
 
         def act(at: int) -> None:
             if at == middle:
-                checkpoints.save(steps.state, {})
+                checkpoints.save(run.state, about)
                 held.append(checkpoints.seconds)
 
         without, beside = [], []
         for _ in range(3):
-            without.append(steps.run(count))
-            middle = steps.state.step + count // 2
-            beside.append(steps.run(count, act))
-            checkpoints.wait()
-        checkpoints.close()
+            without.append(run.run(count))
+            middle = run.state.step + count // 2
+            beside.append(run.run(count, act))
+            checkpoints.finish()
     yield (
         f"a save every {count} steps, {SIZE}, batch {BATCHES[0]}",
         f"{min(without) / min(beside):.3f}x the samples/s without",

@@ -3,7 +3,18 @@
 import pytest
 import yaml
 
-from equiav.config import SIZES, Config, ConfigError, from_dict, load, recipe_names, to_dict, to_yaml
+from equiav.config import (
+    SIZES,
+    Config,
+    ConfigError,
+    RunConfig,
+    differences,
+    from_dict,
+    load,
+    recipe_names,
+    to_dict,
+    to_yaml,
+)
 
 
 def read(*argv, **kwargs):
@@ -196,3 +207,27 @@ def test_a_run_without_any_loss_is_refused():
 def test_values_that_are_not_finite_are_refused_on_the_line_too(capsys, field, value):
     with pytest.raises((SystemExit, ConfigError)):
         read(f"--{field}", value)
+
+
+def test_a_run_that_began_before_a_setting_existed_had_its_default():
+    config = from_dict(RunConfig, {"model": {"size": "tiny"}, "train": {"lr": 1e-3}}, "test")
+    began = to_dict(config)
+    del began["train"]["clip"], began["stream"]["max_bad"], began["augment"]["gray_p"], began["objective"]
+    assert differences(config, began) == ([], [])
+    changed = from_dict(RunConfig, {"model": {"size": "tiny"}, "train": {"lr": 1e-3, "clip": 2.0}}, "test")
+    assert differences(changed, began) == (["train.clip is 2.0, was 1.0"], [])
+
+
+def test_what_a_run_may_change_on_its_way():
+    config = from_dict(RunConfig, {"model": {"size": "tiny"}}, "test")
+    other = {
+        "model": {"size": "tiny"},
+        "stream": {"workers": 1, "max_bad": 0.5, "url": "x"},
+        "train": {"micro_batch": 4, "shard": 2},
+        "checkpoint": {"keep": 1},
+        "out": "elsewhere",
+    }
+    refused, otherwise = differences(from_dict(RunConfig, other, "test"), to_dict(config))
+    assert (refused, otherwise) == ([], ["train.micro_batch is 4, was 32"])
+    refused, _ = differences(from_dict(RunConfig, {"model": {"size": "tiny"}, "seed": 3}, "test"), to_dict(config))
+    assert refused == ["seed is 3, was 0"]

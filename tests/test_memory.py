@@ -35,7 +35,7 @@ import sys, torch
 from tests.memory import peak
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
-from equiav.train import begin
+from equiav.train import initial_state
 from equiav.train.loop import forward_backward
 from equiav.config import Config, from_dict
 from tests.train.ranks import TINY, batches
@@ -44,7 +44,7 @@ torch.set_num_threads(2)
 G, ranks = int(sys.argv[1]), Ranks("cpu")
 small, config = (from_dict(Config, {**TINY, "train": {"batch_size": rows, "micro_batch": 8,
                                                       "recompute": sys.argv[2] == "recompute"}}, "test") for rows in (8, G))
-model, weights = begin(config, ranks).model, weights_at(0, 1, config.objective)
+model, weights = initial_state(config, ranks).model, weights_at(0, 1, config.objective)
 source = batches(8, 8, 0, 1, of=8)
 one = next(source)
 forward_backward(small, ranks, model, one, weights)  # what the libraries take for themselves

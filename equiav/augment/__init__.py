@@ -4,11 +4,11 @@ sample id, purpose). No generator state, no loop over samples, any device."""
 from equiav.augment.logmel import log_mel, normalised_spectrogram
 from equiav.augment.transforms import augment_image, augment_spectrogram, original_image
 from equiav.augment.vectors import AudioVectors, ImageVectors
-from equiav.augment.views import Batch, Views, make_views, sampled_vectors
+from equiav.augment.views import Clips, Views, make_views, sampled_vectors
 
 __all__ = [
     "AudioVectors",
-    "Batch",
+    "Clips",
     "ImageVectors",
     "Views",
     "augment_image",

@@ -15,7 +15,7 @@ from equiav.augment.vectors import AudioVectors, ImageVectors
 from equiav.config import Config, ModelSettings
 
 
-class Batch(NamedTuple):
+class Clips(NamedTuple):
     """Decoded clips."""
 
     epoch: int
@@ -25,26 +25,26 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
     valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it cannot be used)
 
-    def rows(self, part: slice) -> Batch:
+    def rows(self, part: slice) -> Clips:
         """Some of the clips."""
-        return Batch(self.epoch, *(x[part] for x in self[1:]))
+        return Clips(self.epoch, *(x[part] for x in self[1:]))
 
-    def padded(self, rows: int) -> Batch:
+    def padded(self, rows: int) -> Clips:
         """With as many rows as asked for; those added are no clips."""
         missing = rows - len(self.samples)
         if not missing:
             return self
         samples = F.pad(self.samples, (0, missing), value=-1)
         others = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in self[2:])
-        return Batch(self.epoch, samples, *others)
+        return Clips(self.epoch, samples, *others)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Clips:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
         tensors = self[1:5]
         if device.type == "cuda":
             tensors = (x.pin_memory() for x in tensors)
         there = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(self.epoch, *there, valid=self.valid)
+        return Clips(self.epoch, *there, valid=self.valid)
 
 
 class Views(NamedTuple):
@@ -70,7 +70,7 @@ def sampled_vectors(
 
 
 @torch.no_grad()
-def make_views(config: Config, batch: Batch) -> Views:
+def make_views(config: Config, batch: Clips) -> Views:
     """On the device of the batch, in float32 under any autocast."""
     audio, image = AudioVectors(config.model, config.augment), ImageVectors(config.model, config.augment)
     t_a = audio.draw(config.seed, batch.epoch, batch.samples, Purpose.VIEW_AUDIO)

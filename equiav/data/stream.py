@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import streaming
-from equiav.augment import Batch
+from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, require
 from equiav.data.decoder import ClipDecoder
@@ -55,13 +55,14 @@ def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
-def batches(loader: Loader, start: int = 0) -> Iterator[Batch]:
+def batches(loader: Loader, start: int = 0) -> Iterator[Clips]:
     """From step `start`, counted over all epochs, without end."""
-    return map(as_tensors, loader.batches(start))
+    for batch in loader.batches(start):
+        yield as_tensors(batch)
 
 
-def as_tensors(batch: streaming.Batch) -> Batch:
+def as_tensors(batch: streaming.Batch) -> Clips:
     fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
     frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
     samples, valid = torch.from_numpy(batch.samples), torch.from_numpy(batch.valid)
-    return Batch(batch.epoch, samples, frames, fields["waveform"], fields["lengths"], valid)
+    return Clips(batch.epoch, samples, frames, fields["waveform"], fields["lengths"], valid)

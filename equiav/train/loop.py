@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from equiav.augment import Batch, make_views
+from equiav.augment import Clips, make_views
 from equiav.config import Config
 from equiav.model import EquiAV
 from equiav.objective import Embeddings, Rows, Weights, equiav_loss, weights_at
@@ -42,7 +42,7 @@ class TrainState:
     skipped: int = 0  # steps whose loss or gradient was not finite
 
 
-def begin(config: Config, ranks: Ranks) -> TrainState:
+def initial_state(config: Config, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
     settings = config.train
     with torch.device("meta"):
@@ -70,7 +70,7 @@ class Step(NamedTuple):
     """A step that was begun; its numbers may still be on their way to the host."""
 
     number: int
-    batch: Batch
+    batch: Clips
     rate: float
     names: tuple[str, ...]  # of the terms
     values: Tensor  # (terms, norm, finite, N, signals), on the host when the event has come
@@ -89,7 +89,7 @@ class Step(NamedTuple):
 
 
 def steps(
-    config: Config, ranks: Ranks, state: TrainState, batches: Iterable[Batch], signals: Callable[[], Signals] = Signals
+    config: Config, ranks: Ranks, state: TrainState, batches: Iterable[Clips], signals: Callable[[], Signals] = Signals
 ) -> Iterator[Step]:
     """From `state.step` to `config.train.steps`, a step at a time; nobody waits for the device.
 
@@ -122,7 +122,7 @@ def steps(
 
 
 def forward_backward(
-    config: Config, ranks: Ranks, model: EquiAV, batch: Batch, weights: Weights
+    config: Config, ranks: Ranks, model: EquiAV, batch: Clips, weights: Weights
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Gradients of the global loss into the model -> names and values (float64) of its terms, and the number of clips."""
     settings, device = config.train, ranks.device

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from equiav.augment import Batch
+from equiav.augment import Clips
 from equiav.config import ConfigError, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
 from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
-from equiav.train.loop import Metrics, Signals, Step, TrainState, begin, steps
+from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
 from equiav.train.watch import Watch
 from streaming import Bad, CacheError, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
 from streaming.processes import end_with_parent
@@ -61,7 +61,7 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
     # The parts, each handed what it needs.
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
     checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
-    state = begin(config, ranks)
+    state = initial_state(config, ranks)
     loader = open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size, options=options)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
@@ -153,7 +153,7 @@ def train(
     told = Signals()
     clock = time.monotonic()
 
-    def data() -> Iterator[Batch]:
+    def data() -> Iterator[Clips]:
         watch.at(state.step, "waits for data")
         for number, batch in enumerate(loader.batches(state.step), state.step):
             watch.at(number, "computes")

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equiav.augment import (
     AudioVectors,
-    Batch,
+    Clips,
     ImageVectors,
     augment_image,
     augment_spectrogram,
@@ -24,7 +24,7 @@ CLIPS = [World(seconds=2.56).clip(index) for index in range(6)]
 def batch(epoch=0, first=0):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS]))
-    return Batch(
+    return Clips(
         epoch,
         torch.arange(first, first + 6),
         frames,
@@ -97,5 +97,5 @@ def test_float32_under_autocast(config, device):
 def test_no_value_is_read_back_and_no_shape_depends_on_data(config):
     """On tensors that hold no data: whatever made the host wait for the device would fail."""
     with FakeTensorMode() as mode:
-        fake = Batch(0, *(mode.from_tensor(x) for x in batch()[1:]))
+        fake = Clips(0, *(mode.from_tensor(x) for x in batch()[1:]))
         assert make_views(config, fake).image_aug.shape == (6, 3, 64, 64)

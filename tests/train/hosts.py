@@ -12,8 +12,9 @@ def ip(*arguments, check=True):
 class Hosts:
     """`node-0`, `node-1`, ... Use as a context."""
 
-    def __init__(self, count):
-        self.tag, self.count = f"eq{os.getpid() % 100000}", count
+    def __init__(self, count, family=4):
+        """family: 6 for hosts that have no IPv4 address but 127.0.0.1. Each knows itself as 127.0.1.1, as on Debian."""
+        self.tag, self.count, self.family = f"eq{os.getpid() % 10000}{family}", count, family
         try:
             ip("link", "add", self.tag, "type", "bridge")
             self.apart = True
@@ -29,7 +30,8 @@ class Hosts:
             ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
             ip("link", "set", outer, "master", self.tag)
             ip("link", "set", outer, "up")
-            ip("-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
+            address = f"{self.address(number)}/{24 if self.family == 4 else 64}"
+            ip("-n", name, "address", "add", address, "dev", "eth0", *(["nodad"] if self.family == 6 else []))
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "eth0", "up")
             self.resolve(number, range(self.count))
@@ -52,14 +54,13 @@ class Hosts:
         return f"{self.tag}v{number}"
 
     def address(self, number):
-        return f"10.213.7.{number + 1}" if self.apart else "127.0.0.1"
+        if not self.apart:
+            return "127.0.0.1"
+        return f"10.213.7.{number + 1}" if self.family == 4 else f"fd00:213:7::{number + 1}"
 
     def on(self, number, command):
         """The command, to be run on a host."""
         return ["ip", "netns", "exec", self.name(number), *command] if self.apart else command
-
-    def env(self):
-        return {"GLOO_SOCKET_IFNAME": "eth0"} if self.apart else {}
 
     def cut(self, number):
         """From the network."""
@@ -73,7 +74,9 @@ class Hosts:
         path = self._hosts(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:  # the same file, since it is mounted over /etc/hosts
-            file.write("127.0.0.1 localhost\n" + "".join(f"{self.address(k)} node-{k}\n" for k in known))
+            own = "127.0.1.1" if self.family == 4 else "::1"
+            file.write("127.0.0.1 localhost\n::1 localhost\n")
+            file.write("".join(f"{own if k == number else self.address(k)} node-{k}\n" for k in known))
 
     def _hosts(self, number):
         return Path("/etc/netns") / self.name(number) / "hosts"

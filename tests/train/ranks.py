@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from equiav.augment import Batch
+from equiav.augment import Clips
 from equiav.config import Config, from_dict
 from equiav.data.synthetic import World
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
-from equiav.train import begin, steps
+from equiav.train import initial_state, steps
 from equiav.train.loop import forward_backward
 from streaming.order import share
 
@@ -40,7 +40,7 @@ def batches(G, micro_batch, rank, W, missing=(), of=24):
         samples = (torch.arange(G) + begin_at) % of
         valid = torch.tensor([k not in missing for k in range(G)])
         own = samples[first:stop]
-        yield Batch(
+        yield Clips(
             epoch, own, frames[own], waveform[own], torch.full((len(own),), waveform.shape[1]), valid[first:stop]
         )
         step += 1
@@ -53,7 +53,7 @@ def whole(tensor):
 def run(ranks, settings, missing=()):
     """-> gradient of the first step by name, metrics of each step, weights after the last."""
     config = from_dict(Config, settings, "test")
-    state = begin(config, ranks)
+    state = initial_state(config, ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
     forward_backward(config, ranks, state.model, next(source), weights_at(0, config.train.steps, config.objective))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}

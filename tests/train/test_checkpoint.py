@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from equiav.config import Config, ConfigError, from_dict
 from equiav.data.local_s3 import LocalS3
 from equiav.parallel import Ranks
-from equiav.train import begin, checkpoint, steps
+from equiav.train import checkpoint, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
 from tests.streaming.fault_proxy import FaultProxy
 from tests.train.ranks import TINY, batches
@@ -43,7 +44,7 @@ def about(state, **more):
 def own(url, **arguments):
     """Taken over."""
     checkpoints = Checkpoints(str(url), ALONE, **arguments)
-    checkpoints.take_over(begin(config(2), ALONE))
+    checkpoints.take_over(initial_state(config(2), ALONE))
     return checkpoints
 
 
@@ -77,7 +78,7 @@ def no_pauses(monkeypatch):
 def saved(tmp_path_factory):
     """A folder with the checkpoints of steps 1 and 2, and the state at both. Not to be changed."""
     folder = tmp_path_factory.mktemp("saved")
-    checkpoints, state, at = own(folder), begin(config(2), ALONE), {}
+    checkpoints, state, at = own(folder), initial_state(config(2), ALONE), {}
     for step in (1, 2):
         go_on(state, step)
         checkpoints.save(state, about(state, told=step))
@@ -95,7 +96,7 @@ def copy(saved, tmp_path):
 
 def load(folder, **arguments):
     told = []
-    state = begin(config(2), ALONE)
+    state = initial_state(config(2), ALONE)
     manifest = Checkpoints(str(folder), ALONE, warn=told.append, **arguments).load(state, anything)
     return manifest, state, told
 
@@ -111,7 +112,7 @@ def test_what_was_saved_is_loaded_to_the_bit(saved):
 def test_training_goes_on_as_if_nothing_had_been(saved):
     _, resumed, _ = load(saved[0])
     go_on(resumed, 4)
-    whole = begin(config(4), ALONE)
+    whole = initial_state(config(4), ALONE)
     go_on(whole, 4)
     same(resumed, numbers(whole))
 
@@ -165,7 +166,7 @@ def test_what_none_can_use_is_kept_and_never_counts(copy):
     for path in copy.glob("step-*/part-00000-00000"):
         DAMAGE["cut"](path)
     told = []
-    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1, warn=told.append), begin(config(2), ALONE)
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1, warn=told.append), initial_state(config(2), ALONE)
     assert checkpoints.load(state, anything) is None
     assert len(checkpoints.unusable()) == 2
     assert checkpoints.newest() == -1
@@ -179,13 +180,13 @@ def test_what_none_can_use_is_kept_and_never_counts(copy):
     checkpoints.save(state, about(state))
     assert checkpoints.finish() == ""
     again = Checkpoints(str(copy), ALONE, warn=told.append)
-    assert again.load(begin(config(2), ALONE), anything)["step"] == 1
+    assert again.load(initial_state(config(2), ALONE), anything)["step"] == 1
     assert len(list(copy.glob("damaged-*"))) == 2
 
 
 def test_a_start_from_an_earlier_checkpoint_keeps_what_it_saves(copy):
     """Another has published a later step meanwhile: neither is removed for the other's sake."""
-    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1), begin(config(2), ALONE)
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1), initial_state(config(2), ALONE)
     state.step = 1
     checkpoints.take_over(state)
     checkpoints.save(state, about(state))
@@ -213,7 +214,7 @@ def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
         return bytes(content)
 
     checkpoints.store.read = flipped
-    state = begin(config(2), ALONE)
+    state = initial_state(config(2), ALONE)
     assert checkpoints.load(state, anything)["step"] == 2
     assert (told, set(flips.values())) == ([], {0})
     same(state, saved[1][2])
@@ -337,7 +338,7 @@ def test_the_digest_is_of_the_weights_alone(saved, tmp_path):
 
 
 def test_only_what_is_to_be_kept_stays(tmp_path):
-    checkpoints, state = own(tmp_path, keep=2, keep_every=3), begin(config(8), ALONE)
+    checkpoints, state = own(tmp_path, keep=2, keep_every=3), initial_state(config(8), ALONE)
     (tmp_path / "step-00000001-0badc0de").mkdir()  # what a crash left
     (tmp_path / "step-00000001-0badc0de" / "part-00000-00000").write_bytes(b"half")
     for step in range(1, 9):
@@ -348,7 +349,7 @@ def test_only_what_is_to_be_kept_stays(tmp_path):
 
 
 def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
-    first, state = Checkpoints(str(tmp_path), ALONE), begin(config(2), ALONE)
+    first, state = Checkpoints(str(tmp_path), ALONE), initial_state(config(2), ALONE)
     first.take_over(state)
     first.save(state, about(state))
     assert first.finish() == ""
@@ -366,7 +367,18 @@ def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
     assert steps == [0, 1]
     second.save(state, about(state))
     assert second.finish() == ""
-    assert second.load(begin(config(2), ALONE), anything)["step"] == 2
+    assert second.load(initial_state(config(2), ALONE), anything)["step"] == 2
+
+
+def test_the_thread_that_saves_asks_for_no_device(saved, tmp_path, monkeypatch):
+    """Which device is current is known to each thread by itself: every rank would take memory on GPU 0."""
+    asked = []
+    for name in ("current_device", "_lazy_init", "init"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: asked.append((name, threading.current_thread().name)))
+    state, checkpoints = load(saved[0])[1], own(tmp_path)
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    assert [thread for _, thread in asked if "checkpoint" in thread] == []
 
 
 # ---- on object storage
@@ -380,7 +392,7 @@ def s3(tmp_path):
 
 
 def test_on_object_storage(saved, s3):
-    state = begin(config(2), ALONE)
+    state = initial_state(config(2), ALONE)
     load_state = Checkpoints(str(saved[0]), ALONE)
     load_state.load(state, anything)
     checkpoints = own("s3://runs/one", keep=1, options=s3.options)
@@ -401,7 +413,7 @@ def test_a_store_that_is_down_during_a_save_is_waited_for(s3):
     checkpoints = own("s3://runs/two", patience=60, options=options, warn=told.append)
     proxy.down = True
     proxy._loop.call_later(3, setattr, proxy, "down", False)
-    state = begin(config(2), ALONE)
+    state = initial_state(config(2), ALONE)
     checkpoints.save(state, about(state))
     assert checkpoints.busy  # training goes on meanwhile
     checkpoints.finish()
@@ -414,8 +426,8 @@ def test_a_save_that_fails_is_told_and_counted_and_the_next_one_succeeds(s3):
     proxy = FaultProxy(s3.port)
     told = []
     options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
-    checkpoints = own("s3://runs/three", patience=0.5, options=options, warn=told.append)
-    state = begin(config(2), ALONE)
+    checkpoints = own("s3://runs/three", patience=2, options=options, warn=told.append)
+    state = initial_state(config(2), ALONE)
     proxy.down = True
     checkpoints.save(state, about(state))
     checkpoints.finish()
@@ -426,7 +438,7 @@ def test_a_save_that_fails_is_told_and_counted_and_the_next_one_succeeds(s3):
     checkpoints.save(state, about(state))
     checkpoints.finish()
     assert checkpoints.failures == 1
-    assert checkpoints.load(begin(config(2), ALONE), anything)["step"] == 1
+    assert checkpoints.load(initial_state(config(2), ALONE), anything)["step"] == 1
     proxy.close()
 
 
@@ -443,7 +455,7 @@ def test_a_place_that_cannot_be_written_is_found_at_the_start(s3, tmp_path, what
         (tmp_path / "file").write_text("")
         url, options = str(tmp_path / "file" / "x"), {}
     with pytest.raises(ConfigError, match=rf"checkpoints cannot be kept at {url}: .*checkpoint\.url"):
-        Checkpoints(url, ALONE, patience=2, options=options).take_over(begin(config(2), ALONE))
+        Checkpoints(url, ALONE, patience=2, options=options).take_over(initial_state(config(2), ALONE))
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounts a small disk")
@@ -458,8 +470,8 @@ def test_a_full_disk_is_found_at_the_start_and_later_costs_the_save_but_not_the_
         with pytest.raises(
             ConfigError, match=rf"{disk}/x has room for 0\.\d MiB, checkpoints take .*keep=3 and one more"
         ):
-            checkpoints.take_over(begin(config(2), ALONE))
-        checkpoints.save(begin(config(2), ALONE), about(None))
+            checkpoints.take_over(initial_state(config(2), ALONE))
+        checkpoints.save(initial_state(config(2), ALONE), about(None))
         checkpoints.finish()
         assert checkpoints.failures == 1
         assert "No space left" in told[0]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from equiav.augment import Batch
+from equiav.augment import Clips
 from equiav.config import TrainConfig
 from equiav.data.synthetic import World
 from equiav.parallel import Ranks
-from equiav.train import begin, loop, steps
+from equiav.train import initial_state, loop, steps
 from equiav.train.schedule import learning_rate
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(8)]
@@ -22,7 +22,7 @@ def batches(size=8, epochs=1000):
     frames = torch.from_numpy(np.stack([clip.frames[0] for clip in CLIPS[:size]])).permute(0, 3, 1, 2).contiguous()
     waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS[:size]]))
     for epoch in range(epochs):
-        yield Batch(
+        yield Clips(
             epoch,
             torch.arange(size),
             frames,
@@ -34,7 +34,7 @@ def batches(size=8, epochs=1000):
 
 def run(config, source=None):
     ranks = Ranks(config.device)
-    state = begin(config, ranks)
+    state = initial_state(config, ranks)
     return state.model, [step.read()[0] for step in steps(config, ranks, state, source or batches())]
 
 
@@ -140,7 +140,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, w
     """Weights, moments and their step count after steps 0, bad, 2 are those after steps 0, 2."""
     config = settings(make_config, steps=3, train={"lr": 1e-3, "warmup_steps": 0, "lr_start": 1e-3})
     monkeypatch.setattr(loop, "learning_rate", lambda step, settings: 1e-3)
-    ranks, state, rows = Ranks("cpu"), begin(config, Ranks("cpu")), []
+    ranks, state, rows = Ranks("cpu"), initial_state(config, Ranks("cpu")), []
     good = list(itertools.islice(batches(), 3))
     bad = good[1]._replace(valid=torch.arange(8) == 3)
     if what == "not finite":

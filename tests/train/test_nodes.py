@@ -38,12 +38,12 @@ class Nodes:
             "--rdzv-conf",
             f"is_host={int(number == 0)},last_call_timeout=2",
             "--local-addr",
-            self.hosts.address(number),
+            f"node-{number}" if self.hosts.apart else self.hosts.address(number),
         ]
         size = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "20"]
         command = [sys.executable, "-m", "torch.distributed.run", *size, *rendezvous, "-m", "equiav", "pretrain"]
         command += ["--config", str(self.config), "--out", str(self.out), "--stall_seconds", "10"]
-        env = {**ENV, **self.hosts.env(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        env = {**ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.agents[number] = subprocess.Popen(
             self.hosts.on(number, command), env=env, stdout=self.log, stderr=self.log
         )
@@ -57,7 +57,7 @@ class Nodes:
     def workers(self):
         return list(workers([agent.pid for agent in self.agents.values()]).values())
 
-    def until(self, condition, seconds=120):
+    def until(self, condition, seconds=300):
         begun = time.monotonic()
         while not condition():
             for number in self.wanted:
@@ -175,6 +175,22 @@ def test_a_name_that_does_not_resolve_yet(nodes):
     nodes.hosts.resolve(1, [0, 1])
     nodes.until(lambda: 5 in steps(nodes.out))
     assert [row["ranks"] for row in lines(nodes.out / "starts.jsonl")][-1] == 2
+
+
+def test_hosts_with_addresses_of_ipv6_alone(long_config, whole, tmp_path):
+    with Hosts(2, family=6) as hosts:
+        if not hosts.apart:
+            pytest.skip("needs network namespaces (root)")
+        nodes = Nodes(hosts, long_config, tmp_path)
+        try:
+            nodes.start(0)
+            nodes.start(1)
+            nodes.finish()
+        finally:
+            nodes.end()
+    same_run(tmp_path, whole, STEPS)
+    (start,) = lines(tmp_path / "starts.jsonl")
+    assert (start["ranks"], start["shard"]) == (2, 1)  # a copy on each node
 
 
 def test_of_two_that_are_the_same_node_one_leaves(long_config, whole, tmp_path):
