@@ -138,7 +138,7 @@ class Store:
                     with self._lock:
                         self.counts["hedged"] += 1
                         self.counts["requests"] += 1
-            raise error or TimeoutError(f"not all of it came within {limit:.0f} s")
+            raise error or TimeoutError(f"not all of it came within {limit:.3g} s")
         finally:
             for future in asked:
                 future.cancel()
@@ -176,7 +176,7 @@ class Store:
         future = self._begin(what, *args, **kwargs)
         try:
             if not wait([future], limit).done:
-                raise TimeoutError(f"no answer within {limit:.0f} s")
+                raise TimeoutError(f"no answer within {limit:.3g} s")
             return future.result()
         finally:
             future.cancel()

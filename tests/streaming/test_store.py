@@ -172,8 +172,9 @@ def test_a_server_that_was_killed_and_started_again_is_found_again(s3, tmp_path)
 
 def test_when_patience_is_over_the_error_names_the_url_and_the_last_trouble(proxy, bucket, tmp_path):
     (tmp_path / "source").write_bytes(b"new")
-    store = Store(bucket, patience=0.2, options=proxy.options())
+    store = Store(bucket, patience=10, options=proxy.options())
     store.read("big", 0, 10)
+    store.patience = 0.2
     proxy.down = True
     for what, ask in operations(store, tmp_path / "source").items():
         store.counts.clear()
@@ -383,7 +384,7 @@ def test_an_unknown_protocol_is_an_error_of_the_store(protocol):
     ("url", "options"), [("s3://Not a bucket!/x", {}), ("s3://store", {"profile": "no-such-profile"})]
 )
 def test_a_setting_that_no_waiting_will_mend_is_an_error_at_once(s3, url, options):
-    store = Store(url, patience=0.3, options=s3.options | options)
+    store = Store(url, patience=10, options=s3.options | options)
     with pytest.raises(StoreError, match=re.escape(url)):
         store.read("big", 0, 10)
     assert store.counts["retries"] == 0
@@ -533,7 +534,7 @@ def test_a_range_up_to_the_end_is_all_there(with_big, start, stop):
 
 
 def test_a_range_of_an_object_that_was_written_here_comes_back(s3, bucket):
-    store = Store(f"{bucket}/own", patience=0.3, options=s3.options)
+    store = Store(f"{bucket}/own", patience=10, options=s3.options)
     store.write("object", BIG)
     assert store.read("object") == BIG
     assert store.read("object", 10, 20) == BIG[10:20]
