@@ -126,7 +126,7 @@ def test_an_index_that_was_cut_is_found(tmp_path, cut):
         opened(tmp_path, INDEX[:cut])
 
 
-@pytest.mark.parametrize("more", [b"\n", b"x", INDEX[-60:], INDEX[HEAD + 1 :]])
+@pytest.mark.parametrize("more", [b"\n", b"x", INDEX[-60:], INDEX[HEAD + 1 :]], ids=["empty line", "x", "part", "line"])
 def test_an_index_with_more_than_its_own_is_found(tmp_path, more):
     with pytest.raises(DatasetError, match="damaged"):
         opened(tmp_path, INDEX + more)
