@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.data.clips import BadClipError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
-    from equiav.train.run import FINAL
+    from equiav.train.run import final
     from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
     mistakes = (ConfigError, CheckpointError, CacheError)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(command, rest)
     except (*mistakes, *troubles, Ending) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
-        if isinstance(error, FINAL):
+        if final(error):
             _end_agent()
         return error.status if isinstance(error, Ending) else 2 if isinstance(error, mistakes) else 1
     except SystemExit as error:  # of the parser, which has said why

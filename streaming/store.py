@@ -248,6 +248,18 @@ class Store:
             with contextlib.suppress(Missing):  # an earlier attempt's answer was lost
                 self._retry(folder, lambda limit: self._wait(limit, "rm", self.path(folder), recursive=True))
 
+    def rename(self, folder: str, new: str) -> None:
+        """A folder of objects, copied by the store itself. Interrupted, it may be done again."""
+        if self.local:
+            os.rename(self.path(folder), self.path(new))
+            return
+        for name in self.list(folder):
+            old, there = self.path(f"{folder}/{name}"), self.path(f"{new}/{name}")
+            self._retry(
+                f"{folder}/{name}", lambda limit, old=old, there=there: self._wait(limit, "cp_file", old, there)
+            )
+        self.remove(folder)
+
     def _retry(self, name: str, attempt: Callable[[float], Any], size: int = 0) -> Any:
         """Until it succeeds, is refused for good, or patience ends. Waits are random: many clients do not return as one."""
         url, begun, delay = f"{self.url}/{name}".rstrip("/"), time.monotonic(), FIRST_DELAY

@@ -148,7 +148,7 @@ class Checkpoints:
         if self.ranks.rank == 0:
             threading.Thread(target=self._look, daemon=True, name="owner").start()
             for name, why in self._passed_over.items():
-                self.store.fs.mv(self.store.path(name), self.store.path(f"{DAMAGED}{name}"), recursive=True)
+                self.store.rename(name, f"{DAMAGED}{name}")
                 self.warn(f"checkpoint {self.store.url}/{name} is kept as {DAMAGED}{name}, and is not used: {why}")
 
     def _look(self) -> None:

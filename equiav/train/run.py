@@ -27,15 +27,19 @@ from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
 from equiav.train.watch import Watch
-from streaming import Bad, CacheError, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
+from streaming import Bad, CacheError, CacheGone, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
 from streaming.processes import end_with_parent
 from streaming.store import Denied
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
-# No restart mends these.
 FINAL = (ConfigError, DatasetError, CacheError, Denied, TooManyBadSamples, FloatingPointError, Superseded)
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
+
+
+def final(error: BaseException) -> bool:
+    """Whether no restart mends it."""
+    return isinstance(error, FINAL) and not isinstance(error, CacheGone)
 
 
 class NotFinite(FloatingPointError):  # noqa: N818
@@ -356,8 +360,9 @@ def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
             if how:
                 raise ConfigError(f"the run has ended: {how}")
         yield not ranks.spare
-    except FINAL as error:
-        ranks.close(str(error))
+    except Exception as error:
+        if final(error):
+            ranks.close(str(error))
         raise
     ranks.close()
 

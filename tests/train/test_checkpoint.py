@@ -406,6 +406,19 @@ def test_on_object_storage(saved, s3):
     assert len(list((s3.folder / "runs" / "one").glob("step-*/*"))) == 2
 
 
+def test_on_object_storage_too_what_is_damaged_is_kept_under_another_name(saved, s3):
+    shutil.copytree(saved[0], s3.folder / "runs" / "copy")
+    for path in (s3.folder / "runs" / "copy").glob("step-00000002-*/part-00000-00000"):
+        DAMAGE["middle bit"](path)
+    state = initial_state(config(2), ALONE)
+    checkpoints = Checkpoints("s3://runs/copy", ALONE, options=s3.options)
+    assert checkpoints.load(state, anything)["step"] == 1
+    checkpoints.take_over(state)
+    assert checkpoints.newest() == 1
+    (aside,) = (s3.folder / "runs" / "copy").glob("damaged-step-00000002-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["manifest.json", "part-00000-00000"]
+
+
 def test_a_store_that_is_down_during_a_save_is_waited_for(s3):
     proxy = FaultProxy(s3.port)
     told = []
