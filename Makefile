@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A test process for each core, of one thread each; the tests of a file share what they set up.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 
-.PHONY: help install smoke test test-slow lint bench clean
+.PHONY: help install smoke test test-slow soak lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: .venv/installed ## the fast tests
 
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
 	@$(PYTEST) -m slow
+
+soak: .venv/installed ## attack runs for HOURS=1, round after round; each has to end as if nothing had happened (SEED=N repeats one)
+	@$(BIN)/python -m tests.soak --hours $(or $(HOURS),1) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/installed ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
