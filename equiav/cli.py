@@ -92,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if final(error):
             _end_agent()
         return error.status if isinstance(error, Ending) else 2 if isinstance(error, mistakes) else 1
+    except OSError as error:  # a disk that is full, or not ours
+        print(f"equiav {command}: {error}", file=sys.stderr)
+        return 1
     except SystemExit as error:  # of the parser, which has said why
         if error.code:
             _end_agent()

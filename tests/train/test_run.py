@@ -1,4 +1,4 @@
-"""What happens to a run beside its steps: signals, second starts, errors, stores that fail, spares, damaged samples."""
+"""What a run gets over: damaged samples, stores that fail, a log that is killed."""
 
 import json
 import os
@@ -19,111 +19,11 @@ from equiav.data.synthetic import World
 from streaming import Store
 from streaming.pack import pack
 from tests.streaming.fault_proxy import FaultProxy
-from tests.train.test_pretrain import ENV, Run, lines, same_run, same_weights, steps, whole  # noqa: F401  # a fixture
+from tests.train.test_pretrain import ENV, Run, lines, same_run, steps, whole  # noqa: F401  # a fixture
 
 
 def saved(out):
     return sorted(int(path.parent.name[5:13]) for path in Path(out).glob("checkpoints/step-*/manifest.json"))
-
-
-# ---- asked to end
-
-ENDINGS = {
-    "SIGTERM to torchrun": (2, lambda run: os.kill(run.process.pid, signal.SIGTERM), 1),
-    "SIGTERM to the group": (None, lambda run: os.killpg(run.process.pid, signal.SIGTERM), 143),
-    "Ctrl-C": (None, lambda run: os.killpg(run.process.pid, signal.SIGINT), 130),
-}
-
-
-@pytest.mark.parametrize("how", ENDINGS)
-def test_who_is_asked_to_end_saves_first(run_config, whole, tmp_path, how):  # noqa: F811
-    """No save is due: were the loader's processes gone, so would be the steps."""
-    W, ask, status = ENDINGS[how]
-    run = Run(run_config, tmp_path, W, "--checkpoint.every_steps", "1000", "--stream.workers", "1")
-    run.reach(6)
-    ask(run)
-    text = run.end(status)
-    last = max(steps(tmp_path))
-    assert saved(tmp_path) == [last + 1]
-    assert f"step {last + 1} is saved at {tmp_path}/checkpoints" in text
-    assert "finishes the step, saves, and ends" in text
-    Run(run_config, tmp_path).end()
-    same_run(tmp_path, whole)
-    assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, last + 1]
-
-
-# ---- started twice
-
-
-def test_a_start_that_is_refused_does_not_disturb_the_live_run(run_config, whole, tmp_path):  # noqa: F811
-    run = Run(run_config, tmp_path)
-    run.reach(5)
-    for arguments, said in (
-        (("--seed", "1"), "of a run with other settings: seed is 1, was 0"),
-        (("--model.width", "32"), "model.width is 32, was 64"),
-        (("--model.depth", "2"), "model.depth is 2, was 1"),
-        (("--resume", "never"), "resume is never, and"),
-    ):
-        os.kill(run.process.pid, signal.SIGSTOP)  # it has to be there still when the other looks
-        refused = Run(run_config, tmp_path, None, *arguments).end(2)
-        os.kill(run.process.pid, signal.SIGCONT)
-        assert said in refused
-        assert "Traceback" not in refused
-    run.end()
-    same_run(tmp_path, whole)
-    assert len(lines(tmp_path / "starts.jsonl")) == 1
-
-
-# ---- checkpoints that cannot be used
-
-
-def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_by_itself(run_config, whole, tmp_path):  # noqa: F811
-    run = Run(run_config, tmp_path)
-    run.reach(9)
-    run.process.kill()
-    run.process.communicate()
-    for part in tmp_path.glob("checkpoints/step-*/part-*"):
-        os.truncate(part, 100)
-    text = Run(run_config, tmp_path).end(2)
-    assert "holds checkpoints of which none can be used" in text
-    assert "--resume anyway" in text
-    assert max(steps(tmp_path)) >= 9  # nothing was touched
-    run = Run(run_config, tmp_path, None, "--resume", "anyway", "--checkpoint.keep", "1")
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("checkpoints/damaged-*")) or not saved(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    run.process.kill()
-    run.process.communicate()
-    kept = saved(tmp_path)
-    assert kept
-    assert set(kept) <= {4, 8, 12}  # of the later steps that are damaged, none is in the way
-    Run(run_config, tmp_path).end()
-    same_run(tmp_path, whole)
-    assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, 0, max(kept)]
-
-
-# ---- errors that no restart mends
-
-FINAL = {
-    "not finite": (["--train.lr", "1e30", "--train.lr_start", "1e30"], "not finite, as in 10 steps in a row"),
-    "a setting": (["--objective.schedule", "two_stage", "--train.micro_batch", "0"], "train.micro_batch is 0"),
-    "no dataset": (["--stream.url", "/nowhere"], "/nowhere holds no dataset"),
-}
-
-
-@pytest.mark.parametrize("what", FINAL)
-def test_an_error_that_no_restart_mends_ends_torchrun(run_config, tmp_path, what):
-    arguments, said = FINAL[what]
-    text = Run(run_config, tmp_path, 2, *arguments).end(1)
-    assert said in text
-    assert "worker group" not in text  # torchrun's word when it restarts one
-    assert len(lines(tmp_path / "starts.jsonl")) <= 1
-    assert text.count(said) <= 2  # once a rank
-    if what == "not finite":
-        found = json.loads((tmp_path / "not_finite.json").read_text())
-        assert len(found) == 10
-        assert all(len(ids) in (8, 2) for ids in found.values())
 
 
 # ---- damaged samples
@@ -233,37 +133,6 @@ def test_a_run_that_cannot_save_ends_if_it_is_told_to(run_config, s3, proxy, tmp
     text = run.end(146)
     assert "NO SAVE HAS SUCCEEDED for" in text
     assert "checkpoint.overdue_seconds=3" in text
-
-
-# ---- more processes than can share the work
-
-
-@pytest.mark.slow
-def test_processes_beyond_the_micro_batches_wait_as_spares(run_config, whole, tmp_path):  # noqa: F811
-    """Four micro-batches, five processes; one is lost."""
-    run = Run(run_config, tmp_path, 5)
-    run.reach(6)
-    os.kill(run.workers()[2], signal.SIGKILL)
-    text = run.end()
-    same_run(tmp_path, whole)
-    starts = lines(tmp_path / "starts.jsonl")
-    assert [row["ranks"] for row in starts] == [4, 4]
-    assert starts[1]["step"] > 0
-    assert "process 4 is a spare" in text
-    assert "4 process(es) and 1 spare(s)" in text
-
-
-def test_processes_beyond_whole_groups_that_share_a_model_wait_too(run_config, whole, tmp_path):  # noqa: F811
-    Run(run_config, tmp_path, 3, "--train.shard", "2").end()
-    same_run(tmp_path, whole)
-    (start,) = lines(tmp_path / "starts.jsonl")
-    assert (start["ranks"], start["shard"]) == (2, 2)
-
-
-@pytest.mark.slow
-def test_a_spare_ends_with_a_run_that_cannot_go_on(run_config, tmp_path):
-    Run(run_config, tmp_path, 5, "--train.lr", "1e30", "--train.lr_start", "1e30").end(1)
-    assert len(lines(tmp_path / "starts.jsonl")) == 1
 
 
 # ---- a log that no kill can harm
