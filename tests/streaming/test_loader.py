@@ -502,7 +502,7 @@ def test_a_store_that_is_down_is_waited_for(remote, s3, reference, tmp_path, sec
 def test_a_store_that_stays_down_ends_the_run_with_its_name(remote, s3, tmp_path):
     proxy = FaultProxy(s3.port)
     try:
-        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=2) as loader:
+        with open_loader(remote[0], tmp_path, options=proxy.options(), patience=6) as loader:
             proxy.down = True
             with pytest.raises(OSError, match=r"s3://clips/toys/.*no answer for .* s"):
                 take(loader, EPOCH)
