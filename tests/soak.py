@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ EVENTS = {
     "down": 2,
     "fault clips": 2,
     "fault runs": 2,
+    "lie": 1,
+    "lie to start": 1,
     "clear cache": 1,
     "damage checkpoint": 1.5,
     "intruder": 1,
@@ -367,6 +370,8 @@ class Round:
                     self.compare()
             except TimeUp as error:
                 self.failures.append(str(error))
+            except Exception:  # a file that should be there, or cannot be read: found by what looks at it
+                self.failures.append(traceback.format_exc())
             finally:
                 for process in marked(f"{MARK}/{self.folder.name}/"):
                     process.signal(signal.SIGKILL)
@@ -427,6 +432,8 @@ class Round:
         self.starts = len(lines(self.out / "starts.jsonl"))
         settings = self.settings(start.settings, own, out=self.out, cache="cache")
         self.run = Launch(self.folder, f"{self.launches:02d}", start.ranks, settings, self.env)
+        if self.fault_ends:
+            self.run.done_to.add("down")  # or what else the store still does
 
     def tick(self) -> None:
         """To be called all the time: faults end, and so does the time of the round."""
@@ -570,6 +577,17 @@ class Round:
         self.fault_ends = time.monotonic() + seconds
         return f"{fault} {share:.0%} for {seconds:.1f} s"
 
+    def do_lie(self, kind: str, draw: random.Random) -> str:
+        """Once or twice, what is small and decides much is not what it is."""
+        lies = [draw.choice(("flip", "short", "truncate", "404")) for _ in range(draw.randrange(1, 3))]
+        if kind == "lie to start":
+            self.end("term")
+        self.proxy.only = re.compile(r"^GET .*(index|owner|manifest\.json)(\?|$)")
+        self.proxy.next = list(lies)
+        if kind == "lie to start" and not self.finished:
+            self.launch()
+        return ", ".join(lies)
+
     def do_clear(self, kind: str, draw: random.Random) -> str:
         self.end(draw.choice(("term", "kill all")))
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
@@ -657,7 +675,7 @@ class Round:
         if diff.returncode:
             self.failures.append(f"equiav diff ends with {diff.returncode}: {(diff.stdout + diff.stderr)[-500:]}")
         starts = lines(out / "starts.jsonl")
-        told_otherwise = any(re.search("fault runs|damage|twin", event) for event in self.happened)
+        told_otherwise = any(re.search("fault runs|lie|damage|twin", event) for event in self.happened)
         for count, step in self.saved:
             if count < len(starts) and starts[count]["step"] < step and not told_otherwise:
                 self.failures.append(f"step {step} was said to be saved, start {count} went on at {starts[count]}")
