@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
     from equiav.train.run import final
-    from streaming import CacheError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
+    from streaming import CacheError, CacheGone, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
     mistakes = (ConfigError, CheckpointError, CacheError)
     troubles = (FloatingPointError, BadClipError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples)
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"equiav {command}: {error}", file=sys.stderr)
         if final(error):
             _end_agent()
-        return error.status if isinstance(error, Ending) else 2 if isinstance(error, mistakes) else 1
+        if isinstance(error, Ending):
+            return error.status
+        return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
     except OSError as error:  # a disk that is full, or not ours
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1

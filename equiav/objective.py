@@ -57,7 +57,9 @@ class Embeddings(NamedTuple):
         for own, of_whole in zip(self, whole, strict=True):
             if own is not None and of_whole is not None and own.requires_grad:
                 outputs.append(own)
-                gradients.append(torch.zeros_like(own) if of_whole.grad is None else of_whole.grad[part].to(own.dtype))
+                gradients.append(
+                    torch.zeros_like(own) if of_whole.grad is None else aligned(of_whole.grad[part]).to(own.dtype)
+                )
         torch.autograd.backward(outputs, gradients)
 
 
@@ -84,7 +86,13 @@ class Rows(NamedTuple):
 
     def by_piece(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """f of x, a piece at a time."""
-        return torch.cat([f(x[piece]) for piece in self.pieces])
+        return torch.cat([f(aligned(x[piece])) for piece in self.pieces])
+
+
+def aligned(part: Tensor) -> Tensor:
+    """A part of a tensor, in memory of its own. Where it begins in the whole depends on which process holds it, and products
+    of operands that lie otherwise are rounded otherwise."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def normalised(z: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ class _Pair(NamedTuple):
         for side in (1 - k, k) if self.intra else (1 - k,):
             for begin in range(0, len(self.everyone), COLUMNS):
                 columns = slice(begin, min(begin + COLUMNS, len(self.everyone)))
-                s = (self.own[piece, k] @ self.everyone[columns, side].T).mul_(self.scale[piece, None])
+                s = (aligned(self.own[piece, k]) @ self.everyone[columns, side].T).mul_(self.scale[piece, None])
                 s.masked_fill_(~self.rows.everyone[columns], -torch.inf)
                 itself = self.rows.first + piece.start - begin  # the column of the piece's first row
                 if -len(s) < itself < s.shape[1]:

@@ -210,7 +210,9 @@ class Loader:
     def restore(self, state: dict[str, Any]) -> int:
         """-> the step to go on from. In another order than the one of the run there is no such step."""
         now = asdict(self.order)
-        changed = [f"{name} is {now[name]}, was {was}" for name, was in state["order"].items() if now[name] != was]
+        changed = [
+            f"{name} is {now.get(name)}, was {was}" for name, was in state["order"].items() if now.get(name) != was
+        ]
         if changed:
             raise DatasetError(
                 f"{self.dataset.store.url}: a run cannot go on at step {state['step']} of another order of samples: "

@@ -33,11 +33,16 @@ ATTEMPT, SLOWEST = 30.0, 1e6  # seconds that the first attempt may take, beside 
 UNUSUAL, SHORTEST = 10, 2.0  # times as long as is usual, and seconds, after which a read is asked for again
 UNKNOWN = 10.0  # seconds instead, beside those for its bytes, until some reads have shown what is usual
 SAME = 3  # requests for the same bytes at a time
+USER = re.compile(r"://([^/]*|[^/:]*:.*)@")  # who asks, with a password, which may have a slash in it
 OVERHEAD = 256 << 10  # bytes that a store could send while it begins to answer
 
 
 class StoreError(OSError):
     """The store cannot be used; the message names the URL, what it answered and what to check."""
+
+
+class NoAnswer(StoreError):  # noqa: N818
+    """Nothing but trouble that may pass, for as long as patience lasts."""
 
 
 class Missing(StoreError):  # noqa: N818
@@ -59,7 +64,7 @@ class Store:
 
     def __init__(self, url: str, patience: float = 600.0, options: dict[str, Any] | None = None):
         self.address, self.patience, self.options = url.rstrip("/"), patience, dict(options or {})
-        self.url = re.sub(r"://[^/]*@", "://***@", self.address)  # for people: the address without its password
+        self.url = USER.sub("://***@", self.address)  # for people: the address without its password
         self.counts: Counter[str] = Counter()  # requests (retries and hedged are of them), retries, hedged, bytes
         self._pace: deque[float] = deque(maxlen=64)  # seconds for a byte, of the last reads
         self._lock = threading.Lock()
@@ -276,7 +281,7 @@ class Store:
                 pause = delay * random.uniform(0.5, 1.0)
                 left = begun + self.patience - time.monotonic() - pause
                 if left <= 0:
-                    raise StoreError(
+                    raise NoAnswer(
                         f"{url}: no answer for {time.monotonic() - begun:.0f} s (patience); the last was "
                         f"{type(error).__name__}: {self._clean(error)}"
                     ) from None
@@ -288,7 +293,7 @@ class Store:
     def _clean(self, error: BaseException) -> str:
         """What a foreign error says, without the password of the address."""
         text = str(error)
-        for secret in re.findall(r"://([^/]*)@", self.address):
+        for secret in USER.findall(self.address):
             password = secret.partition(":")[2]
             for part in filter(None, (secret, unquote(secret), password, unquote(password))):
                 text = text.replace(part, "***")

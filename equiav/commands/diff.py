@@ -10,9 +10,10 @@ from typing import Any
 import tyro
 import yaml
 
-from equiav.config import ConfigError, flat
+from equiav.config import ConfigError, RunConfig, flat, from_dict, to_dict
 from equiav.config.settings import ROUNDING, WITHOUT_EFFECT
 from equiav.train.checkpoint import manifests
+from equiav.train.log import step_of
 from streaming import Store
 
 ENVIRONMENT = ("equiav", "code", "torch", "python", "threads", "gpu")  # beside the settings, what numbers depend on
@@ -34,7 +35,7 @@ class Recorded:
     def __init__(self, place: str):
         self.place, folder = place, Path(place)
         config, self.metrics = folder / "config.yaml", folder / "metrics.jsonl"
-        settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+        settings = (yaml.safe_load(config.read_text()) if config.is_file() else None) or {}
         url = settings.get("checkpoint", {}).get("url") or str(folder / "checkpoints")
         self.checkpoints = manifests(Store(url if settings else place))  # step -> manifest
         if not settings and not self.checkpoints:
@@ -52,10 +53,12 @@ def run_diff(config: DiffConfig) -> int:
         raise ConfigError("two runs are needed: equiav diff RUN RUN")
     one, two = Recorded(config.one), Recorded(config.two)
     different: list[str] = []
-    names = sorted(
-        name for name in one.settings.keys() | two.settings.keys() if one.settings.get(name) != two.settings.get(name)
-    )
-    for name in names:
+    size = {"model": {"size": one.settings.get("model.size", "vit_b16")}}
+    defaults = flat(to_dict(from_dict(RunConfig, size, "defaults")))
+    for recorded in (one, two):  # by an earlier release, perhaps
+        recorded.settings = defaults | recorded.settings
+    names = one.settings.keys() | two.settings.keys()
+    for name in sorted(name for name in names if one.settings.get(name) != two.settings.get(name)):
         effect = (
             ": rounds otherwise" if name in ROUNDING else ": without effect" if name.startswith(WITHOUT_EFFECT) else ""
         )
@@ -71,7 +74,7 @@ def run_diff(config: DiffConfig) -> int:
         return 1
     if not any(compared):
         raise ConfigError(f"{one.place} and {two.place} have no step and no checkpoint in common: nothing to compare")
-    print("the runs are equal")
+    print(f"the runs are equal, as far as both go: {compared[0]} step(s), weights of {compared[1]} checkpoint(s)")
     return 0
 
 
@@ -79,20 +82,20 @@ def compare_metrics(one: Recorded, two: Recorded, different: list[str]) -> int:
     """Line by line. -> steps compared."""
     if not (one.metrics.is_file() and two.metrics.is_file()):
         return 0
+    ours, theirs = ([line for line in run.metrics.open() if step_of(line) is not None] for run in (one, two))
     count = 0
-    with one.metrics.open() as ours, two.metrics.open() as theirs:
-        for mine, other in zip(ours, theirs, strict=False):
-            if mine != other:
-                different.append(_first_difference(json.loads(mine), json.loads(other)))
-                break
-            count += 1
-    print(f"metrics: {count} steps are equal")
+    for mine, other in zip(ours, theirs, strict=False):
+        if mine != other:
+            different.append(_first_difference(json.loads(mine), json.loads(other)))
+            break
+        count += 1
+    print(f"metrics: {count} steps are equal, of {len(ours)} and {len(theirs)}")
     return count
 
 
 def _first_difference(one: dict[str, Any], two: dict[str, Any]) -> str:
     for name in dict.fromkeys((*one, *two)):
-        if one.get(name) != two.get(name):
+        if repr(one.get(name)) != repr(two.get(name)):  # nan is nan
             return f"step {one['step']}, {name}: {one.get(name)!r} and {two.get(name)!r}"
     return f"step {one['step']}: the same numbers, written otherwise"
 
@@ -105,9 +108,9 @@ def compare_weights(one: Recorded, two: Recorded, different: list[str]) -> int:
         if ours["digest"] == theirs["digest"]:
             print(f"weights of step {step}: {ours['digest']} in both")
             continue
-        names = [name for name, digest in ours["weights"].items() if theirs["weights"].get(name) != digest]
-        different.append(
-            f"weights of step {step}: {len(names)} of {len(ours['weights'])} tensors, {names[0]} the first"
-        )
+        everyones = dict.fromkeys((*ours["weights"], *theirs["weights"]))
+        names = [name for name in everyones if ours["weights"].get(name) != theirs["weights"].get(name)]
+        first = f", {names[0]} the first" if names else ", by the digest of all alone"
+        different.append(f"weights of step {step}: {len(names)} of {len(everyones)} tensors{first}")
         break
     return len(steps)

@@ -39,11 +39,13 @@ def run_pretrain(config: PretrainConfig) -> None:
         if not takes_part:
             return
         with showing(config.train.steps) as show:
-            state, began, *_ = run(config, ranks, tell, show)
+            state, began, _, _, problem = run(config, ranks, tell, show)
         weights = ranks.whole(state.model)
         if ranks.rank == 0 and not (began == state.step and (config.out / "model" / "config.json").exists()):
             save_model(config.out / "model", weights, config)
             tell(f"finished: {state.step} steps, {config.out / 'model'}")
+        if problem:
+            raise problem
 
 
 @contextmanager

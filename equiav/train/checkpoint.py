@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,15 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_hexdigest
 from equiav.config import ConfigError
 from equiav.ending import Superseded
 from equiav.parallel import Ranks, slab, whole_bytes
+from equiav.train.log import step_of
 from equiav.train.loop import TrainState
 from streaming import Store, StoreError
-from streaming.store import Missing, Short
+from streaming.store import Missing, NoAnswer, Short
 
 MANIFEST, FORMAT = "manifest.json", 2
 NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
 DAMAGED = "damaged-"  # what a checkpoint is called that could not be used
+LINES = re.compile(r"lines-\d{8,}-\d{8,}\.jsonl")
 FILE = re.compile(r"part-\d{5,}-\d{5,}")
 BLOCK, FILE_BYTES = 8 << 20, 64 << 20
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
@@ -107,11 +110,12 @@ class Checkpoints:
         self.seconds = 0.0  # that the last one held up the run
         self.token = str(ranks.objects(secrets.token_hex(4))[0])
         self.superseded = ""  # by whom; known to rank 0 within some seconds, of a store that answers
+        self._owner = b""  # what this start has written
         self._passed_over: dict[str, str] = {}  # name -> what is wrong with it
         self._uploading: Future[Written] | None = None  # on every rank
         self._publishing: Future[None] | None = None  # on rank 0, when all have uploaded
         self._about: dict[str, Any] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._lines = (0, b"")
         self._closed = threading.Event()
 
     def __enter__(self) -> Checkpoints:
@@ -119,7 +123,6 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     # ---- whose they are
 
@@ -129,27 +132,41 @@ class Checkpoints:
         Called when this start is known to be good. Finds out, before the first step, whether checkpoints can be kept here.
         """
         owner = {"start": self.token, "host": platform.node(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        problem = ""
+        self._owner = json.dumps(owner).encode()
+        self.ranks.first(lambda: self._require_room(state))
+        problem: Exception | None = None
         try:
-            self.ranks.first(lambda: self._require_room(state))
-            self.ranks.first(lambda: self.store.write(OWNER, json.dumps(owner).encode()))
-            try:
-                self._check_owner()
-            except (StoreError, Superseded) as error:
-                problem = f"rank {self.ranks.rank} does not see what rank 0 wrote there ({error})"
-            problems = [p for p in self.ranks.objects(problem) if p]
-        except StoreError as error:  # of rank 0, on all ranks
-            problems = [str(error)]
-        if problems:
-            raise ConfigError(
-                f"checkpoints cannot be kept at {self.store.url}: {problems[0]}. It has to be a folder that all processes "
-                "read and write (checkpoint.url)"
-            )
+            self.ranks.first(lambda: self.store.write(OWNER, self._owner))
+            self.ranks.first(self._check_owner)
+            self._check_owner()
+        except (StoreError, Superseded) as error:
+            problem = error
+        problems = self.ranks.objects(problem)
+        for passing in problems:
+            if isinstance(passing, NoAnswer) or (isinstance(passing, Superseded) and passing is problems[0]):
+                raise passing
+        for rank, p in enumerate(problems):
+            if p is not None:
+                who = "" if isinstance(p, StoreError) else f"rank {rank} does not see what rank 0 wrote there: "
+                raise ConfigError(
+                    f"checkpoints cannot be kept at {self.store.url}: {who}{p}. It has to be a folder that all processes "
+                    "read and write (checkpoint.url)"
+                )
         if self.ranks.rank == 0:
             threading.Thread(target=self._look, daemon=True, name="owner").start()
             for name, why in self._passed_over.items():
-                self.store.rename(name, f"{DAMAGED}{name}")
-                self.warn(f"checkpoint {self.store.url}/{name} is kept as {DAMAGED}{name}, and is not used: {why}")
+                self._set_aside(name, why)
+
+    def _set_aside(self, name: str, why: str) -> None:
+        """Under a name that is none of a checkpoint. Where that fails, it is passed over again next time."""
+        try:
+            taken = set(self.store.list())
+            new = next(n for k in count() if (n := f"{DAMAGED}{name}" + (f"-{k}" if k else "")) not in taken)
+            self.store.rename(name, new)
+        except OSError as error:
+            self.warn(f"checkpoint {self.store.url}/{name} could not be set aside: {error}")
+            return
+        self.warn(f"checkpoint {self.store.url}/{name} is kept as {new}, and is not used: {why}")
 
     def _look(self) -> None:
         """A start that was cut off and comes back must not train on until its next save."""
@@ -162,7 +179,13 @@ class Checkpoints:
                 continue  # a save will tell
 
     def _check_owner(self) -> None:
-        owner = self.store.read(OWNER)
+        try:
+            owner = self.store.read(OWNER)
+        except Missing:
+            if self.ranks.rank or not self._owner:
+                raise
+            owner = self._owner  # somebody removed it; nobody else has taken it
+            self.store.write(OWNER, owner)
         try:
             start, host, since = (json.loads(owner)[name] for name in ("start", "host", "time"))
         except (ValueError, KeyError, TypeError):
@@ -201,14 +224,15 @@ class Checkpoints:
         """Whether something of a save is under way on this rank."""
         return any(future is not None and not future.done() for future in (self._uploading, self._publishing))
 
-    def save(self, state: TrainState, about: dict[str, Any]) -> None:
+    def save(self, state: TrainState, about: dict[str, Any], lines: tuple[int, bytes] = (0, b"")) -> None:
         """On all ranks at the same step, when none is busy: copies the state to host memory, and begins to write it.
-        `about`: what is small, for the manifest."""
-        begun = time.perf_counter()
+        `about`: what is small, for the manifest. `lines`: of the log, since the last checkpoint, and of which step the first
+        is: where rank 0 runs next, its disk may be another."""
+        begun, self._lines = time.perf_counter(), lines
         self._about = {"step": state.step, "skipped": state.skipped, "ranks": self.ranks.size, **about}
         staged = list(_stage(state, self.ranks))
         folder = f"step-{state.step:08d}-{self.token}"
-        self._uploading = self._thread.submit(self._upload, folder, staged)
+        self._uploading = _in_thread(self._upload, folder, staged)
         self.seconds = time.perf_counter() - begun
 
     def advance(self) -> None:
@@ -225,7 +249,7 @@ class Checkpoints:
             if failed:
                 self._failed(failed[0])
             elif self.ranks.rank == 0:
-                self._publishing = self._thread.submit(self._publish, dict(self._about), outcomes)
+                self._publishing = _in_thread(self._publish, dict(self._about), outcomes, self._lines)
 
     def finish(self) -> str:
         """On all ranks: until the save that is under way is a checkpoint -> what is wrong if it is none."""
@@ -277,7 +301,7 @@ class Checkpoints:
             bring()
         return written
 
-    def _publish(self, about: dict[str, Any], written: list[Written]) -> None:
+    def _publish(self, about: dict[str, Any], written: list[Written], lines: tuple[int, bytes]) -> None:
         """On rank 0, when all have uploaded. The manifest makes it a checkpoint."""
         tensors: dict[str, Kept] = {}
         digests: dict[str, int] = {}
@@ -296,9 +320,14 @@ class Checkpoints:
             "weights": weights,
         }
         manifest = {**about, "tensors": tensors}
+        if lines[1]:
+            self.store.write(f"lines-{lines[0]:08d}-{step:08d}.jsonl", lines[1])
         self.store.write(f"step-{step:08d}-{self.token}/{MANIFEST}", _sealed(manifest))
         self.saved_step = step
-        self._retire()
+        try:
+            self._retire()
+        except StoreError as error:
+            self.warn(f"older checkpoints could not be removed: {error}")
 
     def _retire(self) -> None:
         """Removes what is not to be kept; its manifest first, so that what a crash leaves of it is no checkpoint. Those of
@@ -354,23 +383,38 @@ class Checkpoints:
         names = self.ranks.first(lambda: self._complete(self._names()))
         return max((_step(name) for name in names if name not in self._passed_over), default=-1)
 
+    def lines(self) -> dict[int, str]:
+        """Of the log, as the checkpoints have it: step -> line."""
+        found = {}
+        for name in self.store.list():
+            if LINES.fullmatch(name):
+                for line in self.store.read(name).decode(errors="replace").splitlines(keepends=True):
+                    if (step := step_of(line)) is not None:
+                        found[step] = line
+        return found
+
     def _read_manifest(self, name: str) -> dict[str, Any] | str | None:
         """None: it was never finished."""
+        there = MANIFEST in self.store.list(name)
+        if not there:
+            time.sleep(AGAIN[0])  # a store may say so for a moment
         try:
-            return self._twice(lambda: _unsealed(self.store.read(f"{name}/{MANIFEST}")))
+            manifest = self._twice(lambda: _unsealed(self.store.read(f"{name}/{MANIFEST}")), missing=there)
         except Missing as error:
-            in_its_place = MANIFEST in self.store.list(name)
-            return f"{MANIFEST} cannot be read ({error})" if in_its_place else None
+            return f"{MANIFEST} cannot be read ({error})" if there else None
         except NotWhole as error:
             return str(error)
+        if manifest["step"] != _step(name):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        return manifest
 
-    def _twice(self, read: Callable[[], Any]) -> Any:
-        """What is wrong may have become so on its way: it is read again before it counts."""
+    def _twice(self, read: Callable[[], Any], missing: bool = True) -> Any:
+        """What is wrong, or missing, may have become so on its way: it is read again before it counts."""
         for pause in (*AGAIN, None):
             try:
                 return read()
-            except (NotWhole, Short):
-                if pause is None:
+            except (NotWhole, Short, Missing) as error:
+                if pause is None or (isinstance(error, Missing) and not missing):
                     raise
                 time.sleep(pause)
 
@@ -529,6 +573,10 @@ def _unsealed(content: bytes) -> dict[str, Any]:
         for name, kind in KINDS.items():
             if type(manifest[name]) is not kind:
                 raise ValueError(f"{name} is {manifest[name]!r}")
+        if type(manifest["stream"]["order"]) is not dict or type(manifest["stream"]["step"]) is not int:
+            raise ValueError("stream has no order or no step")
+        if not all(sample.isdigit() and type(why) is str for sample, why in manifest["quarantine"].items()):
+            raise ValueError("quarantine is no list of samples")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotWhole(f"{MANIFEST} is not as it should be ({type(error).__name__}: {error})") from None
     return manifest
@@ -559,6 +607,20 @@ def manifests(store: Store) -> dict[int, dict[str, Any]]:
             except (Missing, NotWhole):
                 continue  # it was never finished, or a start will say what is wrong with it
     return found
+
+
+def _in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Under way in a thread that no end of the process waits for: a disk may hang."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def _outcome(future: Future[Any]) -> Any:

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class Done(NamedTuple):
     began: int  # step
     stats: Stats
     quarantined: Counter[str]  # samples that could not be used, by reason
+    problem: Ending | None  # its last checkpoint could not be saved
 
 
 def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None = None) -> Done:
@@ -83,7 +85,9 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                 )
             if state.step < config.train.steps:
                 write_start(config, ranks, checkpoints, loader, state.step)
-        log = Log(config.out, state.step) if first else None
+        log = Log(config.out, state.step, checkpoints.token, checkpoints.lines) if first else None
+        if log and log.missing:
+            tell(f"{log.missing} of the {state.step} lines before this step are neither in {config.out} nor at {url}")
         with Asked(tell if first else None) as asked:
             watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
             checkpoints.moved = watch.moved
@@ -93,9 +97,9 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                 watch.end()
                 if log:
                     log.close()
-        if ended:
+        if ended and state.step < config.train.steps:
             raise ended
-        return Done(state, found["step"] if found else 0, loader.stats(), quarantine.counts())
+        return Done(state, found["step"] if found else 0, loader.stats(), quarantine.counts(), ended)
 
 
 def find(
@@ -105,7 +109,7 @@ def find(
     url = checkpoints.store.url
 
     def accept(manifest: dict[str, Any]) -> None:
-        if config.resume == "never":
+        if config.resume == "never" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             raise ConfigError(
                 f"resume is never, and {url} holds a checkpoint of step {manifest['step']}; choose another folder"
             )
@@ -155,7 +159,7 @@ def train(
     not_finite: dict[int, list[int]] = {}  # steps in a row -> the ids of their samples
     under_way: deque[Step] = deque()
     told = Signals()
-    clock = time.monotonic()
+    clock = [time.monotonic()]  # when the steps came
 
     def data() -> Iterator[Clips]:
         watch.at(state.step, "waits for data")
@@ -169,7 +173,7 @@ def train(
 
     def settle() -> None:
         """The numbers of the oldest step under way have come."""
-        nonlocal told, clock
+        nonlocal told
         step = under_way.popleft()
         metrics, finite, told = step.read()
         if finite:
@@ -178,10 +182,9 @@ def train(
             state.skipped += 1
             samples = ranks.objects(step.batch.samples.tolist())
             not_finite[step.number] = [sample for of_rank in samples for sample in of_rank if sample >= 0]
-        now = time.monotonic()
         metrics["skipped"] = state.skipped
-        timing = {"clips_per_second": round(metrics["clips"] / (now - clock), 2), **saves.timing()}
-        clock = now
+        rate = metrics["clips"] / (clock[1] - clock.pop(0))
+        timing = {"clips_per_second": round(rate, 2), **saves.timing()}
         if log:
             log.write(step.number, metrics, timing)
             show(step.number, metrics, timing)
@@ -212,11 +215,15 @@ def train(
             "config": shown(config, loader, checkpoints),
             **environment(),
         }
-        checkpoints.save(state, about)
+        checkpoints.save(state, about, log.since(checkpoints.saved_step) if log else (0, b""))
         saves.begun(state.step)
 
-    for step in steps(config, ranks, state, data(), signals):
+    running = steps(
+        config, ranks, state, data(), signals
+    )  # kept: were it closed, what is being decoded would be waited for
+    for step in running:
         under_way.append(step)
+        clock.append(time.monotonic())
         saves.after(state.step)
         # A step's numbers are read while the next one computes. What is saved has been read: no line of it may be lost.
         while len(under_way) > (0 if saves.due and not told.busy else 1):
@@ -235,13 +242,18 @@ def train(
         problem = checkpoints.finish()
     if by := checkpoints.superseded_for_all():
         raise Superseded(by)
-    if not told.asked or state.step == config.train.steps:
-        return None
-    how, by = (Interrupted, "Ctrl-C") if told.asked == Interrupted.status else (Terminated, "SIGTERM")
-    what = f"step {state.step} is saved at {checkpoints.store.url}"
+    if told.asked and state.step < config.train.steps:
+        return ending(told.asked, state.step, checkpoints.store.url, problem)
+    return Unsaved(f"step {state.step}, the last, could not be saved: {problem}") if problem else None
+
+
+def ending(status: float, step: int, url: str, problem: str) -> Ending:
+    """Of who was asked to end."""
+    how, by = (Interrupted, "Ctrl-C") if status == Interrupted.status else (Terminated, "SIGTERM")
+    saved = f"step {step} is saved at {url}"
     if problem:
-        what = f"step {state.step} could not be saved ({problem}); the next start goes on from an earlier one"
-    return how(f"asked to end by {by}; {what}")
+        saved = f"step {step} could not be saved ({problem}); the next start goes on from an earlier one"
+    return how(f"asked to end by {by}; {saved}")
 
 
 def raise_not_finite(config: RunConfig, ranks: Ranks, metrics: Metrics, steps: dict[int, list[int]]) -> None:
@@ -368,7 +380,9 @@ def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
 
 
 def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loader: Loader, step: int) -> None:
-    (config.out / "config.yaml").write_text(to_yaml(shown(config, loader, checkpoints)))
+    part = config.out / f"config.{checkpoints.token}"
+    part.write_text(to_yaml(shown(config, loader, checkpoints)))
+    part.replace(config.out / "config.yaml")
     start = {"time": time.time(), "step": step, "token": checkpoints.token, "ranks": ranks.size, "shard": ranks.shard}
     append(config.out / "starts.jsonl", {**start, **environment()})
 
@@ -382,6 +396,7 @@ def shown(config: RunConfig, loader: Loader, checkpoints: Checkpoints) -> dict[s
     return values
 
 
+@cache
 def environment() -> dict[str, Any]:
     """What a run's result depends on beside its config, as far as it can be known."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -136,7 +136,8 @@ class Watch:
         now = time.monotonic()
         if not self.asked():
             self._asked_since = now
-        return phase not in WITH_PATIENCE and now - max(since, self._asked_since) > 5 + 2 * self._longest
+        alone = self.ranks.size == 1
+        return not alone and phase not in WITH_PATIENCE and now - max(since, self._asked_since) > 5 + 2 * self._longest
 
     def _waits(self) -> bool:
         """Whether the main thread waits for other ranks: in a collective, or, on a GPU, for what is queued there."""
@@ -161,6 +162,8 @@ class Watch:
         behind = min((beat.step, PHASES.index(beat.phase)) for beat, _ in beats.values())
         slowest = [rank for rank, (beat, _) in beats.items() if (beat.step, PHASES.index(beat.phase)) == behind]
         beat = beats[slowest[0]][0]
+        if len(slowest) == self.ranks.size > 1:
+            return f"no rank has moved for {beat.seconds:.0f} s, all at step {beat.step}, {beat.phase}"
         return f"rank(s) {slowest} have not moved for {beat.seconds:.0f} s: step {beat.step}, {beat.phase}"
 
     def _leave(self, status: int, message: str, problem: str = "") -> None:

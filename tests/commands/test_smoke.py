@@ -87,7 +87,7 @@ def test_report_states_chance_among_the_held_out(tmp_path):
     retrieval = {f"{d} R@{k}": (20.0, 1.0) for d in ("image to audio", "audio to image") for k in (1, 5, 10)}
     rows = [{"loss_inter": 1.0, "accuracy_inter": 0.5, "loss": 1.0, "lr": 0.1}] * 3
     stats = Stats(Counter(requests=3, retries=1, bytes=1 << 20), [0.5], [100], 2.0, 0)
-    text = write_report(config, rows, retrieval, {"in all": 1.0}, Done(None, 0, stats, Counter(checksum=2)))
+    text = write_report(config, rows, retrieval, {"in all": 1.0}, Done(None, 0, stats, Counter(checksum=2), None))
     assert "100 clips decoded, 5.00 ms each; 2 quarantined. 3 requests to S3, 1 retries, 1.0 MiB." in text
     assert "| chance | 10.00 | 50.00 | 100.00 | 1x |" in text
     assert "| image to audio | 20.0 ± 1.0 | 20.0 ± 1.0 | 20.0 ± 1.0 | 2.0x |" in text

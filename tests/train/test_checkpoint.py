@@ -20,6 +20,7 @@ from equiav.data.local_s3 import LocalS3
 from equiav.parallel import Ranks
 from equiav.train import checkpoint, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
+from streaming.store import Denied, Missing, NoAnswer
 from tests.streaming.fault_proxy import FaultProxy
 from tests.train.ranks import TINY, batches
 
@@ -38,7 +39,7 @@ def go_on(state, stop):
 
 
 def about(state, **more):
-    return {"stream": {}, "quarantine": {}, "config": {}, **more}
+    return {"stream": {"step": 0, "order": {}}, "quarantine": {}, "config": {}, **more}
 
 
 def own(url, **arguments):
@@ -262,6 +263,10 @@ def first_block(manifest):
 FORGED = {
     "no step": lambda m: m.pop("step"),
     "step of text": lambda m: m.update(step="2"),
+    "another step than its name's": lambda m: m.update(step=1),
+    "a step below zero": lambda m: m.update(step=-3),
+    "no order": lambda m: m.update(stream={}),
+    "samples that are none": lambda m: m.update(quarantine={"x": "checksum"}),
     "no tensors": lambda m: m.pop("tensors"),
     "tensors of nothing": lambda m: m.update(tensors={}),
     "a name that leads away": lambda m: first_block(m).__setitem__(0, "../../secret"),
@@ -368,6 +373,67 @@ def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
     second.save(state, about(state))
     assert second.finish() == ""
     assert second.load(initial_state(config(2), ALONE), anything)["step"] == 2
+
+
+@pytest.mark.parametrize("file", ["part-00000-00000", "manifest.json"])
+def test_what_is_missing_for_a_moment_is_not_damaged(saved, file):
+    told, times = [], itertools.count()
+    checkpoints = Checkpoints(str(saved[0]), ALONE, warn=told.append)
+    read = checkpoints.store.read
+
+    def missing_once(name, *arguments):
+        if name.endswith(file) and next(times) == 0:
+            raise Missing(f"{name} does not exist")
+        return read(name, *arguments)
+
+    checkpoints.store.read = missing_once
+    assert checkpoints.load(initial_state(config(2), ALONE), anything)["step"] == 2
+    assert told == []
+
+
+def test_a_name_that_is_taken_is_no_reason_to_fail(copy):
+    (newest,) = copy.glob("step-00000002-*")
+    DAMAGE["cut"](newest / "part-00000-00000")
+    shutil.copytree(newest, copy / f"damaged-{newest.name}")
+    checkpoints, state = Checkpoints(str(copy), ALONE), initial_state(config(2), ALONE)
+    checkpoints.load(state, anything)
+    checkpoints.take_over(state)
+    assert len(list(copy.glob("damaged-step-00000002-*"))) == 2
+
+
+def test_a_save_is_one_though_older_ones_cannot_be_removed(copy):
+    told = []
+    checkpoints = own(copy, keep=1, warn=told.append)
+
+    def denied(name):
+        raise Denied(f"{name}: access is refused")
+
+    checkpoints.store.remove = denied
+    state = initial_state(config(2), ALONE)
+    state.step = 5
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    assert (checkpoints.saved_step, checkpoints.failures) == (5, 0)
+    assert "older checkpoints could not be removed" in told[0]
+
+
+def test_an_owner_that_somebody_removed_is_written_again(tmp_path):
+    checkpoints, state = own(tmp_path), initial_state(config(2), ALONE)
+    (tmp_path / "owner").unlink()
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    assert json.loads((tmp_path / "owner").read_text())["start"] == checkpoints.token
+
+
+def test_a_store_that_does_not_answer_is_no_mistake(s3):
+    """A restart may mend it: not an error of settings, which would end the agent."""
+    proxy = FaultProxy(s3.port)
+    options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
+    checkpoints = Checkpoints("s3://runs/four", ALONE, patience=0.5, options=options)
+    proxy.down = True
+    with pytest.raises(NoAnswer):
+        checkpoints.take_over(initial_state(config(2), ALONE))
+    proxy.close()
 
 
 def test_the_thread_that_saves_asks_for_no_device(saved, tmp_path, monkeypatch):

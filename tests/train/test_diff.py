@@ -28,11 +28,11 @@ def diff(capsys, *runs):
 def test_equal_runs(capsys, two):
     status, told = diff(capsys, *two)
     assert status == 0, told
-    assert "metrics: 6 steps are equal" in told
+    assert "metrics: 6 steps are equal, of 6 and 6" in told
     assert "weights of step 4: " in told
     assert "weights of step 6: " in told
     assert "setting checkpoint.every_steps: 4 and 2: without effect" in told
-    assert told.endswith("the runs are equal\n")
+    assert told.endswith("the runs are equal, as far as both go: 6 step(s), weights of 2 checkpoint(s)\n")
     status, told = diff(capsys, two[0] / "checkpoints", two[1] / "checkpoints")
     assert status == 0, told
 
@@ -67,6 +67,29 @@ def test_the_setting_that_differs(capsys, two, run_config, tmp_path):
     assert status == 1
     assert "setting seed: 0 and 1\n" in told
     assert "step 0, loss: " in told
+
+
+def test_what_is_cut_absent_or_of_another_release(capsys, two, tmp_path):
+    other = shutil.copytree(two[1], tmp_path / "other")
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    settings = (other / "config.yaml").read_text()
+    (path,) = other.glob("checkpoints/step-00000006-*/manifest.json")
+    manifest = json.loads(json.loads(path.read_text())["manifest"])
+    del manifest["config"]["train"]["clip"], manifest["config"]["resume"]
+    path.write_bytes(checkpoint._sealed(manifest))
+    status, told = diff(capsys, two[0], other)
+    assert status == 0, told
+    assert "metrics: 4 steps are equal, of 6 and 4" in told
+    shutil.rmtree(other / "checkpoints")
+    (other / "config.yaml").write_text("")
+    status, told = diff(capsys, two[0], other)
+    assert status == 2
+    (other / "config.yaml").write_text(settings)
+    (other / "metrics.jsonl").unlink()
+    status, told = diff(capsys, two[0], other)
+    assert status == 2
+    assert "nothing to compare" in told
 
 
 def test_what_is_no_run(capsys, two, tmp_path):

@@ -41,6 +41,34 @@ def test_who_is_asked_to_end_saves_first(run_config, whole, tmp_path, how):  # n
     assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, last + 1]
 
 
+def test_data_that_comes_slowly_is_not_waited_for_before_the_save(run_config, tmp_path):
+    """Three batches of 6 seconds each are being decoded when it is asked to end."""
+    arguments = ["--checkpoint.every_steps", "1000", "--stream.ahead", "3"]
+    run = Run(run_config, tmp_path, None, *arguments, module="tests.train.slow_clips")
+    run.reach(1)
+    run.process.terminate()
+    text = run.end(143)
+    last = max(steps(tmp_path))
+    assert saved(tmp_path) == [last + 1]
+    assert "the others" not in text
+
+
+def test_a_disk_that_hangs_holds_up_no_end(run_config, tmp_path):
+    overdue = ["--checkpoint.overdue_seconds", "2", "--checkpoint.overdue", "end", "--train.steps", "4000"]
+    text = Run(run_config, tmp_path, None, *overdue, module="tests.train.hung_disk").end(146)
+    assert "NO SAVE HAS SUCCEEDED for" in text
+
+
+def test_a_second_interrupt_ends_at_once(run_config, tmp_path):
+    """Though the last save hangs."""
+    run = Run(run_config, tmp_path, None, "--checkpoint.every_steps", "1000", module="tests.train.hung_disk")
+    run.reach(3)
+    for _ in range(2):
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(2)
+    assert "Ctrl-C again ends without it" in run.end(130)
+
+
 # ---- started twice
 
 

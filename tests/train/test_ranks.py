@@ -27,6 +27,10 @@ CASES = {
     "a process without clips": (settings(batch_size=4, micro_batch=1), [0, 1, 3]),
     "learned temperature": (settings(objective={"learnable_temperature": True}), []),
     "one copy each": (settings(shard=1), []),
+    "rows of odd width": (
+        {**settings(batch_size=11, micro_batch=3), "model": {**TINY["model"], "head_width": 37}, "seed": 77},
+        [],
+    ),
     "recomputed": (settings(recompute=True), []),
     "recomputed, learned temperature": (
         settings(recompute=True, batch_size=7, objective={"learnable_temperature": True}),

@@ -161,6 +161,29 @@ def test_no_line_is_lost_and_none_comes_twice_whatever_is_killed(run_config, who
     same_run(tmp_path, whole)
 
 
+def test_where_the_next_start_has_another_disk_the_log_is_whole_all_the_same(run_config, whole, tmp_path):  # noqa: F811
+    """Its lines are beside the checkpoints, too."""
+    place = ["--checkpoint.url", str(tmp_path / "kept")]
+    run = Run(run_config, tmp_path / "one", None, *place)
+    run.reach(9)
+    run.process.kill()
+    run.process.communicate()
+    Run(run_config, tmp_path / "two", None, *place).end()
+    assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_log_of_which_lines_are_nowhere_is_gone_on_with_and_told(run_config, tmp_path):
+    Run(run_config, tmp_path, None, "--train.steps", "8", "--train.warmup_steps", "2").end()
+    log = tmp_path / "metrics.jsonl"
+    kept = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*kept[:2], "{no json}\n", *kept[3:]]))
+    for path in tmp_path.glob("checkpoints/lines-*"):
+        path.unlink()
+    text = Run(run_config, tmp_path, None, "--train.steps", "8", "--train.warmup_steps", "2").end()
+    assert "6 of the 8 lines before this step are neither in" in text
+    assert log.read_text() == "".join(kept[:2])
+
+
 LOG = """
 import importlib.util, sys
 from pathlib import Path
