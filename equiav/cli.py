@@ -58,6 +58,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """-> the status with which to end."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # An agent that is killed would leave it behind, training beside those that take its place. First of all: imports
+        # take seconds.
+        from streaming.processes import end_with_parent
+
+        end_with_parent()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
         for name, listed in COMMANDS.items():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,11 +17,12 @@ import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from streaming.shards import Offsets, encode_offsets, file_checksum, scan
-from streaming.store import Missing, Store
+from streaming.store import Missing, Short, Store
 
 INDEX, FORMAT = "index", 1
 COLUMNS = {"samples": 10, "bytes": 13, "checksum": 16, "offsets": 16}  # widths, characters
 LONGEST_NAME = 120
+AGAIN = (0.2, 1.0)  # seconds, after which an index that is wrong is read again
 PIECE = 16 << 20
 
 
@@ -79,7 +81,18 @@ class Dataset:
     """An index, opened. It lies in a mapped file that has no name, so it costs address space and leaves nothing behind."""
 
     def __init__(self, store: Store, scratch: Path | None = None):
-        self.store, url = store, store.url
+        self.store = store
+        for pause in (*(() if store.local else AGAIN), None):
+            try:
+                self._open(scratch)
+                break
+            except (DatasetError, Short):  # what is wrong may have become so on its way
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+    def _open(self, scratch: Path | None) -> None:
+        store, url = self.store, self.store.url
         if scratch:
             scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=scratch) as file:

@@ -133,8 +133,10 @@ def keep_freed_memory() -> None:
 def end_with_parent() -> None:
     """This process is killed when the one that started it ends (the thread, to be exact), however that happens."""
     if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        parent, parent_death_signal = os.getppid(), 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended meanwhile
+            os._exit(1)
 
 
 def portable(error: Exception) -> Exception:

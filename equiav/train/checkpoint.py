@@ -132,14 +132,14 @@ class Checkpoints:
         Called when this start is known to be good. Finds out, before the first step, whether checkpoints can be kept here.
         """
         owner = {"start": self.token, "host": platform.node(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        self._owner = json.dumps(owner).encode()
+        self._owner = self.ranks.objects(json.dumps(owner).encode())[0]
         self.ranks.first(lambda: self._require_room(state))
         problem: Exception | None = None
         try:
             self.ranks.first(lambda: self.store.write(OWNER, self._owner))
             self.ranks.first(self._check_owner)
-            self._check_owner()
-        except (StoreError, Superseded) as error:
+            self._twice(self._see_owner)
+        except (StoreError, Superseded, NotWhole) as error:
             problem = error
         problems = self.ranks.objects(problem)
         for passing in problems:
@@ -156,6 +156,10 @@ class Checkpoints:
             threading.Thread(target=self._look, daemon=True, name="owner").start()
             for name, why in self._passed_over.items():
                 self._set_aside(name, why)
+
+    def _see_owner(self) -> None:
+        if self.store.read(OWNER) != self._owner:
+            raise NotWhole("there is another content")
 
     def _set_aside(self, name: str, why: str) -> None:
         """Under a name that is none of a checkpoint. Where that fails, it is passed over again next time."""
@@ -179,23 +183,27 @@ class Checkpoints:
                 continue  # a save will tell
 
     def _check_owner(self) -> None:
-        try:
-            owner = self.store.read(OWNER)
-        except Missing:
-            if self.ranks.rank or not self._owner:
-                raise
-            owner = self._owner  # somebody removed it; nobody else has taken it
-            self.store.write(OWNER, owner)
-        try:
-            start, host, since = (json.loads(owner)[name] for name in ("start", "host", "time"))
-        except (ValueError, KeyError, TypeError):
-            start, host, since = repr(owner[:80]), "?", "?"
-        if start != self.token:
-            self.superseded = (
-                f"{self.store.url}: start {start} of this run, on host {host}, has taken over at {since} from this one, "
-                f"{self.token}; this one ends and saves nothing"
-            )
-            raise Superseded(self.superseded)
+        """Another start has taken over only if the store says so twice. A file that cannot be read, or that somebody removed,
+        says nothing."""
+        seen = ""
+        for pause in (*AGAIN, None):
+            try:
+                start, host, since = (
+                    str(json.loads(self.store.read(OWNER))[name]) for name in ("start", "host", "time")
+                )
+            except (ValueError, KeyError, TypeError, Missing):
+                start = host = since = ""
+            if start == self.token:
+                return
+            if start and start == seen:
+                self.superseded = (
+                    f"{self.store.url}: start {start} of this run, on host {host}, has taken over at {since} from this one, "
+                    f"{self.token}; this one ends and saves nothing"
+                )
+                raise Superseded(self.superseded)
+            seen = start
+            if pause is not None:
+                time.sleep(pause)
 
     def superseded_for_all(self) -> str:
         """By whom, on all ranks together."""
@@ -334,6 +342,10 @@ class Checkpoints:
         later steps are left alone: a start that has gone on from an earlier one does not judge them."""
         names = [name for name in self._names() if _step(name) <= self.saved_step]
         complete = self._complete(names)
+        time.sleep(
+            AGAIN[0] if len(complete) < len(names) else 0
+        )  # a store may say for a moment that a manifest is missing
+        complete = sorted({*complete, *self._complete(names)}, key=lambda name: (_step(name), name))
         kept = set(complete[-self.keep :])
         if self.keep_every:
             kept |= {name for name in complete if _step(name) % self.keep_every == 0}

@@ -29,7 +29,6 @@ from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
 from equiav.train.watch import Watch
 from streaming import Bad, CacheError, CacheGone, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
-from streaming.processes import end_with_parent
 from streaming.store import Denied
 
 Tell = Callable[[str], None]
@@ -324,7 +323,7 @@ class Asked:
     which may be in a collective that never ends. A second Ctrl-C ends at once."""
 
     def __init__(self, tell: Tell | None):
-        self.tell, self._status, self._interrupts = tell, 0, 0
+        self.tell, self._status, self._interrupts, self._interrupted = tell, 0, 0, float("-inf")
         self._read, self._write = os.pipe()  # never closed: the watch may still ask
 
     def __call__(self) -> int:
@@ -333,7 +332,9 @@ class Asked:
                 if number == signal.SIGTERM:
                     self._status = Terminated.status
                 elif number == signal.SIGINT:
-                    self._status, self._interrupts = self._status or Interrupted.status, self._interrupts + 1
+                    self._status = self._status or Interrupted.status
+                    if time.monotonic() - self._interrupted > 1:  # a terminal and a launcher may both pass it on
+                        self._interrupts, self._interrupted = self._interrupts + 1, time.monotonic()
         if self._interrupts > 1:
             os._exit(Interrupted.status)
         return self._status
@@ -360,8 +361,6 @@ class Asked:
 @contextmanager
 def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
     """Around a run that may be one of torchrun's processes. -> whether this one takes part; a spare waits until it ends."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()  # an agent that is killed would leave it behind, training beside those that take its place
     try:
         if ranks.spare:
             tell(f"process {ranks.rank} is a spare: {ranks.size} can share train.batch_size in whole micro-batches")

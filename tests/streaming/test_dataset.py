@@ -19,6 +19,7 @@ from streaming import Dataset, DatasetError, ShardError, Store
 from streaming.dataset import Shard, describe, encode_index, index_shard, verify_shard, write_index
 from streaming.pack import pack
 from streaming.shards import Offsets, encode_offsets, scan
+from streaming.store import Missing
 from tests.streaming import pack_children
 
 
@@ -36,6 +37,27 @@ def random_shards(rng, count):
         )
         for name in names
     ]
+
+
+@pytest.mark.parametrize("wrong", ["flipped", "missing", "short"])
+def test_an_index_that_was_read_wrong_is_read_again(tmp_path, wrong):
+    """Of a store behind a network; once."""
+    opened(tmp_path, INDEX)
+    store, reads = Store(str(tmp_path)), []
+    store.local, read = False, store.read
+
+    def once(name, *part):
+        reads.append(name)
+        content = read(name, *part)
+        if len(reads) > 1:
+            return content
+        if wrong == "missing":
+            raise Missing(f"{name} does not exist")
+        return content[:-30] if wrong == "short" else content[:-3] + b"x" + content[-2:]
+
+    store.read = once
+    assert Dataset(store).fingerprint == Dataset(Store(str(tmp_path))).fingerprint
+    assert len(reads) == 2
 
 
 def opened(folder, index):

@@ -417,12 +417,37 @@ def test_a_save_is_one_though_older_ones_cannot_be_removed(copy):
     assert "older checkpoints could not be removed" in told[0]
 
 
-def test_an_owner_that_somebody_removed_is_written_again(tmp_path):
+@pytest.mark.parametrize("answer", [b"", b'{"start": "c169', b"\0" * 90, b"[]", Missing("does not exist")])
+def test_an_owner_that_cannot_be_read_has_not_taken_over(tmp_path, answer):
+    """Nor does it keep the run from saving; and a right answer ends the doubt."""
     checkpoints, state = own(tmp_path), initial_state(config(2), ALONE)
-    (tmp_path / "owner").unlink()
+    read = checkpoints.store.read
+
+    def wrong(name, *arguments):
+        if name != "owner":
+            return read(name, *arguments)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    checkpoints.store.read = wrong
     checkpoints.save(state, about(state))
     assert checkpoints.finish() == ""
-    assert json.loads((tmp_path / "owner").read_text())["start"] == checkpoints.token
+    assert not checkpoints.superseded
+
+
+def test_one_wrong_answer_is_no_other_start(tmp_path):
+    checkpoints, state = own(tmp_path), initial_state(config(2), ALONE)
+    read, times = checkpoints.store.read, itertools.count()
+
+    def once(name, *arguments):
+        content = read(name, *arguments)
+        return content.replace(checkpoints.token.encode(), b"deadbeef") if next(times) == 0 else content
+
+    checkpoints.store.read = once
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    assert not checkpoints.superseded
 
 
 def test_a_store_that_does_not_answer_is_no_mistake(s3):
