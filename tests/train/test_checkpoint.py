@@ -187,14 +187,15 @@ def test_what_none_can_use_is_kept_and_never_counts(copy):
 
 def test_a_start_from_an_earlier_checkpoint_keeps_what_it_saves(copy):
     """Another has published a later step meanwhile: neither is removed for the other's sake."""
-    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1), initial_state(config(2), ALONE)
-    state.step = 1
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=3), initial_state(config(2), ALONE)
     checkpoints.take_over(state)
-    checkpoints.save(state, about(state))
-    assert checkpoints.finish() == ""
-    own = f"step-00000001-{checkpoints.token}"
-    assert (copy / own / "manifest.json").exists()
-    assert len(list(copy.glob("step-00000002-*/manifest.json"))) == 1
+    for state.step in (0, 1):
+        checkpoints.save(state, about(state))
+        assert checkpoints.finish() == ""
+        assert (copy / f"step-{state.step:08d}-{checkpoints.token}" / "manifest.json").exists()
+    assert [path.parent.name[5:13] for path in sorted(copy.glob("step-*/manifest.json"))] == [
+        f"{step:08d}" for step in (0, 1, 1, 2)
+    ]
 
 
 def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
@@ -287,6 +288,22 @@ def test_a_forged_manifest_is_damage(saved, copy, what):
     assert manifest["step"] == 1
     same(state, saved[1][1])
     assert "is passed over" in told[0]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_no_name_leads_out_of_the_folder(copy, absolute):
+    """Though what lies there is right to the last bit."""
+    (newest,) = copy.glob("step-00000002-*")
+    outside = copy.parent / "outside"
+    (newest / "part-00000-00000").rename(outside)
+
+    def change(manifest):
+        for _, _, blocks in manifest["tensors"].values():
+            for block in blocks:
+                block[0] = str(outside) if absolute else "../../outside"
+
+    forged(copy, change)
+    assert load(copy)[0]["step"] == 1
 
 
 class Payload:
