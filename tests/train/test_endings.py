@@ -161,6 +161,7 @@ def test_processes_beyond_the_micro_batches_wait_as_spares(run_config, whole, tm
     assert "4 process(es) and 1 spare(s)" in text
 
 
+@pytest.mark.slow
 def test_processes_beyond_whole_groups_that_share_a_model_wait_too(run_config, whole, tmp_path):  # noqa: F811
     Run(run_config, tmp_path, 3, "--train.shard", "2").end()
     same_run(tmp_path, whole)

@@ -138,6 +138,7 @@ def test_a_run_that_cannot_save_ends_if_it_is_told_to(run_config, s3, proxy, tmp
 # ---- a log that no kill can harm
 
 
+@pytest.mark.slow
 def test_no_line_is_lost_and_none_comes_twice_whatever_is_killed(run_config, whole, tmp_path):  # noqa: F811
     """Killed right after each of its saves, and while it begins."""
     for step in (4, 8, 12, 16):
