@@ -6,10 +6,10 @@ BIN := .venv/bin
 # A test process for each core, of one thread each; the tests of a file share what they set up.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 
-.PHONY: help install smoke test test-slow soak lint bench clean
+.PHONY: help install smoke test test-slow test-cluster image manifests soak lint bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
 
 install: .venv/installed ## create .venv and install EquiAV into it (about 5 GB, mostly torch)
 
@@ -21,6 +21,15 @@ test: .venv/installed ## the fast tests
 
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
 	@$(PYTEST) -m slow
+
+test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
+	@$(BIN)/python -m tests.cluster
+
+image: ## build the Dockerfile with buildah, and train ten steps inside (root, Debian; BASE= another base image)
+	@bash tests/image/check.sh
+
+manifests: .venv/installed ## write k8s/80-demo.yaml anew, and IMAGE= into all of k8s/
+	@$(BIN)/python -m launch.manifests $(IMAGE)
 
 soak: .venv/installed ## attack runs for HOURS=1, round after round; each has to end as if nothing had happened (SEED=N repeats one)
 	@$(BIN)/python -m tests.soak --hours $(or $(HOURS),1) $(if $(SEED),--seed $(SEED))

@@ -6,9 +6,11 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(command, rest)
     except (*mistakes, *troubles, Ending) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
-        if final(error):
-            _end_agent()
+        _tell_agent(str(error), final(error))
         if isinstance(error, Ending):
             return error.status
         return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
@@ -105,16 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as error:  # of the parser, which has said why
         if error.code:
-            _end_agent()
+            _tell_agent("the command line is wrong; its error stands above", True)
         raise
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _end_agent() -> None:
-    """As one of torchrun's processes: it would start them again and again, for an error that no restart mends."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+def _tell_agent(text: str, final: bool) -> None:
+    """As one of torchrun's processes: what it ended with, and whether that is for good. torchrun would start it again and again
+    all the same, so it is asked to end; our own agent (launch/agent.py) reads what is written here."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "final": final}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    if final and "TORCHELASTIC_RUN_ID" in os.environ and "EQUIAV_NODE" not in os.environ:
         os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -17,6 +17,7 @@ from equiav.parallel import Ranks
 from equiav.train import launched, run
 from equiav.train.run import Show
 from equiav.weights import save_model
+from streaming import Store
 from streaming.processes import keep_freed_memory
 
 
@@ -41,11 +42,28 @@ def run_pretrain(config: PretrainConfig) -> None:
         with showing(config.train.steps) as show:
             state, began, _, _, problem = run(config, ranks, tell, show)
         weights = ranks.whole(state.model)
+        where = str(config.out / "model")
         if ranks.rank == 0 and not (began == state.step and (config.out / "model" / "config.json").exists()):
             save_model(config.out / "model", weights, config)
-            tell(f"finished: {state.step} steps, {config.out / 'model'}")
+            if config.checkpoint.url:
+                where = bring(config)
+            tell(f"finished: {state.step} steps, {where}")
         if problem:
             raise problem
+
+
+def bring(config: RunConfig) -> str:
+    """What a run leaves, beside its checkpoints: the disk that it ran on may be gone with its pod. -> where the model is"""
+    store = Store(config.checkpoint.url, config.checkpoint.patience)
+    for name in (
+        "metrics.jsonl",
+        "config.yaml",
+        "model/model.safetensors",
+        "model/config.json",
+    ):  # the last: all is there
+        if (config.out / name).exists():  # a start that finds the run finished has written no config.yaml
+            store.upload(name, config.out / name)
+    return f"{store.url}/model"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import secrets
@@ -132,6 +133,7 @@ class Checkpoints:
         Called when this start is known to be good. Finds out, before the first step, whether checkpoints can be kept here.
         """
         owner = {"start": self.token, "host": platform.node(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        owner["submission"] = os.environ.get("EQUIAV_SUBMISSION", "")  # the job that this start is of (launch/ended.py)
         self._owner = self.ranks.objects(json.dumps(owner).encode())[0]
         self.ranks.first(lambda: self._require_room(state))
         problem: Exception | None = None

@@ -1,0 +1,80 @@
+"""How a run ended for good, kept beside its checkpoints: whoever starts a node of it looks there first.
+
+Kubernetes starts again whatever fails. A pod failure policy could tell it which ends are for good, but then the pods of a lost
+node are never replaced. So the nodes tell each other: the one that sees such an end writes it down, every node looks before it
+starts workers, and leaves. What is written counts for one submission alone; whoever submits again has mended the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+
+TERMINATED, SUPERSEDED = 143, 144  # as in equiav.ending
+OWNER = "owner"  # as in equiav.train.checkpoint
+PATIENCE = 60.0  # seconds for a store that does not answer
+
+
+class Ended(Exception):  # noqa: N818
+    """The node leaves, with this status."""
+
+    def __init__(self, status: int, text: str, final: bool = False):
+        super().__init__(text)
+        self.status, self.final = status, final
+
+    def status_of(self, index: int) -> int:
+        """A run that is over for good has one node that says so, the first; the others have nothing left to do, and are not to
+        be started again."""
+        return 0 if self.final and index else self.status
+
+
+class Record:
+    """Of one submission of a run, in the folder of its checkpoints. Without a folder, nothing is remembered."""
+
+    def __init__(self, folder: str, submission: str, index: int):
+        self.folder, self.submission, self.index = folder, submission, index
+        self.name = f"ended-{re.sub('[^A-Za-z0-9-]', '-', submission)}"
+
+    def look(self) -> None:
+        """Raises Ended if the run has ended for good, or its folder refuses this node."""
+        if not (self.folder and self.submission):
+            return
+        from streaming import Store, StoreError
+        from streaming.store import Denied, Missing
+
+        try:
+            ended = json.loads(Store(self.folder, PATIENCE).read(self.name))
+            text, status = str(ended["error"]), int(ended["status"])
+        except Missing:
+            return
+        except Denied as error:
+            # Nobody can write here that it is final, and whoever mends the credentials need not start the run again.
+            raise Ended(1, f"{error}. Mend the credentials: Kubernetes tries again, after pauses that grow") from None
+        except (StoreError, ValueError, KeyError, TypeError):
+            return  # the workers, which have more patience, will tell
+        raise Ended(status, f"the run has ended for good: {text}. Mend the cause, and submit it again", final=True)
+
+    def write(self, status: int, error: str) -> None:
+        if not (self.folder and self.submission):
+            return
+        from streaming import Store, StoreError
+
+        content = {"status": status, "error": error, "node": self.index, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        with contextlib.suppress(StoreError):  # refused or silent, as the error says that is to be written
+            Store(self.folder, PATIENCE).write(self.name, json.dumps(content).encode())
+
+    def replaced(self) -> bool:
+        """Whether the run that has taken over is of another submission, not a second node of this index."""
+        from streaming import Store, StoreError
+
+        try:
+            owner = json.loads(Store(self.folder, PATIENCE).read(OWNER))
+            return str(owner["submission"]) != self.submission
+        except (StoreError, ValueError, KeyError, TypeError):
+            return False
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)

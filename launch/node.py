@@ -1,0 +1,172 @@
+"""`python -m launch.node`: what each node of a run executes. It joins the other nodes, starts this node's workers, and starts
+them again when one is lost or a node comes or goes; a signal to it is for them.
+
+    python -m launch.node --run NAME --nodes MIN:MAX --workers N -- pretrain --train.lr 1e-4 ...
+
+torchrun's agent does the work. What is ours: the settings without which it does not live through the loss of a node, the whole
+grace period for a save, exit statuses with a meaning, workers that start fast, and a line for a human about whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from launch.ended import TERMINATED, Ended, Record, first_line
+
+PORT = 29400  # of the rendezvous
+SETTINGS = "EQUIAV_CONFIG"  # environment variable with the run's settings, as YAML
+MESSAGE = Path("/dev/termination-log")  # what Kubernetes shows of a container that has ended
+LOOK_AGAIN = 2.0  # seconds, where the rendezvous host is away
+
+
+@dataclass(frozen=True)
+class Node:
+    """One of the machines (or pods) of a run."""
+
+    run: str
+    least: int  # nodes
+    most: int
+    workers: int  # of this node
+    index: int  # 0 hosts the rendezvous
+    host: str  # name of the node that does
+    address: str  # of this one, for the others
+    port: int
+    command: list[str]  # of equiav
+    record: Record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> the status with which to end."""
+    node = parse(argv)
+    asked = Asked(node)
+    os.environ |= {
+        # An agent that shares its store with the workers keeps the addresses of a round that is over.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # How signals reach the workers is said here. torchrun would kill them after 30 seconds.
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",
+        "EQUIAV_NODE": "1",
+    }
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a node that is lost is told in a line, not in thirty
+    try:
+        # The server imports once what all workers need. It begins now, and the agent is imported meanwhile.
+        multiprocessing.set_forkserver_preload(["launch.server", "equiav.cli", f"equiav.commands.{node.command[0]}"])
+        forkserver.ensure_running()
+        return run(node, asked)
+    except Ended as ended:
+        tell(node, str(ended))
+        leave_word(str(ended))
+        return ended.status_of(node.index)
+
+
+class Asked:
+    """The signals that this node has got. They are for its workers."""
+
+    def __init__(self, node: Node):
+        self.node = node
+        self.numbers: list[int] = []
+        self.agent: Any = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        self.numbers.append(number)
+        name = signal.Signals(number).name
+        if not (self.agent and self.agent.signal(number)):
+            raise Ended(TERMINATED, f"{name}: ends before its workers have begun")
+        tell(self.node, f"{name}: the workers finish their step, save, and end")
+
+
+def parse(argv: list[str] | None) -> Node:
+    parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
+    parser.add_argument("--run", required=True, help="its name, the same on all nodes")
+    parser.add_argument("--nodes", default="1:1", help="MIN:MAX; fewer wait, more are refused")
+    parser.add_argument("--workers", type=int, default=1, help="of this node, one for each GPU")
+    parser.add_argument("--index", type=int, default=0, help="of this node; 0 hosts the rendezvous")
+    parser.add_argument("--host", default=os.environ.get("TORCHX_RANK0_HOST", "localhost"), help="name of node 0")
+    parser.add_argument("--port", type=int, default=PORT, help="of the rendezvous, at node 0")
+    parser.add_argument("--folder", default="", help="URL of the run's checkpoints, which remember how it ended")
+    parser.add_argument("command", nargs="+", help="of equiav, with its settings, after --")
+    given = parser.parse_args(argv)
+    least, _, most = given.nodes.partition(":")
+    command = list(given.command)
+    if settings := os.environ.pop(SETTINGS, ""):
+        path = Path(tempfile.mkdtemp(prefix="equiav-")) / "config.yaml"
+        path.write_text(settings)
+        command[1:1] = ["--config", str(path)]
+    submission = os.environ.get("EQUIAV_SUBMISSION", "")
+    return Node(
+        given.run,
+        int(least),
+        int(most or least),
+        given.workers,
+        given.index,
+        given.host,
+        os.environ.get("POD_IP", given.host if given.index == 0 else "localhost"),
+        given.port,
+        command,
+        Record(given.folder, submission, given.index),
+    )
+
+
+def run(node: Node, asked: Asked) -> int:
+    """Round after round, until the run has ended or this node is asked to."""
+    node.record.look()
+    from launch.agent import LOST, Closed, make_agent  # torch, of which this program needs the agent alone
+
+    while True:
+        wait_for_host(node)
+        try:
+            asked.agent = agent = make_agent(node, asked.numbers, lambda text: tell(node, text))
+            agent.run()
+            tell(node, "finished")
+            return 0
+        except Closed:
+            tell(node, "the run has finished without this node")
+            return 0
+        except LOST as error:
+            # Its host is lost, or not there yet. This node's place in the run is not: it waits for the next one.
+            tell(node, f"no rendezvous at {node.host}:{node.port}; tries again ({first_line(error)})")
+            if asked.agent:
+                asked.agent.signal(signal.SIGKILL)
+            time.sleep(LOOK_AGAIN)
+            node.record.look()
+
+
+def wait_for_host(node: Node) -> None:
+    """Its name may not resolve yet. In Python: torch's own waiting would hold up a signal."""
+    said = False
+    while node.index:
+        try:
+            socket.create_connection((node.host, node.port), timeout=LOOK_AGAIN).close()
+            return
+        except OSError as error:
+            if not said:
+                tell(node, f"waits for node 0 at {node.host}:{node.port} ({error})")
+                said = True
+            time.sleep(LOOK_AGAIN / 4)
+
+
+def leave_word(text: str) -> None:
+    """For `kubectl describe pod` and `torchx status`."""
+    if MESSAGE.is_file():
+        MESSAGE.write_text(text[:4000])
+
+
+def tell(node: Node, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} node {node.index}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

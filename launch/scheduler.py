@@ -1,0 +1,523 @@
+"""The TorchX scheduler `kubernetes`: an app becomes a headless Service, an Indexed Job and a ConfigMap. Nothing has to be
+installed on the cluster, and nothing but the client on the laptop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn  # noqa: UP035  TorchX knows these spellings only
+
+import yaml
+from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler, Stream, filter_regex
+from torchx.schedulers.local_scheduler import LocalScheduler
+from torchx.schedulers.local_scheduler import create_scheduler as create_local
+from torchx.specs.api import (
+    NONE,
+    AppDef,
+    AppDryRunInfo,
+    AppState,
+    BindMount,
+    ReplicaStatus,
+    Resource,
+    Role,
+    RoleStatus,
+    VolumeMount,
+    macros,
+    runopts,
+)
+
+from launch.component import SETTINGS
+from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, variable
+
+CANCELLED = f"{APP}/cancelled"
+LABEL = f"app.kubernetes.io/managed-by={APP}"
+SECONDS = 20  # for an answer of the cluster
+CANNOT_START = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+)
+
+
+def refuse(text: str) -> NoReturn:
+    """TorchX would show a traceback for any other exception."""
+    raise SystemExit(f"equiav: {text}")
+
+
+class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
+    def __init__(self, session_name: str):
+        super().__init__("kubernetes", session_name)
+        self._clients: dict[str, Any] = {}
+
+    def _run_opts(self) -> runopts:
+        opts = runopts()
+        for name, kind, default, what in (
+            ("namespace", str, None, "of the job (default: that of the context)"),
+            ("context", str, None, "of the kubeconfig (default: its current one)"),
+            ("service_account", str, None, "of the pods; they get no token of it"),
+            ("image_pull_secret", str, None, "Secret with which the image is pulled"),
+            ("priority_class", str, None, "of the pods"),
+            ("node_selector", Dict[str, str], None, "labels of the machines: KEY:VALUE;KEY:VALUE"),  # noqa: UP006
+            ("tolerations", List[str], None, "taints that the pods stand: KEY or KEY:VALUE, separated by ;"),  # noqa: UP006
+            ("gpu_resource", str, "nvidia.com/gpu", "by which a GPU is asked for"),
+            ("same_zone", bool, True, "prefer one zone for all pods of a job"),
+            ("grace", int, 300, "seconds between SIGTERM and SIGKILL, for a step and a save"),
+            ("restarts", int, 20, "times that each pod may be replaced"),
+            ("ttl", int, 7 * 86400, "seconds for which a job that has ended stays to be looked at"),
+        ):
+            opts.add(name, type_=kind, default=default, help=what)
+        return opts
+
+    # ---- from an app to objects
+
+    def _submit_dryrun(self, app: AppDef, cfg: Mapping[str, Any]) -> AppDryRunInfo[Any]:
+        if len(app.roles) != 1:
+            refuse(f"the app has {len(app.roles)} roles, expected 1: each role would be a job of its own")
+        try:
+            made = objects(job_of(app, cfg))
+        except JobError as error:
+            refuse(str(error))
+        return AppDryRunInfo({"objects": made, "context": cfg.get("context") or ""}, lambda r: to_yaml(r["objects"]))
+
+    # ---- on a cluster
+
+    def schedule(self, dryrun_info: AppDryRunInfo[Any]) -> str:
+        made, cluster = dryrun_info.request["objects"], self._cluster(dryrun_info.request["context"])
+        job = made[-1]
+        name = job["metadata"]["name"]
+        namespace = job["metadata"].get("namespace") or cluster.namespace
+        with cluster.answers(f"namespace {namespace}"):
+            cluster.check(job, namespace)
+            cluster.make_way(name, namespace)
+            for one in made[:-1]:
+                cluster.put(one, namespace)
+            uid = cluster.batch.create_namespaced_job(namespace, job, _request_timeout=SECONDS).metadata.uid
+            owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "blockOwnerDeletion": False}
+            for one in made[:-1]:  # they go with the job
+                cluster.patch(one["kind"], name, namespace, {"metadata": {"ownerReferences": [owner]}})
+        return f"{namespace}:{name}"
+
+    def describe(self, app_id: str) -> DescribeAppResponse | None:
+        cluster, namespace, name = self._find(app_id)
+        with cluster.answers(f"job {name} in namespace {namespace}"):
+            job = cluster.job(name, namespace)
+            if job is None:
+                return None
+            pods = cluster.pods(name, namespace)
+        role = role_of(job)
+        state, message = state_of(job, pods)
+        newest: dict[int, Any] = {}
+        for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
+            newest[index_of(pod)] = pod
+        replicas = [
+            ReplicaStatus(index, pod_state(pod), role.name, pod.spec.node_name or "", structured(pod))
+            for index, pod in sorted(newest.items())
+        ]
+        replaced = len(pods) - len(newest)
+        return DescribeAppResponse(
+            app_id=app_id,
+            state=state,
+            num_restarts=replaced,
+            msg=message,
+            roles=[role],
+            roles_statuses=[RoleStatus(role.name, replicas)],
+        )
+
+    def list(self) -> list[ListAppResponse]:
+        cluster = self._cluster("")
+        with cluster.answers(f"jobs in namespace {cluster.namespace}"):
+            found = cluster.batch.list_namespaced_job(cluster.namespace, label_selector=LABEL, _request_timeout=SECONDS)
+        return [
+            ListAppResponse(f"{cluster.namespace}:{job.metadata.name}", state_of(job, ())[0]) for job in found.items
+        ]
+
+    def _cancel_existing(self, app_id: str) -> None:
+        """Its pods save and end. The job stays to be looked at, and the same command goes on with the run."""
+        cluster, namespace, name = self._find(app_id)
+        with cluster.answers(f"job {name} in namespace {namespace}"):
+            job = cluster.job(name, namespace)
+            if job is None:
+                return
+            if "kueue.x-k8s.io/queue-name" in (job.metadata.labels or {}):  # Kueue would start it again
+                cluster.batch.delete_namespaced_job(name, namespace, propagation_policy="Background")
+                return
+            change = {"metadata": {"annotations": {CANCELLED: "true"}}, "spec": {"suspend": True}}
+            cluster.batch.patch_namespaced_job(name, namespace, change, _request_timeout=SECONDS)
+
+    def log_iter(
+        self,
+        app_id: str,
+        role_name: str,
+        k: int = 0,
+        regex: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        should_tail: bool = False,
+        streams: Stream | None = None,
+    ) -> Iterable[str]:
+        """Of the pods of an index one after the other, each to its end; those that come later too, where the log is followed."""
+        if streams not in (None, Stream.COMBINED):
+            raise ValueError("Kubernetes keeps one log of a container: streams is combined")
+        lines = self._lines(app_id, k, since, should_tail)
+        return filter_regex(regex, lines) if regex else lines
+
+    def _lines(self, app_id: str, index: int, since: datetime | None, follow: bool) -> Iterable[str]:
+        cluster, namespace, name = self._find(app_id)
+        seen: set[str] = set()
+        options: dict[str, Any] = {"follow": follow, "_preload_content": False}
+        if since:
+            options["since_seconds"] = max(1, int(time.time() - since.timestamp()))
+        while True:
+            with cluster.answers(f"job {name} in namespace {namespace}"):
+                job = cluster.job(name, namespace)
+                pods = [pod for pod in cluster.pods(name, namespace) if index_of(pod) == index] if job else []
+            begun = [pod for pod in pods if pod.metadata.name not in seen and pod.status.phase != "Pending"]
+            for pod in sorted(begun, key=lambda pod: pod.metadata.creation_timestamp):
+                seen.add(pod.metadata.name)
+                yield from cluster.log(pod.metadata.name, namespace, options)
+            ended = job is None or state_of(job, ())[0] in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED)
+            if not follow or ended:
+                return
+            time.sleep(1)
+
+    def _find(self, app_id: str) -> tuple[Cluster, str, str]:
+        cluster = self._cluster("")
+        namespace, _, name = app_id.rpartition(":")
+        return cluster, namespace or cluster.namespace, name
+
+    def _cluster(self, context: str) -> Cluster:
+        context = context or os.environ.get("KUBE_CONTEXT", "")
+        if context not in self._clients:
+            self._clients[context] = Cluster(context)
+        return self._clients[context]
+
+
+def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
+    """What TorchX knows of an app, and what this cluster's options say."""
+    role = app.roles[0]
+    name = object_name(app.name)
+    # Of Kubernetes' own variables one comes in, for TorchX's macro. What looks like one in an argument stays as it is.
+    mark = "\0index\0"
+    filled = macros.Values("", name, mark, "TORCHX_RANK0_HOST")
+    index = variable("JOB_COMPLETION_INDEX")
+    args = [literal(filled.substitute(arg)).replace(mark, index) for arg in role.args]
+    env = {key: filled.substitute(value) for key, value in role.env.items()}
+    own = {key: value for key, value in role.metadata.get("kubernetes", {}).items() if value}
+    volumes = []
+    for mount in role.mounts:
+        if isinstance(mount, BindMount):
+            volumes.append(Volume(mount.src_path, mount.dst_path, mount.read_only))
+        elif isinstance(mount, VolumeMount):
+            volumes.append(Volume(mount.src, mount.dst_path, mount.read_only))
+        else:
+            raise JobError(f"mounts: {mount.src_path} is a device; ask for it by its resource's name")
+    resource = role.resource
+    return Job(
+        name=name,
+        image=role.image,
+        command=(role.entrypoint, *args),
+        namespace=cfg.get("namespace") or "",
+        nodes=(role.min_replicas or role.num_replicas, role.num_replicas),
+        cpu=str(resource.cpu),
+        memory=f"{resource.memMB}Mi",
+        gpus=resource.gpu,
+        gpu_resource=cfg.get("gpu_resource") or "nvidia.com/gpu",
+        devices=dict(resource.devices),
+        settings=env.pop(SETTINGS, ""),
+        env=env,
+        volumes=tuple(volumes),
+        service_account=cfg.get("service_account") or "",
+        pull_secret=cfg.get("image_pull_secret") or "",
+        priority_class=cfg.get("priority_class") or "",
+        node_selector=dict(cfg.get("node_selector") or {}),
+        tolerations=tuple(cfg.get("tolerations") or ()),
+        same_zone=cfg.get("same_zone", True),
+        grace=cfg.get("grace", 300),
+        restarts=cfg.get("restarts", 20),
+        ttl=cfg.get("ttl", 7 * 86400),
+        ports=dict(role.port_map),
+        role=object_name(role.name),
+        **own,
+    )
+
+
+def to_yaml(made: list[dict[str, Any]]) -> str:
+    return yaml.dump_all(made, Dumper=Plain, sort_keys=False, width=120)
+
+
+class Plain(yaml.SafeDumper):
+    """Text of several lines as such, and no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, data: str) -> Any:
+    style = "|" if "\n" in data.strip() and "\t" not in data else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+Plain.add_representer(str, _text)
+
+
+# ---- what a cluster says
+
+
+def state_of(job: Any, pods: Iterable[Any]) -> tuple[AppState, str]:
+    ends = {c.type: c for c in job.status.conditions or () if c.status == "True"}
+    if "Complete" in ends or "SuccessCriteriaMet" in ends:
+        return AppState.SUCCEEDED, "finished"
+    for kind in ("Failed", "FailureTarget"):
+        if kind in ends:
+            return AppState.FAILED, f"{ends[kind].message}. {trouble(pods)}".strip()
+    if job.spec.suspend:
+        if (job.metadata.annotations or {}).get(CANCELLED):
+            return AppState.CANCELLED, "cancelled; the same command goes on with the run"
+        return AppState.PENDING, "waits for its queue to admit it"
+    said = trouble(pods)
+    return (AppState.RUNNING if job.status.ready else AppState.PENDING), said
+
+
+def trouble(pods: Iterable[Any]) -> str:
+    """Of the first pod that has any."""
+    for pod in sorted(pods, key=index_of):
+        for container in pod.status.container_statuses or ():
+            waiting, ended = container.state.waiting, container.state.terminated
+            if waiting and waiting.reason in CANNOT_START:
+                return f"pod {pod.metadata.name}: {waiting.reason}: {waiting.message or container.image}"
+            if ended and ended.exit_code and not pod.metadata.deletion_timestamp:
+                said = (ended.message or ended.reason or "").strip()
+                return f"pod {pod.metadata.name} ended with status {ended.exit_code}: {said}"
+        for condition in pod.status.conditions or ():
+            if condition.type == "PodScheduled" and condition.status == "False":
+                return f"pod {pod.metadata.name} fits no node: {condition.message}"
+    return ""
+
+
+def index_of(pod: Any) -> int:
+    return int((pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", 0))
+
+
+def pod_state(pod: Any) -> AppState:
+    return {
+        "Pending": AppState.PENDING,
+        "Running": AppState.RUNNING,
+        "Succeeded": AppState.SUCCEEDED,
+        "Failed": AppState.FAILED,
+    }.get(pod.status.phase, AppState.UNKNOWN)
+
+
+def structured(pod: Any) -> str:
+    for container in pod.status.container_statuses or ():
+        if (ended := container.state.terminated) and ended.exit_code:
+            extra = {"timestamp": str(int(ended.finished_at.timestamp())) if ended.finished_at else "0"}
+            message = {
+                "message": (ended.message or ended.reason or "").strip(),
+                "errorCode": ended.exit_code,
+                "extraInfo": extra,
+            }
+            return json.dumps({"message": message})
+    return NONE
+
+
+def role_of(job: Any) -> Role:
+    container = job.spec.template.spec.containers[0]
+    gpus = next((int(n) for key, n in (container.resources.limits or {}).items() if key.endswith("/gpu")), 0)
+    memory = int(re.sub(r"\D", "", container.resources.limits["memory"])) if container.resources.limits else 0
+    return Role(
+        name=container.name,
+        image=container.image,
+        entrypoint=container.command[0],
+        args=list(container.command[1:]),
+        env={one.name: one.value for one in container.env or () if one.value},
+        num_replicas=job.spec.completions or 1,
+        resource=Resource(
+            cpu=int(float(container.resources.limits.get("cpu", "0").rstrip("m"))), gpu=gpus, memMB=memory
+        ),
+    )
+
+
+class Cluster:
+    """An API server, through its Python client."""
+
+    def __init__(self, context: str):
+        from kubernetes import client, config
+
+        try:
+            api: Any = config.new_client_from_config(context=context or None)
+            known: Any = config.list_kube_config_contexts()
+            contexts, active = known
+            chosen = context or active["name"]
+            about = next(one["context"] for one in contexts if one["name"] == chosen)
+            self.namespace = about.get("namespace", "default")
+        except (config.ConfigException, StopIteration, TypeError, KeyError) as error:
+            where = os.environ.get("KUBECONFIG") or "~/.kube/config"
+            refuse(f"no cluster is known: {where}: {error}. Set KUBECONFIG, or try `kubectl cluster-info`")
+        self.server = api.configuration.host
+        api.configuration.retries = False  # an answer, or an error at once
+        api = client.ApiClient(api.configuration)
+        self.batch: Any = client.BatchV1Api(api)
+        self.core: Any = client.CoreV1Api(api)
+        self.custom: Any = client.CustomObjectsApi(api)
+
+    def answers(self, what: str) -> Answers:
+        return Answers(self, what)
+
+    def job(self, name: str, namespace: str) -> Any:
+        return found(lambda: self.batch.read_namespaced_job(name, namespace, _request_timeout=SECONDS))
+
+    def pods(self, name: str, namespace: str) -> list[Any]:
+        selector = f"batch.kubernetes.io/job-name={name}"
+        return self.core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=SECONDS).items
+
+    def check(self, job: dict[str, Any], namespace: str) -> None:
+        """What the job refers to is there: else its pods would wait without end."""
+        container = job["spec"]["template"]["spec"]["containers"][0]
+        names = [source["secretRef"]["name"] for source in container.get("envFrom", [])]
+        names += [one["name"] for one in job["spec"]["template"]["spec"].get("imagePullSecrets", [])]
+        for name in names:
+            if not allowed(lambda name=name: found(lambda: self.core.read_namespaced_secret(name, namespace))):
+                refuse(
+                    f"there is no Secret {name} in namespace {namespace}; k8s/ has a template of one for an object store"
+                )
+        claims = [
+            v["persistentVolumeClaim"]["claimName"]
+            for v in job["spec"]["template"]["spec"]["volumes"]
+            if "persistentVolumeClaim" in v
+        ]
+        for name in claims:
+            if not allowed(
+                lambda name=name: found(lambda: self.core.read_namespaced_persistent_volume_claim(name, namespace))
+            ):
+                refuse(f"there is no PersistentVolumeClaim {name} in namespace {namespace}")
+        if queue := job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name"):
+            get = self.custom.get_namespaced_custom_object
+            if not allowed(lambda: found(lambda: get("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", queue))):
+                refuse(
+                    f"there is no LocalQueue {queue} in namespace {namespace} (of Kueue, which the cluster has to have)"
+                )
+
+    def make_way(self, name: str, namespace: str) -> None:
+        """An earlier job of this name, which has ended, goes."""
+        job = self.job(name, namespace)
+        if job is None:
+            return
+        state, _ = state_of(job, ())
+        if (job.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
+            refuse(f"there is a job {name} in namespace {namespace} that is none of ours; choose another --name")
+        if state not in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED):
+            refuse(
+                f"job {name} in namespace {namespace} is {state.name.lower()} already. To start it anew, first: torchx cancel kubernetes://torchx/{namespace}:{name}"
+            )
+        self.batch.delete_namespaced_job(name, namespace, propagation_policy="Foreground")
+        until = time.monotonic() + 600  # its pods may be saving still
+        while self.job(name, namespace) is not None:
+            if time.monotonic() > until:
+                refuse(f"the pods of the earlier job {name} do not end; look at them with kubectl")
+            time.sleep(0.5)
+
+    def put(self, one: dict[str, Any], namespace: str) -> None:
+        """Makes it, in place of an earlier one."""
+        kind, name = KINDS[one["kind"]], one["metadata"]["name"]
+        with suppress_missing():
+            getattr(self.core, f"delete_namespaced_{kind}")(name, namespace)
+        getattr(self.core, f"create_namespaced_{kind}")(namespace, one, _request_timeout=SECONDS)
+
+    def patch(self, kind: str, name: str, namespace: str, change: dict[str, Any]) -> None:
+        getattr(self.core, f"patch_namespaced_{KINDS[kind]}")(name, namespace, change, _request_timeout=SECONDS)
+
+    def log(self, pod: str, namespace: str, options: dict[str, Any]) -> Iterable[str]:
+        from kubernetes.client import ApiException
+
+        try:
+            answer = self.core.read_namespaced_pod_log(pod, namespace, **options)
+        except ApiException as error:
+            yield f"(no log of pod {pod}: {reason(error)})\n"
+            return
+        rest = b""
+        for part in answer.stream(decode_content=False):
+            *lines, rest = (rest + part).split(b"\n")
+            yield from (line.decode(errors="replace") + "\n" for line in lines)
+        if rest:
+            yield rest.decode(errors="replace") + "\n"
+
+
+KINDS = {"Service": "service", "ConfigMap": "config_map"}
+
+
+class Answers:
+    """Around requests: an error that names the server, what was asked for, and what to look at."""
+
+    def __init__(self, cluster: Cluster, what: str):
+        self.cluster, self.what = cluster, what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        server = self.cluster.server
+        if isinstance(error, ApiException):
+            hint = {401: "your credentials are refused", 403: "you lack the rights"}.get(int(error.status or 0), "")
+            refuse(f"{server}: {self.what}: {hint + ': ' if hint else ''}{reason(error)}")
+        if isinstance(error, HTTPError | OSError):
+            refuse(f"no cluster answers at {server} ({type(error).__name__}); try `kubectl cluster-info`")
+
+
+def reason(error: Any) -> str:
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(error.body)["message"])
+    return f"{error.status} {error.reason}"
+
+
+def found(ask: Any) -> Any:
+    """None where the object is not there."""
+    from kubernetes.client import ApiException
+
+    try:
+        return ask()
+    except ApiException as error:
+        if error.status == 404:
+            return None
+        raise
+
+
+def allowed(ask: Any) -> Any:
+    """True where one may not look: the pods will tell."""
+    from kubernetes.client import ApiException
+
+    try:
+        return ask()
+    except ApiException as error:
+        if error.status == 403:
+            return True
+        raise
+
+
+class suppress_missing:  # noqa: N801
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
+        from kubernetes.client import ApiException
+
+        return isinstance(error, ApiException) and error.status == 404
+
+
+def create_scheduler(session_name: str, **_: object) -> KubernetesScheduler:
+    return KubernetesScheduler(session_name)
+
+
+def create_local_scheduler(session_name: str, **options: Any) -> LocalScheduler:
+    """TorchX's own, which also finds the `python` that runs this, whether its environment is activated or not."""
+    return create_local(session_name, extra_paths=[str(Path(sys.executable).parent)], **options)

@@ -1,0 +1,1 @@
+from tests.train.conftest import run_config  # noqa: F401

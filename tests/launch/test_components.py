@@ -1,0 +1,183 @@
+"""`torchx` as users type it, in processes of their own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from torchx.components.component_test_base import ComponentTestCase
+
+import launch.pack
+import launch.pretrain
+
+TORCHX = str(Path(sys.executable).parent / "torchx")
+RUN = ["--data", "s3://bucket/clips", "--out", "s3://bucket/runs/one"]
+
+
+def torchx(*arguments, cwd, status=0, env=None):
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **(env or {})}
+    done = subprocess.run([TORCHX, *arguments], cwd=cwd, capture_output=True, text=True, env=env)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def dryrun(*arguments, cwd, **options):
+    """-> kind -> what would be applied"""
+    text = torchx("run", "-s", "kubernetes", "--dryrun", *arguments, cwd=cwd, **options)
+    request = text.split("=== SCHEDULER REQUEST ===\n")[1]
+    return {one["kind"]: one for one in yaml.safe_load_all(request.split("\ntorchx 20")[0].split("\nequiav: ")[0])}
+
+
+def command(made):
+    return made["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
+
+
+@pytest.mark.parametrize("component", [launch.pretrain.pretrain, launch.pretrain.py, launch.pack.pack, launch.pack.py])
+def test_torchx_finds_no_fault_in_them(component):
+    module = sys.modules[
+        component.__wrapped__.__module__ if hasattr(component, "__wrapped__") else component.__module__
+    ]
+
+    class Case(ComponentTestCase):
+        def runTest(self):  # noqa: N802
+            self.validate(module, component.__name__)
+
+    Case().runTest()
+
+
+def test_the_literal_command_runs_something_sensible_and_says_what(tmp_path):
+    begun = time.monotonic()
+    text = torchx("run", "-s", "kubernetes", "--dryrun", "launch/pretrain.py", cwd=tmp_path)
+    assert time.monotonic() - begun < 30  # it takes one; this is a bound for a loaded machine, no measurement
+    assert "no --data is given: runs `equiav smoke`" in text
+    assert command(dryrun("launch/pretrain.py", cwd=tmp_path)) == [
+        "python",
+        "-m",
+        "equiav",
+        "smoke",
+        "--out",
+        "/tmp/smoke",
+    ]
+
+
+def test_both_forms_and_the_builtins_are_there(tmp_path):
+    short = dryrun("launch/pretrain.py", *RUN, cwd=tmp_path)
+    root = Path(launch.__file__).parents[1]
+    assert dryrun("launch/pretrain.py:pretrain", *RUN, cwd=root) == short
+    assert dryrun("launch/pack.py:pack", "--to", "s3://a/b", cwd=root)["Job"]["metadata"]["name"] == "pack"
+    text = torchx("builtins", cwd=tmp_path)
+    assert all(name in text for name in ("launch/pretrain.py", "launch/pack.py", "dist.ddp", "utils.echo"))
+    for scheduler in ("kubernetes", "kubernetes_volcano", "local_cwd", "slurm"):
+        assert f"{scheduler}:" in torchx("runopts", scheduler, cwd=tmp_path)
+    assert command(dryrun("utils.echo", "--msg", "hello", cwd=tmp_path))[-1] == "hello"
+
+
+def test_a_run_of_several_nodes(tmp_path):
+    arguments = ["--nodes", "2:4", "--gpus", "8", "--config", "audioset2m", "--secret", "store", "--name", "My_Run"]
+    options = "namespace=team,grace=600,node_selector=gpu:h100,tolerations=spot,priority_class=high"
+    text = torchx("run", "-s", "kubernetes", "-cfg", options, "--dryrun", "launch/pretrain.py", *arguments, *RUN,
+                  "--", "--train.lr", "2e-4", cwd=tmp_path)  # fmt: skip
+    made = {
+        one["kind"]: one
+        for one in yaml.safe_load_all(text.split("=== SCHEDULER REQUEST ===\n")[1].split("\nequiav: ")[0])
+    }
+    settings = yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])
+    assert settings["train"]["lr"] == 2e-4
+    assert settings["device"] == "cuda"
+    assert settings["stream"]["url"] == "s3://bucket/clips"
+    assert settings["checkpoint"]["url"] == "s3://bucket/runs/one/checkpoints"
+    assert settings["stream"]["cache_bytes"] == (20 << 30) * 3 // 4  # of --scratch
+    job, pod = made["Job"], made["Job"]["spec"]["template"]["spec"]
+    assert job["metadata"]["name"].startswith("my-run-")
+    assert job["metadata"]["namespace"] == "team"
+    assert job["spec"]["completions"] == 4
+    assert pod["terminationGracePeriodSeconds"] == 600
+    words = command(made)
+    assert words[words.index("--nodes") + 1] == "2:4"
+    assert words[words.index("--workers") + 1] == "8"
+    assert words[words.index("--index") + 1] == "$(JOB_COMPLETION_INDEX)"
+    assert "further ones wait as spares" in text  # 16 micro-batches, 32 GPUs
+
+
+def test_arguments_arrive_as_they_were_typed(tmp_path):
+    odd = ["a b", 'it\'s "so"', "$HOME", "$(HOME)", "$$", "$${x}", "${app_id}", "line\nline", "ä"]
+    out = f"/tmp/{''.join(odd)}"
+    made = dryrun("launch/pretrain.py", "--data", "s3://b/c", "--out", "s3://b/r", "--env", "A=$(HOME) $x",
+                  "--", "--out", out, cwd=tmp_path)  # fmt: skip
+    assert yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])["out"] == out
+    env = made["Job"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert next(one["value"] for one in env if one["name"] == "A") == "$$(HOME) $$x"
+    made = dryrun("launch/pack.py", "--to", "s3://a/b", "--source", "/data/a b$(X)$$", cwd=tmp_path)
+    assert command(made)[4] == "/data/a b$$(X)$$$$"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nodes", "2:x", *RUN], "nodes is '2:x', expected MIN:MAX"),
+        (["--nodes", "3:2", *RUN], "nodes is '3:2'"),
+        (["--nodes", "2"], "data: no dataset is named"),
+        (["--data", "s3://a/b"], "out: no folder is named"),
+        ([*RUN, "--config", "nope"], "--config nope: no such file, and the recipes are audioset2m, smoke"),
+        ([*RUN, "--", "--train.lrr", "1"], "Unrecognized"),
+        ([*RUN, "--", "--train.lr", "-1"], "train.lr_start"),
+        ([*RUN, "--memory", "much"], "memory is 'much'"),
+        ([*RUN, "--scratch", "9Q"], "scratch is '9Q'"),
+        (["--data", "s3://key:word@a/b", "--out", "s3://a/c"], "a password would be seen"),
+        ([*RUN, "--", "--resume", "never"], "resume is never"),
+        ([*RUN, "--", "--device", "cuda"], "device is cuda, and gpus is 0"),
+        ([*RUN, "--mounts", "src=x"], "mounts:"),
+    ],
+)
+def test_a_mistake_is_told_where_it_is_typed(arguments, told, tmp_path):
+    text = torchx("run", "-s", "kubernetes", "launch/pretrain.py", *arguments, cwd=tmp_path, status=1)
+    assert told in text
+    assert "key:word" not in text
+
+
+@pytest.mark.parametrize("where", ["", "/nowhere/config"])
+def test_no_cluster_is_one_clear_error(where, tmp_path):
+    env = {"KUBECONFIG": where} if where else {}
+    for arguments in (["run", "-s", "kubernetes", "launch/pretrain.py"], ["list", "-s", "kubernetes"]):
+        assert "no cluster is known: " in torchx(*arguments, cwd=tmp_path, status=1, env=env)
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    text = torchx("list", "-s", "kubernetes", cwd=tmp_path, status=1, env={"KUBECONFIG": str(tmp_path / "config")})
+    assert "no cluster answers at http://127.0.0.1:9" in text
+
+
+def test_a_large_config_is_told(tmp_path):
+    (tmp_path / "large.yaml").write_text("seed: 1 #" + "x" * 300_000 + "\n")  # what counts is what is resolved
+    assert dryrun("launch/pretrain.py", *RUN, "--config", "large.yaml", cwd=tmp_path)["ConfigMap"]
+    text = torchx("run", "-s", "kubernetes", "launch/pretrain.py", *RUN, "--", "--stream.cache", "/" + "x" * 120_000,
+                  cwd=tmp_path, status=1)  # fmt: skip
+    assert "size of the settings is '12" in text
+    assert "at most 100,000" in text
+
+
+def test_nodes_of_this_machine(run_config, tmp_path):
+    settings = yaml.safe_load(run_config.read_text())
+    arguments = [
+        "--nodes",
+        "1:2",
+        "--config",
+        str(run_config),
+        "--data",
+        settings["stream"]["url"],
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    text = torchx("run", "-s", "local_cwd", "launch/pretrain.py", *arguments, "--", "--train.steps", "6", cwd=tmp_path,
+                  env={"TMPDIR": os.environ.get("TMPDIR", "/tmp")})  # fmt: skip
+    assert "2 node(s) of 1 to 2, 2 worker(s); here rank(s) 1" in text
+    assert "Job finished: SUCCEEDED" in text
+    assert (tmp_path / "run" / "model" / "config.json").exists()

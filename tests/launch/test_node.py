@@ -1,0 +1,216 @@
+"""The node program: what is lost is replaced, what is over stays over, and the run is the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from equiav.data.local_s3 import LocalS3
+from launch.ended import Ended
+from tests.launch.nodes import Nodes
+from tests.train.ranks import free_port
+from tests.train.test_pretrain import Run, lines, same_run, steps
+
+
+@pytest.fixture(scope="module")
+def long_config(run_config, tmp_path_factory):
+    settings = yaml.safe_load(run_config.read_text())
+    settings["train"] |= {"steps": STEPS}
+    settings["checkpoint"] |= {"every_steps": 8}
+    path = tmp_path_factory.mktemp("long") / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+STEPS = 160
+
+
+@pytest.fixture(scope="module")
+def whole(long_config):
+    out = long_config.parent / "whole"
+    Run(long_config, out).end()
+    return out
+
+
+@pytest.fixture
+def nodes(long_config, tmp_path):
+    nodes = Nodes(long_config, tmp_path / "out", port=free_port())
+    yield nodes
+    nodes.end()
+
+
+def test_what_is_asked_to_end_saves_and_the_others_go_on(nodes, whole):
+    nodes.start(0)
+    nodes.start(1)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    alone = nodes.moved(1)
+    nodes.wanted.discard(1)
+    os.kill(nodes.running[1].pid, signal.SIGTERM)  # to the node program, as Kubernetes does
+    nodes.until(alone)
+    assert nodes.running[1].wait(60) == 143
+    first, second = lines(nodes.out / "starts.jsonl")
+    assert (first["ranks"], second["ranks"]) == (2, 1)
+    assert second["step"] > 0
+    assert f"step {second['step']} is saved" in nodes.told()  # nothing is done twice
+    nodes.finish()
+    assert nodes.ended[0] == [0]
+    same_run(nodes.out, whole, STEPS)
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_and_comes_the_run_is_the_same(nodes, whole):
+    seconds = {}
+
+    def happens(what, ranks, *actions):
+        moved = nodes.moved(ranks)
+        for action in actions:
+            action()
+        seconds[what] = round(nodes.until(moved), 1)
+
+    nodes.start(0)
+    nodes.start(1)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    for number in (0, 1):
+        happens(f"a worker of node {number} is killed", 2, lambda n=number: os.kill(nodes.worker(n), signal.SIGKILL))
+    happens("a node is killed", 1, lambda: nodes.kill(1))
+    happens("a node comes", 2, lambda: nodes.start(1))
+    happens("the rendezvous host is killed", None, lambda: nodes.kill(0), lambda: nodes.start(0))
+    nodes.finish()
+    print(seconds)
+    same_run(nodes.out, whole, STEPS)
+
+
+@pytest.mark.slow
+def test_two_workers_of_one_node(long_config, whole, tmp_path):
+    nodes = Nodes(long_config, tmp_path / "out", nodes="1:1", workers=2, port=free_port())
+    seconds = []
+    try:
+        nodes.start(0)
+        nodes.until(lambda: 5 in steps(nodes.out))
+        for _ in range(3):
+            moved = nodes.moved(2)
+            os.kill(nodes.worker(0), signal.SIGKILL)
+            seconds.append(round(nodes.until(moved), 1))
+        nodes.finish()
+    finally:
+        nodes.end()
+        print("a worker is killed:", seconds)
+    same_run(nodes.out, whole, STEPS)
+
+
+def test_an_end_for_good_is_remembered(nodes, long_config):
+    """Here: a setting that the checkpoints do not have. No node starts again, and those that come look first."""
+    nodes.start(0)
+    nodes.until(lambda: 12 in steps(nodes.out))
+    nodes.kill(0)
+    nodes.fails_for_good = True
+    nodes.start(0, "--seed", "7")
+    nodes.start(1, "--seed", "7")
+    nodes.finish()
+    assert nodes.ended == {0: [2], 1: [0]}  # one says so, the other is not to be started again
+    assert "seed is 7, was 0" in nodes.told()
+    (path,) = (nodes.out / "checkpoints").glob("ended-*")
+    ended = json.loads(path.read_text())
+    assert ended["status"] == 2
+    assert "seed is 7" in ended["error"]
+    before = len(lines(nodes.out / "starts.jsonl"))
+    nodes.ended.clear()
+    nodes.start(0)  # of the same submission: it does not come as far as the right settings
+    nodes.finish()
+    assert nodes.ended == {0: [2]}
+    assert "the run has ended for good" in nodes.told()
+    nodes.ended.clear()
+    nodes.submission = "two"  # submitted again, mended
+    nodes.start(0)
+    nodes.until(lambda: len(lines(nodes.out / "starts.jsonl")) > before)
+
+
+def test_a_run_that_another_submission_has_taken_over_ends(nodes, long_config):
+    nodes.fails_for_good = True
+    nodes.start(0)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    other = Nodes(long_config, nodes.out, nodes="1:1", port=free_port(), submission="two")
+    other.log = nodes.out / "other.log"
+    other.start(0)
+    try:
+        nodes.finish(60)
+        assert nodes.ended == {0: [144]}
+        assert "has taken over" in nodes.told()
+        assert (nodes.out / "checkpoints" / "ended-one").exists()
+        assert not (nodes.out / "checkpoints" / "ended-two").exists()
+    finally:
+        other.end()
+
+
+def test_a_second_node_of_one_index_leaves_without_ending_the_run(nodes, long_config):
+    """A machine was cut off, its pod replaced, and it comes back."""
+    nodes.fails_for_good = True
+    nodes.start(0)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    twin = Nodes(long_config, nodes.out, nodes="1:1", port=free_port(), submission="one")
+    twin.log = nodes.out / "other.log"
+    twin.start(0)
+    try:
+        nodes.finish(60)
+        assert nodes.ended == {0: [144]}
+        assert not list((nodes.out / "checkpoints").glob("ended-*"))
+    finally:
+        twin.end()
+
+
+def test_a_node_waits_for_a_host_that_is_not_there_yet(nodes):
+    nodes.start(1)
+    nodes.until(lambda: "waits for node 0 at" in nodes.told())
+    nodes.start(0)
+    nodes.until(lambda: 3 in steps(nodes.out))
+    assert lines(nodes.out / "starts.jsonl")[-1]["ranks"] == 2
+
+
+def test_asked_to_end_before_there_are_workers(nodes):
+    nodes.start(1)
+    nodes.until(lambda: "waits for node 0" in nodes.told())
+    nodes.wanted.discard(1)
+    nodes.running[1].terminate()
+    assert nodes.running[1].wait(20) == 143
+    assert "ends before its workers have begun" in nodes.told()
+
+
+def test_nothing_of_a_node_outlives_it(nodes):
+    nodes.start(0)
+    nodes.until(lambda: 3 in steps(nodes.out))
+    all_of_it = nodes.of(0)
+    assert len(all_of_it) > 2
+    nodes.wanted.clear()
+    os.kill(nodes.running[0].pid, signal.SIGKILL)  # it alone
+    nodes.running[0].wait()
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in all_of_it if os.path.exists(f"/proc/{pid}/exe")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_a_folder_that_refuses_is_tried_again_later(tmp_path):
+    """Nobody can write there that it is final; whoever mends the credentials has not to start the run again."""
+    (tmp_path / "runs").mkdir()
+    with LocalS3(tmp_path) as s3:
+        env = {
+            "AWS_ACCESS_KEY_ID": s3.key,
+            "AWS_SECRET_ACCESS_KEY": "wrong",
+            "AWS_ENDPOINT_URL": s3.options["endpoint_url"],
+        }
+        command = [sys.executable, "-m", "launch.node", "--run", "a", "--folder", "s3://runs/a", "--", "pretrain"]
+        done = subprocess.run(
+            command, env={**os.environ, **env, "EQUIAV_SUBMISSION": "one"}, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "Mend the credentials" in done.stderr
+
+
+@pytest.mark.parametrize(("final", "index", "status"), [(True, 0, 2), (True, 1, 0), (False, 0, 2), (False, 1, 2)])
+def test_one_node_says_that_a_run_is_over_for_good(final, index, status):
+    assert Ended(2, "why", final).status_of(index) == status
