@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from streaming.processes import end_with_parent
 
         end_with_parent()
+    if os.getpid() == 1:  # of a container: the kernel spares it the default, which is to end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
         for name, listed in COMMANDS.items():

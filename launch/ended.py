@@ -17,8 +17,8 @@ OWNER = "owner"  # as in equiav.train.checkpoint
 PATIENCE = 60.0  # seconds for a store that does not answer
 
 
-class Ended(Exception):  # noqa: N818
-    """The node leaves, with this status."""
+class Ended(BaseException):
+    """The node leaves, with this status. No Exception: a signal raises it anywhere, and nobody may take it for an error."""
 
     def __init__(self, status: int, text: str, final: bool = False):
         super().__init__(text)

@@ -144,6 +144,12 @@ def size(quantity: str) -> int:
     return int(float(number[0]) * BYTES[quantity[number.end() :]])
 
 
+def quantity(count: int) -> str:
+    """Bytes, as Kubernetes itself would write them: else every `kubectl apply` finds a change."""
+    unit = next((power for power in range(5, 0, -1) if count % 1024**power == 0), 0)
+    return f"{count // 1024**unit}{' KMGTP'[unit].strip()}{'i' if unit else ''}"
+
+
 def objects(job: Job) -> list[dict[str, Any]]:
     labels = {
         "app.kubernetes.io/name": APP,
@@ -221,8 +227,8 @@ def pod_spec(job: Job) -> dict[str, Any]:
         **({"initContainers": [waiting(job)]} if job.waits_for else {}),
         "containers": [container(job)],
         "volumes": [
-            {"name": "scratch", "emptyDir": {"sizeLimit": job.scratch}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(size(job.memory) // 2)}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": quantity(size(job.scratch))}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": quantity(size(job.memory) // 2)}},
             *(volume_of(number, volume) for number, volume in enumerate(job.volumes)),
         ],
     }
@@ -240,8 +246,8 @@ def pod_spec(job: Job) -> dict[str, Any]:
 def container(job: Job) -> dict[str, Any]:
     whole = {
         "cpu": job.cpu,
-        "memory": job.memory,
-        "ephemeral-storage": str(size(job.scratch) + (1 << 30)),
+        "memory": quantity(size(job.memory)),
+        "ephemeral-storage": quantity(size(job.scratch) + (1 << 30)),
     }  # and its log
     whole |= {job.gpu_resource: str(job.gpus)} if job.gpus else {}
     whole |= {name: str(count) for name, count in job.devices.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -10,6 +11,8 @@ INDEX, PAUSE = "index", 5.0  # as in streaming.dataset; seconds
 
 def main(url: str) -> int:
     from streaming import Store, StoreError
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the kernel spares a container's first process the default
 
     store = Store(url, patience=60.0)
     print(f"waits for a dataset at {store.url}", flush=True)
