@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A test process for each core, of one thread each; the tests of a file share what they set up.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 
-.PHONY: help install smoke test test-slow test-cluster image manifests soak lint bench clean
+.PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests soak lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -24,6 +24,9 @@ test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
 
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster
+
+test-cluster-more: .venv/installed ## there, too: a thousand simulated nodes
+	@$(BIN)/python -m tests.cluster -s -m cluster_more
 
 image: ## build the Dockerfile with buildah, and train ten steps inside (root, Debian; BASE= another base image)
 	@bash tests/image/check.sh

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Closed = RendezvousClosedError  # the run has finished
 LOST = (RendezvousError, DistError, ConnectionError)  # what the loss of the rendezvous host looks like
 QUICK, ROUNDS = 60.0, 20  # after so many rounds in a row that each failed in so many seconds, the node gives up
+BEATS = 6  # that a node may miss before it counts as lost
 GRACE = 2.0  # seconds for the other workers when one is lost: they wait for it, and have nothing to save
 SAVING = 600.0  # seconds for workers that finish their step and save, since a node has come
 
@@ -49,14 +51,16 @@ def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Age
         read_timeout=20,  # for a host that is not there yet, before this node says so and tries again
         last_call_timeout=3,  # for more nodes, once the least are there
         keep_alive_interval=beat,
-        keep_alive_max_attempt=6,
+        keep_alive_max_attempt=BEATS,
     )
+    handler = get_rendezvous_handler(rendezvous)
+    limit_silence(node.port)
     spec = WorkerSpec(
         role="worker",
         local_world_size=node.workers,
         entrypoint=worker,
         args=(node.command,),
-        rdzv_handler=get_rendezvous_handler(rendezvous),
+        rdzv_handler=handler,
         max_restarts=sys.maxsize,  # a run that goes on for weeks is restarted often
         monitor_interval=0.1,
         local_addr=node.address,
@@ -68,6 +72,11 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, node: Node, asked: list[int], tell: Callable[[str], None]):
         super().__init__(spec, DefaultLogsSpecs(), start_method="forkserver")
         self.node, self.asked, self.tell = node, asked, tell
+        self.rendezvous: Any = spec.rdzv_handler
+        self._ask_waiting = self.rendezvous.num_nodes_waiting
+        self.rendezvous.num_nodes_waiting = self._changes
+        self._heard: dict[Any, float] = {}  # participant -> when it had last said that it lives
+        self._lost = False  # a node of this round, without a word
         self._round = 0
         self._begun = 0.0
         self._quick = 0  # rounds in a row that failed at once
@@ -90,6 +99,7 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
         self.node.record.look()
         super()._rendezvous(worker_group)  # pyright: ignore
+        self._heard = {}
         self._round, self._begun = self._round + 1, time.monotonic()
         ranks = [worker.global_rank for worker in worker_group.workers]
         size = worker_group.workers[0].world_size
@@ -98,12 +108,24 @@ class Agent(LocalElasticAgent):
             f"{size} worker(s); here rank(s) {', '.join(map(str, ranks))}"
         )
 
+    def _changes(self) -> int:
+        """Whether the round has to end: nodes wait, or are lost. torchrun looks for the former alone, and a machine that is gone
+        closes no connection: the workers would wait for it until they count as stalled, or, while they begin, without end."""
+        waiting = self._ask_waiting()
+        state = self.rendezvous._state_holder.state
+        gone = self._heard.keys() - state.participants.keys()
+        limit = time.time() - self.rendezvous._settings.keep_alive_interval.total_seconds() * BEATS / 2
+        self._lost = state.complete and any(self._heard[node] < limit for node in gone)  # another that is gone has left
+        heard = state.last_heartbeats
+        self._heard = {node: heard[node].timestamp() for node in state.participants if node in heard}
+        # Where all seats are taken, who waits is one node too many: an index that was cut off, replaced, and is back.
+        return int(self._lost or (waiting > 0 and len(state.participants) < self.node.most))
+
     def leave(self) -> None:
         """So that the others need not wait until this node counts as dead."""
-        handler: Any = self._worker_group.spec.rdzv_handler
         try:
-            handler._op_executor.run(_RendezvousExitOp(), time.monotonic() + 5)
-            handler._stop_heartbeats()
+            self.rendezvous._op_executor.run(_RendezvousExitOp(), time.monotonic() + 5)
+            self.rendezvous._stop_heartbeats()
         except Exception as error:  # of whatever kind: this node leaves all the same, and the others will notice
             self.tell(f"the others will miss this node in some seconds ({first_line(error)})")
 
@@ -120,39 +142,31 @@ class Agent(LocalElasticAgent):
         reap()
         result = super()._monitor_workers(worker_group)  # pyright: ignore
         if result.state == WorkerState.FAILED:
-            self._failed(worker_group)
+            self._failed(worker_group, next(iter(result.failures.values())).local_rank)
         return result
 
-    def _failed(self, worker_group: WorkerGroup) -> None:
-        """Says what the workers ended with. Raises Ended where they are not to be started again."""
+    def _failed(self, worker_group: WorkerGroup, first: int) -> None:
+        """Says what the workers ended with. Raises Ended where they are not to be started again. first: of them, the one that
+        ended by itself, by its local rank."""
         context: Any = self._pcontext
-        ends = []
-        for worker, process, path in zip(
-            worker_group.workers, context._pc.processes, context.error_files.values(), strict=True
-        ):
-            text, final = error_of(path)
-            ends.append((worker.global_rank, process.exitcode, text, final))
-        for _, status, text, final in ends:
-            if status == SUPERSEDED:
+        statuses = [process.exitcode for process in context._pc.processes]
+        words = [error_of(path) for path in context.error_files.values()]
+        for status, (text, final) in zip(statuses, words, strict=True):
+            if status == SUPERSEDED or final:
                 self.leave()
-                if self.node.record.replaced():
+                final = final and (status != SUPERSEDED or self.node.record.replaced())
+                if final:
                     self.node.record.write(status, text)
-                    raise Ended(status, text, final=True)
-                raise Ended(status, text)
-            if final:
-                self.node.record.write(status, text)
-                self.leave()
-                raise Ended(status, text, final=True)
+                raise Ended(status, text, final)
+        status, text = statuses[first], words[first][0]
         if self.asked:
             self.leave()
-            status = TERMINATED if signal.SIGTERM in self.asked else 130
-            text = next((text for _, ended, text, _ in ends if ended in (130, 143) and text), "asked to end")
-            raise Ended(status, text)
-        for rank, status, text, _ in ends:
-            how = f"by {signal.Signals(-status).name}" if (status or 0) < 0 else f"with status {status}"
-            self.tell(f"rank {rank} ended {how}" + (f": {text}" if text else ""))
-        if all(status != TERMINATED for _, status, _, _ in ends):  # another node leaves, and all have saved
-            self._pause(ends[0][1])
+            raise Ended(TERMINATED if signal.SIGTERM in self.asked else 130, text or "asked to end")
+        rank = worker_group.workers[first].global_rank
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        self.tell(f"rank {rank} ended {how}" + (f": {text}" if text else ""))
+        if status != TERMINATED:  # by which another node leaves, and all have saved
+            self._pause(status)
 
     def _pause(self, status: int) -> None:
         """Between rounds that fail one after the other."""
@@ -167,18 +181,34 @@ class Agent(LocalElasticAgent):
             time.sleep(pause)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
-        if worker_group.state == WorkerState.HEALTHY:
+        if worker_group.state == WorkerState.HEALTHY and not self._lost:
             if self.asked:
                 return  # they save already
             self.tell("a node has come: the workers finish their step, save, and begin again with it")
-            there = len(self.signal(signal.SIGTERM))
+            self.signal(signal.SIGTERM)
             until = time.monotonic() + SAVING
-            while (left := len(self.pids())) and time.monotonic() < until:
-                if left < there:  # the first has ended, so all have saved, or one is lost
-                    there, until = 0, min(until, time.monotonic() + GRACE)
+            while self.pids() and time.monotonic() < until and not self._lost:
                 time.sleep(0.02)
+                self._changes()
+        if self._lost:
+            self.tell("a node is lost: its workers are waited for no longer")
         self.signal(signal.SIGKILL)
+        if self.asked:
+            self.leave()
+            raise Ended(TERMINATED, "asked to end, while a node was lost; the last save counts")
         super()._restart_workers(worker_group)  # pyright: ignore
+
+
+def limit_silence(port: int) -> None:
+    """The store's client waits for an answer as long as its connection lives, and that of a machine which is gone lives for a
+    quarter of an hour. Here it ends after seconds."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            if one.family in (socket.AF_INET, socket.AF_INET6) and one.getpeername()[1] == port:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in ((socket.TCP_KEEPIDLE, 3), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 5)):
+                    one.setsockopt(socket.IPPROTO_TCP, option, value)
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8000)
 
 
 def worker(command: list[str]) -> None:

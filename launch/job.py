@@ -170,7 +170,7 @@ def objects(job: Job) -> list[dict[str, Any]]:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,  # the pods find each other before any of them is ready
-            "selector": {"batch.kubernetes.io/job-name": job.name},
+            "selector": {"app.kubernetes.io/name": APP, "app.kubernetes.io/instance": job.name},
         },
     }
     batch = {

@@ -1,0 +1,364 @@
+"""Runs on a cluster, started as users start them, while machines die under them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.cluster
+
+NAMESPACE = "equiav"
+TORCHX = str(Path(sys.executable).parent / "torchx")
+STEPS = 240
+RUN = ["--train.micro_batch", "8", "--train.steps", str(STEPS), "--checkpoint.every_steps", "10"]
+
+
+def torchx(*arguments, status=0, env=None):
+    done = subprocess.run([TORCHX, *arguments], capture_output=True, text=True, env={**os.environ, **(env or {})})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+def until(condition, seconds, what):
+    begun = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - begun < seconds, what() if callable(what) else what
+        time.sleep(0.3)
+    return found
+
+
+@pytest.fixture(scope="module")
+def applied(kubectl):
+    """`kubectl apply -f k8s/`, as it is written."""
+    kubectl("apply", "-f", "k8s/")
+
+    def packed():
+        return ended(kubectl, "demo-pack") == "Complete"
+
+    until(packed, 240, lambda: kubectl("-n", NAMESPACE, "describe", "pods"))
+
+
+@pytest.fixture(scope="module")
+def launcher(kubectl, applied):
+    """-> submits into the namespace"""
+    return ["run", "-s", "kubernetes", "-cfg", f"namespace={NAMESPACE},service_account=equiav,grace=60"]
+
+
+def ended(kubectl, job):
+    """How a job has ended: Complete, Failed or not yet."""
+    conditions = kubectl.json("-n", NAMESPACE, "get", "job", job)["status"].get("conditions", [])
+    return next(
+        (one["type"] for one in conditions if one["status"] == "True" and one["type"] in ("Complete", "Failed")), ""
+    )
+
+
+def pods(kubectl, job):
+    """index -> the pod that lives and is not about to end"""
+    listed = kubectl.json("-n", NAMESPACE, "get", "pods", "-l", f"batch.kubernetes.io/job-name={job}")["items"]
+    return {
+        int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]): pod
+        for pod in listed
+        if pod["status"]["phase"] in ("Pending", "Running") and "deletionTimestamp" not in pod["metadata"]
+    }
+
+
+def runs(pod):
+    return pod["status"]["phase"] == "Running"
+
+
+def store_folder(kubectl):
+    """Where the demonstration's store has its objects, on this machine."""
+    claim = kubectl.json("-n", NAMESPACE, "get", "pvc", "store")
+    volume = kubectl.json("get", "pv", claim["spec"]["volumeName"])
+    return Path(volume["spec"]["hostPath"]["path"]) / "equiav"
+
+
+def trouble(kubectl, job):
+    def told():
+        selector = f"batch.kubernetes.io/job-name={job}"
+        log = kubectl("-n", NAMESPACE, "logs", "-l", selector, "--prefix", "--tail=15", check=False)
+        return kubectl("-n", NAMESPACE, "get", "pods", "-o", "wide", check=False) + log
+
+    return told
+
+
+def test_the_manifests_are_as_the_cluster_has_them(kubectl, applied):
+    budget = "poddisruptionbudget.policy/demo configured"  # kubectl says so of every budget, and changes nothing
+    for how in ("-f", "-k"):
+        again = kubectl("apply", how, "k8s/").splitlines()
+        assert again
+        assert [line for line in again if not line.endswith("unchanged") and line != budget] == []
+        kubectl("diff", how, "k8s/")  # status 1 if there is any
+    kubectl("apply", "-f", "k8s/", "--dry-run=server")
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "bad", "namespace": NAMESPACE}}
+    pod["spec"] = {"containers": [{"name": "bad", "image": "x"}], "hostNetwork": True}
+    with pytest.raises(RuntimeError, match="violates PodSecurity"):
+        kubectl("apply", "-f", "-", input=json.dumps(pod))
+
+
+def test_the_demonstration_trains(kubectl, applied):
+    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
+    assert ended(kubectl, "demo") == "Complete"
+    folder = store_folder(kubectl) / "demo" / "checkpoints"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 120
+    assert (folder / "model" / "config.json").exists()
+
+
+class Attacked:
+    """A run, and what is done to it."""
+
+    def __init__(self, kubectl, cluster, name):
+        self.kubectl, self.cluster, self.name = kubectl, cluster, name
+        self.folder = store_folder(kubectl) / name / "checkpoints"
+        self.seconds = {}
+
+    def saved(self):
+        return max((int(path.parent.name[5:13]) for path in self.folder.glob("step-*/manifest.json")), default=0)
+
+    def pods(self):
+        return pods(self.kubectl, self.name)
+
+    def moves(self, seconds=180):
+        before = self.saved()
+        until(
+            lambda: self.saved() > before or ended(self.kubectl, self.name), seconds, trouble(self.kubectl, self.name)
+        )
+        assert self.saved() < STEPS, "it finished before all was done to it: more steps"
+
+    def whole(self):
+        """All pods run."""
+        until(lambda: sum(map(runs, self.pods().values())) == 3, 180, trouble(self.kubectl, self.name))
+
+    def happens(self, what, *actions):
+        begun = time.monotonic()
+        for action in actions:
+            action()
+        self.moves()
+        self.seconds[what] = round(time.monotonic() - begun, 1)
+        self.whole()
+
+    def node_of(self, index):
+        return self.cluster.nodes.index(self.pods()[index]["spec"]["nodeName"])
+
+    def replaced(self, index, uid):
+        """Waits for the pod that takes a lost one's place."""
+
+        def there():
+            pod = self.pods().get(index)
+            return pod and pod["metadata"]["uid"] != uid and runs(pod)
+
+        until(there, 120, trouble(self.kubectl, self.name))
+
+
+def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, launcher, tmp_path):
+    data = store_folder(kubectl) / "clips"
+    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))  # two cores
+    out = tmp_path / "whole"
+    command = [sys.executable, "-m", "launch.node", "--run", "whole", "--workers", "2", "--", "pretrain"]
+    command += ["--config", "smoke", "--stream.url", str(data), "--out", str(out), *RUN]
+    reference = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    assert reference.wait(400) == 0
+
+    handle = torchx(*launcher, "launch/pretrain.py", "--nodes", "1:3", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi",
+                    "--data", "s3://equiav/clips", "--out", "s3://equiav/attacked", "--secret", "equiav-store",
+                    "--", *RUN)  # fmt: skip
+    assert f"kubernetes://torchx/{NAMESPACE}:attacked" in handle
+    run = Attacked(kubectl, cluster, "attacked")
+    run.whole()
+    run.moves()
+    others = {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
+    run.happens(
+        "a pod is deleted", lambda: kubectl("-n", NAMESPACE, "delete", "pod", run.pods()[1]["metadata"]["name"])
+    )
+    assert others == {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
+
+    number, uid = run.node_of(0), run.pods()[0]["metadata"]["uid"]
+    begun = time.monotonic()
+    cluster.kill(number)  # of the rendezvous host; it may be the store's, too
+    until(lambda: not cluster.ready(number), 60, "a node that is dead counts as ready")
+    dead = time.monotonic()
+    run.replaced(0, uid)
+    run.seconds["from a node found dead to its index replaced"] = round(time.monotonic() - dead, 1)
+    assert time.monotonic() - dead < 30
+    run.moves()
+    run.seconds["the rendezvous host's node is killed"] = round(time.monotonic() - begun, 1)
+    cluster.start(number)
+    until(lambda: cluster.ready(number), 120, "a node does not come back")
+
+    index = next(index for index, pod in run.pods().items() if index)
+    number, uid = run.node_of(index), run.pods()[index]["metadata"]["uid"]
+    cluster.cut(number)
+    run.replaced(index, uid)
+    run.moves()
+    cluster.join(number)
+    until(lambda: cluster.ready(number), 120, "a node does not come back")
+    run.whole()
+    run.moves()
+
+    name = cluster.nodes[run.node_of(2)]
+    drain = ("drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s")
+    run.happens("a drain", lambda: kubectl(*drain), lambda: kubectl("uncordon", name))
+
+    def scale(count):
+        return lambda: kubectl("-n", NAMESPACE, "scale", "deployment", "store", f"--replicas={count}")
+
+    run.happens("the store is away for 30 s", scale(0), lambda: time.sleep(30), scale(1))
+    until(lambda: ended(kubectl, "attacked"), 400, trouble(kubectl, "attacked"))
+    print(run.seconds)
+    assert ended(kubectl, "attacked") == "Complete"
+    assert (run.folder / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
+    model = Path("model", "model.safetensors")
+    assert (run.folder / model).read_bytes() == (out / model).read_bytes()
+
+
+def test_torchx_shows_and_ends_a_run(kubectl, launcher):
+    arguments = [*launcher, "launch/pretrain.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi"]
+    arguments += ["--data", "s3://equiav/clips", "--out", "s3://equiav/watched", "--secret", "equiav-store", "--", *RUN]
+    torchx(*arguments)
+    handle = f"kubernetes://torchx/{NAMESPACE}:watched"
+    until(lambda: "RUNNING" in torchx("status", handle), 120, trouble(kubectl, "watched"))
+    until(lambda: '"step": 3,' in torchx("log", handle), 120, trouble(kubectl, "watched"))
+    text = torchx("log", handle)
+    assert "worker/0" in text
+    assert "worker/1" in text
+    assert "2 node(s)" in torchx("log", "--regex", "round", f"{handle}/worker/1")
+    follow = subprocess.Popen([TORCHX, "log", "--tail", f"{handle}/worker/0"], stdout=subprocess.PIPE, text=True)
+    assert "'name': 'watched'" in torchx("describe", handle)
+    listed = torchx("list", "-s", "kubernetes", env=context(kubectl, NAMESPACE)).splitlines()
+    assert any(f"{NAMESPACE}:watched" in line and "RUNNING" in line for line in listed)
+    assert "already" in torchx(*arguments, status=1)  # it runs
+    torchx("cancel", handle)
+    until(lambda: "CANCELLED" in torchx("status", handle), 60, trouble(kubectl, "watched"))
+    assert "SIGTERM" in follow.communicate(timeout=120)[0]
+    until(lambda: not pods(kubectl, "watched"), 120, trouble(kubectl, "watched"))
+    saved = max(
+        int(path.parent.name[5:13]) for path in store_folder(kubectl).glob("watched/checkpoints/step-*/manifest.json")
+    )
+    torchx(*arguments)  # the same command goes on
+    until(lambda: f"goes on at step {saved}" in torchx("log", handle), 180, trouble(kubectl, "watched"))
+    torchx("cancel", handle)
+    until(lambda: not pods(kubectl, "watched"), 120, trouble(kubectl, "watched"))
+
+
+def context(kubectl, namespace):
+    """-> environment, of the same cluster with another namespace"""
+    config = yaml.safe_load(Path(kubectl.kubeconfig).read_text())
+    config["contexts"][0]["context"]["namespace"] = namespace
+    path = Path(kubectl.kubeconfig).with_name(f"{namespace}.kubeconfig")
+    path.write_text(yaml.safe_dump(config))
+    return {"KUBECONFIG": str(path)}
+
+
+def test_an_end_for_good_burns_no_restarts(kubectl, launcher):
+    """The checkpoints there are of a run with another seed."""
+    arguments = ["--nodes", "3", "--cpu", "1", "--memory", "2Gi", "--scratch", "4Gi", "--data", "s3://equiav/clips"]
+    arguments += ["--out", "s3://equiav/demo", "--name", "mistaken", "--secret", "equiav-store"]
+    limited = [*launcher[:-1], launcher[-1] + ",restarts=1"]
+    torchx(*limited, "launch/pretrain.py", *arguments, "--", *RUN, "--seed", "5")
+    until(lambda: ended(kubectl, "mistaken") == "Failed", 180, trouble(kubectl, "mistaken"))
+    listed = kubectl.json("-n", NAMESPACE, "get", "pods", "-l", "batch.kubernetes.io/job-name=mistaken")["items"]
+    assert len(listed) <= 5  # the first index twice; the others have nothing left to do
+    told = torchx("status", f"kubernetes://torchx/{NAMESPACE}:mistaken")
+    assert "FAILED" in told
+    assert "seed is 5, was 0" in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--secret", "nope"], "there is no Secret nope in namespace equiav"),
+        (["--queue", "nope"], "there is no LocalQueue nope in namespace equiav"),
+        (["--mounts", "type=volume,src=nope,dst=/data"], "there is no PersistentVolumeClaim nope"),
+        (["--memory", "plenty"], "memory is 'plenty'"),
+    ],
+)
+def test_what_is_not_there_is_told_at_once(kubectl, launcher, arguments, told):
+    assert told in torchx(*launcher, "launch/pretrain.py", "--name", "wrong", *arguments, status=1)
+    assert "wrong" not in kubectl("-n", NAMESPACE, "get", "jobs,services,configmaps")
+
+
+def test_an_image_that_is_not_there_is_told(kubectl, launcher):
+    torchx(*launcher, "launch/pretrain.py", "--name", "no-image", "--image", "localhost/none:1")
+    handle = f"kubernetes://torchx/{NAMESPACE}:no-image"
+    until(lambda: "localhost/none:1" in torchx("status", handle), 60, trouble(kubectl, "no-image"))
+    assert "PENDING" in torchx("status", handle)
+    torchx("cancel", handle)
+
+
+def test_who_lacks_the_rights_is_told(kubectl, applied):
+    token = kubectl("-n", NAMESPACE, "create", "token", "equiav").strip()
+    config = yaml.safe_load(Path(kubectl.kubeconfig).read_text())
+    config["users"][0]["user"] = {"token": token}
+    path = Path(kubectl.kubeconfig).with_name("powerless.kubeconfig")
+    path.write_text(yaml.safe_dump(config))
+    for arguments in (["list", "-s", "kubernetes"], ["run", "-s", "kubernetes", "launch/pretrain.py"]):
+        assert "you lack the rights" in torchx(*arguments, status=1, env={"KUBECONFIG": str(path)})
+    may = ("-n", NAMESPACE, "auth", "can-i", "--as=somebody", "--as-group=equiav-launchers")
+    assert kubectl(*may, "create", "jobs").strip() == "yes"
+    assert kubectl(*may, "get", "secrets", check=False).strip() == "no"
+
+
+def test_the_policies_let_through_what_is_needed_and_nothing_else(kubectl, applied, image):
+    def pod(name, namespace, **labels):
+        container = {"name": "main", "image": image, "command": ["sleep", "3600"]}
+        container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        safe = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+        spec = {"containers": [container], "securityContext": safe, "terminationGracePeriodSeconds": 0}
+        about = {"name": name, "namespace": namespace, "labels": labels}
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec}
+
+    kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "watching"}})
+    kubectl.apply(
+        pod("worker", NAMESPACE, **{"app.kubernetes.io/name": "equiav"}),
+        pod("other-worker", NAMESPACE, **{"app.kubernetes.io/name": "equiav"}),
+        pod("stranger", NAMESPACE),
+        pod("prometheus", "watching", **{"app.kubernetes.io/name": "prometheus"}),
+        pod("curious", "watching"),
+    )
+    for name, namespace in (("worker", NAMESPACE), ("other-worker", NAMESPACE), ("stranger", NAMESPACE),
+                            ("prometheus", "watching"), ("curious", "watching")):  # fmt: skip
+        kubectl("-n", namespace, "wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
+    address = kubectl("-n", NAMESPACE, "get", "pod", "other-worker", "-o", "jsonpath={.status.podIP}")
+    serve = "import http.server as h, threading as t\n"
+    serve += "def serve(port): h.HTTPServer(('', port), h.BaseHTTPRequestHandler).serve_forever()\n"
+    serve += "for port in (9108, 40123): t.Thread(target=serve, args=(port,)).start()\n"
+    server = subprocess.Popen(
+        [
+            "kubectl",
+            "--kubeconfig",
+            str(kubectl.kubeconfig),
+            "-n",
+            NAMESPACE,
+            "exec",
+            "other-worker",
+            "--",
+            "python",
+            "-c",
+            serve,
+        ]
+    )
+
+    def reaches(name, namespace, host, port):
+        code = f"import socket; socket.create_connection(('{host}', {port}), 3)"
+        done = kubectl("-n", namespace, "exec", name, "--", "sh", "-c", f'python -c "{code}" && echo yes', check=False)
+        return done.strip().endswith("yes")
+
+    try:
+        until(lambda: reaches("worker", NAMESPACE, address, 40123), 60, "workers do not reach each other")
+        until(lambda: not reaches("stranger", NAMESPACE, "store", 9000), 60, "a stranger reaches the store")
+        assert reaches("worker", NAMESPACE, "store", 9000)
+        assert reaches("prometheus", "watching", address, 9108)
+        assert not reaches("prometheus", "watching", address, 40123)
+        assert not reaches("curious", "watching", address, 9108)
+        assert not reaches("worker", NAMESPACE, "kubernetes.default", 443)
+        assert not reaches("stranger", NAMESPACE, address, 40123)
+    finally:
+        server.kill()
+        kubectl("delete", "namespace", "watching", "--wait=false")
+        kubectl("-n", NAMESPACE, "delete", "pod", "worker", "other-worker", "stranger", "--wait=false")
