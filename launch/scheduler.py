@@ -438,6 +438,7 @@ class Cluster:
 
     def log(self, pod: str, namespace: str, options: dict[str, Any]) -> Iterable[str]:
         from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
 
         try:
             answer = self.core.read_namespaced_pod_log(pod, namespace, **options)
@@ -445,9 +446,12 @@ class Cluster:
             yield f"(no log of pod {pod}: {reason(error)})\n"
             return
         rest = b""
-        for part in answer.stream(decode_content=False):
-            *lines, rest = (rest + part).split(b"\n")
-            yield from (line.decode(errors="replace") + "\n" for line in lines)
+        try:
+            for part in answer.stream(decode_content=False):
+                *lines, rest = (rest + part).split(b"\n")
+                yield from (line.decode(errors="replace") + "\n" for line in lines)
+        except HTTPError as error:  # its machine is gone, or the connection to the server
+            rest += f"(the log of pod {pod} broke off: {error})".encode()
         if rest:
             yield rest.decode(errors="replace") + "\n"
 

@@ -229,7 +229,7 @@ def test_torchx_shows_and_ends_a_run(kubectl, launcher):
     assert "worker/1" in text
     assert "2 node(s)" in torchx("log", "--regex", "round", f"{handle}/worker/1")
     follow = subprocess.Popen([TORCHX, "log", "--tail", f"{handle}/worker/0"], stdout=subprocess.PIPE, text=True)
-    assert "'name': 'watched'" in torchx("describe", handle)
+    assert "'name': 'equiav:watched'" in torchx("describe", handle)
     listed = torchx("list", "-s", "kubernetes", env=context(kubectl, NAMESPACE)).splitlines()
     assert any(f"{NAMESPACE}:watched" in line and "RUNNING" in line for line in listed)
     assert "already" in torchx(*arguments, status=1)  # it runs
