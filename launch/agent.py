@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Closed = RendezvousClosedError  # the run has finished
 LOST = (RendezvousError, DistError, ConnectionError)  # what the loss of the rendezvous host looks like
 QUICK, ROUNDS = 60.0, 20  # after so many rounds in a row that each failed in so many seconds, the node gives up
+JOIN = 600  # seconds for the least nodes to come together, before this one says so and begins anew
 BEATS = 6  # that a node may miss before it counts as lost
 GRACE = 2.0  # seconds for the other workers when one is lost: they wait for it, and have nothing to save
 SAVING = 600.0  # seconds for workers that finish their step and save, since a node has come
@@ -49,6 +50,7 @@ def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Age
         local_addr=node.address,
         is_host=node.index == 0,
         read_timeout=20,  # for a host that is not there yet, before this node says so and tries again
+        join_timeout=JOIN,
         last_call_timeout=3,  # for more nodes, once the least are there
         keep_alive_interval=beat,
         keep_alive_max_attempt=BEATS,
@@ -80,6 +82,11 @@ class Agent(LocalElasticAgent):
         self._round = 0
         self._begun = 0.0
         self._quick = 0  # rounds in a row that failed at once
+
+    def abandon(self) -> None:
+        """Its rendezvous is lost."""
+        self.signal(signal.SIGKILL)
+        self.rendezvous._stop_heartbeats()
 
     def pids(self) -> list[int]:
         """Of the workers that live."""

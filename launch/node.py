@@ -10,6 +10,7 @@ grace period for a save, exit statuses with a meaning, workers that start fast, 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import signal
@@ -139,7 +140,9 @@ def run(node: Node, asked: Asked) -> int:
             # Its host is lost, or not there yet. This node's place in the run is not: it waits for the next one.
             tell(node, f"no rendezvous at {node.host}:{node.port}; tries again ({first_line(error)})")
             if asked.agent:
-                asked.agent.signal(signal.SIGKILL)
+                asked.agent.abandon()
+            asked.agent = agent = None
+            gc.collect()  # a store that this node hosts lives as long as somebody knows it, and so does its port
             time.sleep(LOOK_AGAIN)
             node.record.look()
 

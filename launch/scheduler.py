@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -35,7 +34,7 @@ from torchx.specs.api import (
 )
 
 from launch.component import SETTINGS
-from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, variable
+from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, size, variable
 
 CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
@@ -101,7 +100,12 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             cluster.make_way(name, namespace)
             for one in made[:-1]:
                 cluster.put(one, namespace)
-            uid = cluster.batch.create_namespaced_job(namespace, job, _request_timeout=SECONDS).metadata.uid
+            try:
+                uid = cluster.batch.create_namespaced_job(namespace, job, _request_timeout=SECONDS).metadata.uid
+            except Exception:
+                for one in made[:-1]:
+                    cluster.remove(one["kind"], name, namespace)
+                raise
             owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "blockOwnerDeletion": False}
             for one in made[:-1]:  # they go with the job
                 cluster.patch(one["kind"], name, namespace, {"metadata": {"ownerReferences": [owner]}})
@@ -114,8 +118,9 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             if job is None:
                 return None
             pods = cluster.pods(name, namespace)
+            state, message = state_of(job, pods)
+            message = message or ("" if pods else cluster.refusal(name, namespace))
         role = role_of(job)
-        state, message = state_of(job, pods)
         newest: dict[int, Any] = {}
         for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
             newest[index_of(pod)] = pod
@@ -332,18 +337,18 @@ def structured(pod: Any) -> str:
 
 def role_of(job: Any) -> Role:
     container = job.spec.template.spec.containers[0]
-    gpus = next((int(n) for key, n in (container.resources.limits or {}).items() if key.endswith("/gpu")), 0)
-    memory = int(re.sub(r"\D", "", container.resources.limits["memory"])) if container.resources.limits else 0
+    limits = (container.resources and container.resources.limits) or {}
+    gpus = next((int(count) for name, count in limits.items() if name.endswith("/gpu")), 0)
+    cpu = limits.get("cpu", "0")
+    cores = float(cpu.rstrip("m")) / (1000 if cpu.endswith("m") else 1)
     return Role(
         name=container.name,
         image=container.image,
-        entrypoint=container.command[0],
-        args=list(container.command[1:]),
+        entrypoint=(container.command or [""])[0],
+        args=[*(container.command or [""])[1:], *(container.args or [])],
         env={one.name: one.value for one in container.env or () if one.value},
         num_replicas=job.spec.completions or 1,
-        resource=Resource(
-            cpu=int(float(container.resources.limits.get("cpu", "0").rstrip("m"))), gpu=gpus, memMB=memory
-        ),
+        resource=Resource(cpu=round(cores), gpu=gpus, memMB=size(limits.get("memory", "0")) >> 20),
     )
 
 
@@ -428,10 +433,17 @@ class Cluster:
 
     def put(self, one: dict[str, Any], namespace: str) -> None:
         """Makes it, in place of an earlier one."""
-        kind, name = KINDS[one["kind"]], one["metadata"]["name"]
-        with suppress_missing():
-            getattr(self.core, f"delete_namespaced_{kind}")(name, namespace)
-        getattr(self.core, f"create_namespaced_{kind}")(namespace, one, _request_timeout=SECONDS)
+        self.remove(one["kind"], one["metadata"]["name"], namespace)
+        getattr(self.core, f"create_namespaced_{KINDS[one['kind']]}")(namespace, one, _request_timeout=SECONDS)
+
+    def remove(self, kind: str, name: str, namespace: str) -> None:
+        found(lambda: getattr(self.core, f"delete_namespaced_{KINDS[kind]}")(name, namespace))
+
+    def refusal(self, name: str, namespace: str) -> str:
+        """Why a job has no pods: a quota, or a guard of the namespace."""
+        about = f"involvedObject.name={name},involvedObject.kind=Job,type=Warning"
+        events = allowed(lambda: self.core.list_namespaced_event(namespace, field_selector=about).items)
+        return events[-1].message if isinstance(events, list) and events else ""
 
     def patch(self, kind: str, name: str, namespace: str, change: dict[str, Any]) -> None:
         getattr(self.core, f"patch_namespaced_{KINDS[kind]}")(name, namespace, change, _request_timeout=SECONDS)
@@ -507,15 +519,6 @@ def allowed(ask: Any) -> Any:
         if error.status == 403:
             return True
         raise
-
-
-class suppress_missing:  # noqa: N801
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> bool:
-        from kubernetes.client import ApiException
-
-        return isinstance(error, ApiException) and error.status == 404
 
 
 def create_scheduler(session_name: str, **_: object) -> KubernetesScheduler:

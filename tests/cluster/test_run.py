@@ -291,6 +291,21 @@ def test_an_image_that_is_not_there_is_told(kubectl, launcher):
     torchx("cancel", handle)
 
 
+def test_what_a_guard_of_the_namespace_refuses_is_told(kubectl, launcher):
+    arguments = ["launch/pretrain.py", "--name", "refused", "--mounts", "type=bind,src=/tmp,dst=/cache"]
+    torchx(*launcher, *arguments)
+    handle = f"kubernetes://torchx/{NAMESPACE}:refused"
+    until(lambda: "violates PodSecurity" in torchx("status", handle), 60, trouble(kubectl, "refused"))
+    torchx("cancel", handle)
+
+
+def test_what_the_server_refuses_leaves_nothing(kubectl, launcher):
+    options = f"{launcher[-1]},priority_class=No_Such!"
+    text = torchx(*launcher[:-1], options, "launch/pretrain.py", "--name", "unlikely", status=1)
+    assert "priorityClassName" in text
+    assert "unlikely" not in kubectl("-n", NAMESPACE, "get", "jobs,services,configmaps")
+
+
 def test_who_lacks_the_rights_is_told(kubectl, applied):
     token = kubectl("-n", NAMESPACE, "create", "token", "equiav").strip()
     config = yaml.safe_load(Path(kubectl.kubeconfig).read_text())

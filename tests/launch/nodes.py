@@ -12,9 +12,19 @@ from tests.train.test_pretrain import ENV, lines, steps
 
 
 class Nodes:
-    def __init__(self, config, out, nodes="1:2", workers=1, port=29400, submission="one", hosts=None):
+    def __init__(
+        self,
+        config,
+        out,
+        nodes="1:2",
+        workers=1,
+        port=29400,
+        submission="one",
+        hosts=None,
+        program=("-m", "launch.node"),
+    ):
         self.config, self.out, self.nodes, self.workers, self.port = config, out, nodes, workers, port
-        self.submission, self.hosts = submission, hosts
+        self.submission, self.hosts, self.program = submission, hosts, program
         self.running, self.wanted, self.ended = {}, set(), {}
         out.mkdir(exist_ok=True)
         self.log = out / "nodes.log"
@@ -22,7 +32,7 @@ class Nodes:
     def start(self, number, *settings):
         self.wanted.add(number)
         host = "node-0" if self.hosts else "127.0.0.1"
-        command = [sys.executable, "-m", "launch.node", "--run", "test", "--nodes", self.nodes, "--workers"]
+        command = [sys.executable, *self.program, "--run", "test", "--nodes", self.nodes, "--workers"]
         command += [str(self.workers), "--index", str(number), "--host", host, "--port", str(self.port)]
         command += ["--folder", str(self.out / "checkpoints"), "--", "pretrain", "--out", str(self.out), *settings]
         env = {**ENV, "EQUIAV_CONFIG": Path(self.config).read_text(), "EQUIAV_SUBMISSION": self.submission}

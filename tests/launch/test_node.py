@@ -44,6 +44,7 @@ def nodes(long_config, tmp_path):
     nodes.end()
 
 
+@pytest.mark.slow
 def test_what_is_asked_to_end_saves_and_the_others_go_on(nodes, whole):
     nodes.start(0)
     nodes.start(1)
@@ -130,6 +131,7 @@ def test_an_end_for_good_is_remembered(nodes, long_config):
     nodes.until(lambda: len(lines(nodes.out / "starts.jsonl")) > before)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_submission_has_taken_over_ends(nodes, long_config):
     nodes.fails_for_good = True
     nodes.start(0)
@@ -147,6 +149,7 @@ def test_a_run_that_another_submission_has_taken_over_ends(nodes, long_config):
         other.end()
 
 
+@pytest.mark.slow
 def test_a_second_node_of_one_index_leaves_without_ending_the_run(nodes, long_config):
     """A machine was cut off, its pod replaced, and it comes back."""
     nodes.fails_for_good = True
@@ -163,6 +166,7 @@ def test_a_second_node_of_one_index_leaves_without_ending_the_run(nodes, long_co
         twin.end()
 
 
+@pytest.mark.slow
 def test_a_node_waits_for_a_host_that_is_not_there_yet(nodes):
     nodes.start(1)
     nodes.until(lambda: "waits for node 0 at" in nodes.told())
@@ -214,3 +218,17 @@ def test_a_folder_that_refuses_is_tried_again_later(tmp_path):
 @pytest.mark.parametrize(("final", "index", "status"), [(True, 0, 2), (True, 1, 0), (False, 0, 2), (False, 1, 2)])
 def test_one_node_says_that_a_run_is_over_for_good(final, index, status):
     assert Ended(2, "why", final).status_of(index) == status
+
+
+@pytest.mark.slow
+def test_too_few_nodes_for_a_long_time_are_waited_for(long_config, tmp_path):
+    """The first node hosts the rendezvous anew each time: its port has to be free again."""
+    code = "import sys, launch.agent; launch.agent.JOIN = 3; from launch import node; sys.exit(node.main(sys.argv[1:]))"
+    nodes = Nodes(long_config, tmp_path / "out", nodes="2:2", port=free_port(), program=["-c", code])
+    try:
+        nodes.start(0)
+        nodes.until(lambda: nodes.told().count("no rendezvous at") >= 2)
+        nodes.start(1)
+        nodes.until(lambda: 3 in steps(nodes.out))
+    finally:
+        nodes.end()
