@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
     except SystemExit as error:  # of the parser, which has said why
-        if error.code:
+        if error.code and error.code != 143:
             _tell_agent("the command line is wrong; its error stands above", True)
         raise
     except KeyboardInterrupt:
@@ -120,7 +121,8 @@ def _tell_agent(text: str, final: bool) -> None:
     all the same, so it is asked to end; our own agent (launch/agent.py) reads what is written here."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"timestamp": str(int(time.time())), "final": final}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+        with contextlib.suppress(OSError):  # a full disk: the status says enough
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
     if final and "TORCHELASTIC_RUN_ID" in os.environ and "EQUIAV_NODE" not in os.environ:
         os.kill(os.getppid(), signal.SIGTERM)
 

@@ -35,6 +35,7 @@ QUICK, ROUNDS = 60.0, 20  # after so many rounds in a row that each failed in so
 JOIN = 600  # seconds for the least nodes to come together, before this one says so and begins anew
 BEATS = 6  # that a node may miss before it counts as lost
 GRACE = 2.0  # seconds for the other workers when one is lost: they wait for it, and have nothing to save
+FAILING = 30.0  # seconds for workers whose peers are gone to notice it, or to finish a save that all are through with
 SAVING = 600.0  # seconds for workers that finish their step and save, since a node has come
 
 
@@ -72,7 +73,7 @@ def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Age
 
 class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, node: Node, asked: list[int], tell: Callable[[str], None]):
-        super().__init__(spec, DefaultLogsSpecs(), start_method="forkserver")
+        super().__init__(spec, DefaultLogsSpecs(), start_method="forkserver", exit_barrier_timeout=30)
         self.node, self.asked, self.tell = node, asked, tell
         self.rendezvous: Any = spec.rdzv_handler
         self._ask_waiting = self.rendezvous.num_nodes_waiting
@@ -162,9 +163,7 @@ class Agent(LocalElasticAgent):
             if status == SUPERSEDED or final:
                 self.leave()
                 final = final and (status != SUPERSEDED or self.node.record.replaced())
-                if final:
-                    self.node.record.write(status, text)
-                raise Ended(status, text, final)
+                raise Ended(status, text, final and self.node.record.write(status, text))
         status, text = statuses[first], words[first][0]
         if self.asked:
             self.leave()
@@ -197,6 +196,10 @@ class Agent(LocalElasticAgent):
             while self.pids() and time.monotonic() < until and not self._lost:
                 time.sleep(0.02)
                 self._changes()
+                if len(self._heard) < (
+                    worker_group.group_world_size or 0
+                ):  # its workers have failed: ours wait for them
+                    until = min(until, time.monotonic() + FAILING)
         if self._lost:
             self.tell("a node is lost: its workers are waited for no longer")
         self.signal(signal.SIGKILL)

@@ -17,7 +17,7 @@ from torchx.specs.finder import ComponentValidationException
 from launch.job import QUANTITY, object_name, size
 
 IMAGE = os.environ.get("EQUIAV_IMAGE") or f"equiav:{version('equiav')}"  # the second is what `make image` makes
-PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+PASSWORD = re.compile(r"://[^/:@]*:.*@")  # with a slash in it, too
 SETTINGS = "EQUIAV_CONFIG"  # environment variable that brings the resolved settings to the program
 
 

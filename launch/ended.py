@@ -7,7 +7,6 @@ starts workers, and leaves. What is written counts for one submission alone; who
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
@@ -17,11 +16,14 @@ OWNER = "owner"  # as in equiav.train.checkpoint
 PATIENCE = 60.0  # seconds for a store that does not answer
 
 
+FOR_GOOD = "the run has ended for good: "  # by which `torchx status` knows it, too
+
+
 class Ended(BaseException):
     """The node leaves, with this status. No Exception: a signal raises it anywhere, and nobody may take it for an error."""
 
     def __init__(self, status: int, text: str, final: bool = False):
-        super().__init__(text)
+        super().__init__(FOR_GOOD + text if final else text)
         self.status, self.final = status, final
 
     def status_of(self, index: int) -> int:
@@ -54,16 +56,20 @@ class Record:
             raise Ended(1, f"{error}. Mend the credentials: Kubernetes tries again, after pauses that grow") from None
         except (StoreError, ValueError, KeyError, TypeError):
             return  # the workers, which have more patience, will tell
-        raise Ended(status, f"the run has ended for good: {text}. Mend the cause, and submit it again", final=True)
+        raise Ended(status, f"{text}. Mend the cause, and submit it again", final=True)
 
-    def write(self, status: int, error: str) -> None:
+    def write(self, status: int, error: str) -> bool:
+        """Whether the other nodes can know of it now."""
         if not (self.folder and self.submission):
-            return
+            return False
         from streaming import Store, StoreError
 
         content = {"status": status, "error": error, "node": self.index, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        with contextlib.suppress(StoreError):  # refused or silent, as the error says that is to be written
+        try:
             Store(self.folder, PATIENCE).write(self.name, json.dumps(content).encode())
+        except StoreError:  # refused or silent, as the error says that is to be written
+            return False
+        return True
 
     def replaced(self) -> bool:
         """Whether the run that has taken over is of another submission, not a second node of this index."""

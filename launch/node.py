@@ -28,6 +28,7 @@ from launch.ended import TERMINATED, Ended, Record, first_line
 PORT = 29400  # of the rendezvous
 SETTINGS = "EQUIAV_CONFIG"  # environment variable with the run's settings, as YAML
 MESSAGE = Path("/dev/termination-log")  # what Kubernetes shows of a container that has ended
+AWAY = 1800.0  # seconds without a node 0, after which the others hold their machines no longer
 LOOK_AGAIN = 2.0  # seconds, where the rendezvous host is away
 
 
@@ -149,7 +150,7 @@ def run(node: Node, asked: Asked) -> int:
 
 def wait_for_host(node: Node) -> None:
     """Its name may not resolve yet. In Python: torch's own waiting would hold up a signal."""
-    said = False
+    said, until = False, time.monotonic() + AWAY
     while node.index:
         try:
             socket.create_connection((node.host, node.port), timeout=LOOK_AGAIN).close()
@@ -158,6 +159,8 @@ def wait_for_host(node: Node) -> None:
             if not said:
                 tell(node, f"waits for node 0 at {node.host}:{node.port} ({error})")
                 said = True
+            if time.monotonic() > until:
+                raise Ended(1, f"node 0 has not been at {node.host}:{node.port} for {AWAY / 60:.0f} minutes") from None
             time.sleep(LOOK_AGAIN / 4)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn  # noqa: UP035  TorchX knows these spellings only
 
@@ -34,6 +35,7 @@ from torchx.specs.api import (
 )
 
 from launch.component import SETTINGS
+from launch.ended import FOR_GOOD
 from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, size, variable
 
 CANCELLED = f"{APP}/cancelled"
@@ -56,13 +58,12 @@ def refuse(text: str) -> NoReturn:
 class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
     def __init__(self, session_name: str):
         super().__init__("kubernetes", session_name)
-        self._clients: dict[str, Any] = {}
+        self._known: Cluster | None = None
 
     def _run_opts(self) -> runopts:
         opts = runopts()
         for name, kind, default, what in (
             ("namespace", str, None, "of the job (default: that of the context)"),
-            ("context", str, None, "of the kubeconfig (default: its current one)"),
             ("service_account", str, None, "of the pods; they get no token of it"),
             ("image_pull_secret", str, None, "Secret with which the image is pulled"),
             ("priority_class", str, None, "of the pods"),
@@ -86,12 +87,12 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             made = objects(job_of(app, cfg))
         except JobError as error:
             refuse(str(error))
-        return AppDryRunInfo({"objects": made, "context": cfg.get("context") or ""}, lambda r: to_yaml(r["objects"]))
+        return AppDryRunInfo(made, to_yaml)
 
     # ---- on a cluster
 
     def schedule(self, dryrun_info: AppDryRunInfo[Any]) -> str:
-        made, cluster = dryrun_info.request["objects"], self._cluster(dryrun_info.request["context"])
+        made, cluster = dryrun_info.request, self._cluster()
         job = made[-1]
         name = job["metadata"]["name"]
         namespace = job["metadata"].get("namespace") or cluster.namespace
@@ -139,7 +140,7 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
         )
 
     def list(self) -> list[ListAppResponse]:
-        cluster = self._cluster("")
+        cluster = self._cluster()
         with cluster.answers(f"jobs in namespace {cluster.namespace}"):
             found = cluster.batch.list_namespaced_job(cluster.namespace, label_selector=LABEL, _request_timeout=SECONDS)
         return [
@@ -196,15 +197,15 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             time.sleep(1)
 
     def _find(self, app_id: str) -> tuple[Cluster, str, str]:
-        cluster = self._cluster("")
+        cluster = self._cluster()
         namespace, _, name = app_id.rpartition(":")
         return cluster, namespace or cluster.namespace, name
 
-    def _cluster(self, context: str) -> Cluster:
-        context = context or os.environ.get("KUBE_CONTEXT", "")
-        if context not in self._clients:
-            self._clients[context] = Cluster(context)
-        return self._clients[context]
+    def _cluster(self) -> Cluster:
+        """Of the environment, for all commands alike: an option of `run` alone would let `cancel` meet another cluster's job."""
+        if self._known is None:
+            self._known = Cluster(os.environ.get("KUBE_CONTEXT", ""))
+        return self._known
 
 
 def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
@@ -217,6 +218,9 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
     index = variable("JOB_COMPLETION_INDEX")
     args = [literal(filled.substitute(arg)).replace(mark, index) for arg in role.args]
     env = {key: filled.substitute(value) for key, value in role.env.items()}
+    folder = next((value for flag, value in pairwise(role.args) if flag == "--folder"), "")
+    if folder and "://" not in folder and not any(Path(folder).is_relative_to(mount.dst_path) for mount in role.mounts):
+        raise JobError(f"out is {folder!r}, which goes with its pod; expected a URL, or a path on a volume (--mounts)")
     own = {key: value for key, value in role.metadata.get("kubernetes", {}).items() if value}
     volumes = []
     for mount in role.mounts:
@@ -285,11 +289,13 @@ def state_of(job: Any, pods: Iterable[Any]) -> tuple[AppState, str]:
     for kind in ("Failed", "FailureTarget"):
         if kind in ends:
             return AppState.FAILED, f"{ends[kind].message}. {trouble(pods)}".strip()
+    said = trouble(pods)
+    if FOR_GOOD in said:
+        return AppState.FAILED, said
     if job.spec.suspend:
         if (job.metadata.annotations or {}).get(CANCELLED):
             return AppState.CANCELLED, "cancelled; the same command goes on with the run"
         return AppState.PENDING, "waits for its queue to admit it"
-    said = trouble(pods)
     return (AppState.RUNNING if job.status.ready else AppState.PENDING), said
 
 
@@ -417,7 +423,7 @@ class Cluster:
         job = self.job(name, namespace)
         if job is None:
             return
-        state, _ = state_of(job, ())
+        state, _ = state_of(job, self.pods(name, namespace))
         if (job.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
             refuse(f"there is a job {name} in namespace {namespace} that is none of ours; choose another --name")
         if state not in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED):
@@ -433,7 +439,11 @@ class Cluster:
 
     def put(self, one: dict[str, Any], namespace: str) -> None:
         """Makes it, in place of an earlier one."""
-        self.remove(one["kind"], one["metadata"]["name"], namespace)
+        kind, name = one["kind"], one["metadata"]["name"]
+        there = found(lambda: getattr(self.core, f"read_namespaced_{KINDS[kind]}")(name, namespace))
+        if there and (there.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
+            refuse(f"there is a {kind} {name} in namespace {namespace} that is none of ours; choose another --name")
+        self.remove(kind, name, namespace)
         getattr(self.core, f"create_namespaced_{KINDS[one['kind']]}")(namespace, one, _request_timeout=SECONDS)
 
     def remove(self, kind: str, name: str, namespace: str) -> None:

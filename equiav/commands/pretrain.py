@@ -42,14 +42,24 @@ def run_pretrain(config: PretrainConfig) -> None:
         with showing(config.train.steps) as show:
             state, began, _, _, problem = run(config, ranks, tell, show)
         weights = ranks.whole(state.model)
-        where = str(config.out / "model")
-        if ranks.rank == 0 and not (began == state.step and (config.out / "model" / "config.json").exists()):
+
+        def leave() -> None:
+            if began == state.step and left(config):
+                return
             save_model(config.out / "model", weights, config)
-            if config.checkpoint.url:
-                where = bring(config)
+            where = bring(config) if config.checkpoint.url else str(config.out / "model")
             tell(f"finished: {state.step} steps, {where}")
+
+        ranks.first(leave)  # all end together: one that waits for the others to end would count as lost
         if problem:
             raise problem
+
+
+def left(config: RunConfig) -> bool:
+    """Whether an earlier start has left the model where it is to be."""
+    url = config.checkpoint.url
+    there = not url or Store(url, config.checkpoint.patience).exists("model/config.json")
+    return there and (bool(url) or (config.out / "model" / "config.json").exists())
 
 
 def bring(config: RunConfig) -> str:

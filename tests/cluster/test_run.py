@@ -259,14 +259,19 @@ def test_an_end_for_good_burns_no_restarts(kubectl, launcher):
     """The checkpoints there are of a run with another seed."""
     arguments = ["--nodes", "3", "--cpu", "1", "--memory", "2Gi", "--scratch", "4Gi", "--data", "s3://equiav/clips"]
     arguments += ["--out", "s3://equiav/demo", "--name", "mistaken", "--secret", "equiav-store"]
-    limited = [*launcher[:-1], launcher[-1] + ",restarts=1"]
-    torchx(*limited, "launch/pretrain.py", *arguments, "--", *RUN, "--seed", "5")
-    until(lambda: ended(kubectl, "mistaken") == "Failed", 180, trouble(kubectl, "mistaken"))
+    torchx(*launcher, "launch/pretrain.py", *arguments, "--", *RUN, "--seed", "5")
+    handle = f"kubernetes://torchx/{NAMESPACE}:mistaken"
+    until(lambda: "FAILED" in torchx("status", handle), 120, trouble(kubectl, "mistaken"))
+    time.sleep(15)  # the first index is tried again
     listed = kubectl.json("-n", NAMESPACE, "get", "pods", "-l", "batch.kubernetes.io/job-name=mistaken")["items"]
-    assert len(listed) <= 5  # the first index twice; the others have nothing left to do
-    told = torchx("status", f"kubernetes://torchx/{NAMESPACE}:mistaken")
+    assert len(listed) <= 5  # the first index again; the others have nothing left to do
+    told = torchx("status", handle)
     assert "FAILED" in told
     assert "seed is 5, was 0" in " ".join(told.split())
+    torchx(
+        *launcher, "launch/pretrain.py", *arguments, "--", *RUN, "--seed", "6"
+    )  # in its place, though it is tried still
+    torchx("cancel", handle)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,13 @@ def test_an_image_that_is_not_there_is_told(kubectl, launcher):
     until(lambda: "localhost/none:1" in torchx("status", handle), 60, trouble(kubectl, "no-image"))
     assert "PENDING" in torchx("status", handle)
     torchx("cancel", handle)
+
+
+def test_what_others_have_stays(kubectl, launcher):
+    before = kubectl("-n", NAMESPACE, "get", "service", "store", "-o", "jsonpath={.metadata.uid}")
+    text = torchx(*launcher, "launch/pretrain.py", "--name", "store", status=1)
+    assert "there is a Service store in namespace equiav that is none of ours" in text
+    assert kubectl("-n", NAMESPACE, "get", "service", "store", "-o", "jsonpath={.metadata.uid}") == before
 
 
 def test_what_a_guard_of_the_namespace_refuses_is_told(kubectl, launcher):

@@ -232,3 +232,33 @@ def test_too_few_nodes_for_a_long_time_are_waited_for(long_config, tmp_path):
         nodes.until(lambda: 3 in steps(nodes.out))
     finally:
         nodes.end()
+
+
+@pytest.mark.slow
+def test_a_model_that_takes_long_to_write_is_waited_for_by_all(run_config, tmp_path):
+    code = "import sys, launch.agent; from launch import node; from tests.launch import slow_end; "
+    code += "launch.agent.worker = slow_end.worker; sys.exit(node.main(sys.argv[1:]))"
+    nodes = Nodes(run_config, tmp_path / "out", nodes="2:2", port=free_port(), program=["-c", code])
+    try:
+        nodes.start(0)
+        nodes.start(1)
+        nodes.finish()
+        assert nodes.ended == {0: [0], 1: [0]}
+        assert "is lost" not in nodes.told()
+        assert len(lines(nodes.out / "starts.jsonl")) == 1
+        assert (nodes.out / "model" / "config.json").exists()
+    finally:
+        nodes.end()
+
+
+def test_an_end_that_cannot_be_written_down_is_none_for_good(long_config, tmp_path):
+    """Each node then says it by its own status."""
+    nodes = Nodes(long_config, tmp_path / "out", nodes="1:1", port=free_port(), submission="")
+    nodes.fails_for_good = True
+    try:
+        nodes.start(0, "--train.lr", "-1")
+        nodes.finish()
+        assert nodes.ended == {0: [2]}
+        assert "for good" not in nodes.told()
+    finally:
+        nodes.end()

@@ -1,0 +1,20 @@
+"""Workers of which the first takes long to write the model: longer than a node may be silent."""
+
+import time
+
+import launch.agent
+
+worker_itself = launch.agent.worker
+
+
+def worker(command):
+    import equiav.commands.pretrain as pretrain
+
+    save = pretrain.save_model
+
+    def slow(*arguments):
+        time.sleep(12)
+        save(*arguments)
+
+    pretrain.save_model = slow
+    worker_itself(command)
