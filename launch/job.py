@@ -75,7 +75,7 @@ class Job:
     metrics_port: int = 0
     grace: int = 300
     """Seconds between SIGTERM and SIGKILL: longer than a step and a save take."""
-    restarts: int = 20
+    restarts: int = 100
     """Times that a pod is replaced. Lost workers do not count: the node program starts them again."""
     ttl: int = 7 * 86400
     """Seconds for which a job that has ended stays to be looked at."""

@@ -72,7 +72,7 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             ("gpu_resource", str, "nvidia.com/gpu", "by which a GPU is asked for"),
             ("same_zone", bool, True, "prefer one zone for all pods of a job"),
             ("grace", int, 300, "seconds between SIGTERM and SIGKILL, for a step and a save"),
-            ("restarts", int, 20, "times that each pod may be replaced"),
+            ("restarts", int, 100, "times that each pod may be replaced"),
             ("ttl", int, 7 * 86400, "seconds for which a job that has ended stays to be looked at"),
         ):
             opts.add(name, type_=kind, default=default, help=what)
@@ -252,7 +252,7 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
         tolerations=tuple(cfg.get("tolerations") or ()),
         same_zone=cfg.get("same_zone", True),
         grace=cfg.get("grace", 300),
-        restarts=cfg.get("restarts", 20),
+        restarts=cfg.get("restarts", 100),
         ttl=cfg.get("ttl", 7 * 86400),
         ports=dict(role.port_map),
         role=object_name(role.name),

@@ -108,7 +108,7 @@ def test_requests_are_limits_and_everything_asked_for_is_there():
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
     assert one["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     assert one["spec"]["suspend"] is True
-    assert one["spec"]["backoffLimitPerIndex"] == 20
+    assert one["spec"]["backoffLimitPerIndex"] == 100
     assert "podFailurePolicy" not in one["spec"]
     assert "suspend" not in job_object(Job("a", "i", ("c",)))["spec"]
 
