@@ -249,6 +249,7 @@ def test_from_the_keyboard_it_ends_though_its_processes_are_busy(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     try:
         while parent.stdout.readline() != "7\n":  # the others are done: one process sleeps
