@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.data.clips import BadClipError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
-    from equiav.train.run import final
+    from equiav.train.run import remedy
     from streaming import CacheError, CacheGone, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
 
     mistakes = (ConfigError, CheckpointError, CacheError)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(command, rest)
     except (*mistakes, *troubles, Ending) as error:
         print(f"equiav {command}: {error}", file=sys.stderr)
-        _tell_agent(str(error), final(error))
+        _tell_agent(str(error), remedy(error))
         if isinstance(error, Ending):
             return error.status
         return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
@@ -109,21 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as error:  # of the parser, which has said why
         if error.code and error.code != 143:
-            _tell_agent("the command line is wrong; its error stands above", True)
+            _tell_agent("the command line is wrong; its error stands above", "never")
         raise
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _tell_agent(text: str, final: bool) -> None:
-    """As one of torchrun's processes: what it ended with, and whether that is for good. torchrun would start it again and again
+def _tell_agent(text: str, remedy: str) -> None:
+    """As one of torchrun's processes: what it ended with, and what can be done about it. torchrun would start it again and again
     all the same, so it is asked to end; our own agent (launch/agent.py) reads what is written here."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"timestamp": str(int(time.time())), "final": final}
+        extra = {"timestamp": str(int(time.time())), "remedy": remedy}
         with contextlib.suppress(OSError):  # a full disk: the status says enough
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-    if final and "TORCHELASTIC_RUN_ID" in os.environ and "EQUIAV_NODE" not in os.environ:
+    if remedy != "again" and "TORCHELASTIC_RUN_ID" in os.environ and "EQUIAV_NODE" not in os.environ:
         os.kill(os.getppid(), signal.SIGTERM)
 
 

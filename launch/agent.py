@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousExitOp
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launch.ended import SUPERSEDED, TERMINATED, Ended, first_line
+from launch.ended import SUPERSEDED, TERMINATED, Ended, first_line, name_of
 
 if TYPE_CHECKING:
     from launch.node import Node
@@ -83,6 +83,7 @@ class Agent(LocalElasticAgent):
         self._round = 0
         self._begun = 0.0
         self._quick = 0  # rounds in a row that failed at once
+        self._doubt = False  # whether the last of them ended with what may pass
 
     def abandon(self) -> None:
         """Its rendezvous is lost."""
@@ -159,24 +160,27 @@ class Agent(LocalElasticAgent):
         context: Any = self._pcontext
         statuses = [process.exitcode for process in context._pc.processes]
         words = [error_of(path) for path in context.error_files.values()]
-        for status, (text, final) in zip(statuses, words, strict=True):
-            if status == SUPERSEDED or final:
+        quick = time.monotonic() - self._begun < QUICK
+        for status, (text, remedy) in zip(statuses, words, strict=True):
+            final = remedy == "never" or (remedy == "doubt" and quick and self._doubt)
+            if status == SUPERSEDED or final or remedy == "elsewhere":
                 self.leave()
                 final = final and (status != SUPERSEDED or self.node.record.replaced())
                 raise Ended(status, text, final and self.node.record.write(status, text))
+        self._doubt = any(remedy == "doubt" for _, remedy in words)
         status, text = statuses[first], words[first][0]
         if self.asked:
             self.leave()
             raise Ended(TERMINATED if signal.SIGTERM in self.asked else 130, text or "asked to end")
         rank = worker_group.workers[first].global_rank
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        how = f"by {name_of(-status)}" if status < 0 else f"with status {status}"
         self.tell(f"rank {rank} ended {how}" + (f": {text}" if text else ""))
         if status != TERMINATED:  # by which another node leaves, and all have saved
-            self._pause(status)
+            self._pause(status, quick)
 
-    def _pause(self, status: int) -> None:
+    def _pause(self, status: int, quick: bool) -> None:
         """Between rounds that fail one after the other."""
-        self._quick = self._quick + 1 if time.monotonic() - self._begun < QUICK else 0
+        self._quick = self._quick + 1 if quick else 0
         if self._quick >= ROUNDS:
             self.leave()
             text = f"{self._quick} rounds in a row have failed in less than {QUICK:.0f} s each; this node gives up"
@@ -229,13 +233,13 @@ def worker(command: list[str]) -> None:
         sys.exit(status)
 
 
-def error_of(path: str) -> tuple[str, bool]:
-    """What a worker has said of its end -> (in words, whether no restart mends it)."""
+def error_of(path: str) -> tuple[str, str]:
+    """What a worker has said of its end -> (in words, what to do about it: as in equiav.train.run)."""
     try:
         message = json.loads(Path(path).read_text())["message"]
-        return str(message["message"]), bool(message["extraInfo"].get("final"))
+        return str(message["message"]), str(message["extraInfo"].get("remedy", "again"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "", False  # it was killed, or has said it on its standard error alone
+        return "", "again"  # it was killed, or has said it on its standard error alone
 
 
 def reap() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torchx.specs import AppDef, Resource, Role
 from torchx.specs.builders import parse_mounts
 from torchx.specs.finder import ComponentValidationException
+from torchx.util.types import to_dict
 
 from launch.job import QUANTITY, object_name, size
 
@@ -75,12 +76,18 @@ def app(
     cpu: int = 0,
     memory: str = "",
     gpus: int = 0,
-    env: dict[str, str] | None = None,
+    env: str = "",
     mounts: list[str] | None = None,
     settings: str = "",
     metadata: dict[str, Any] | None = None,
 ) -> AppDef:
     """program: after `python -m`. Only macros of TorchX may have a `$` in it that is no `$$`."""
+    try:
+        variables = to_dict(env)  # TorchX would show a traceback
+    except ValueError as error:
+        refuse(f"env: {error}; expected NAME=VALUE,NAME=VALUE")
+    if SETTINGS in variables:
+        refuse(f"env: {SETTINGS} is how the settings reach the program; give them after `--`, or with --config")
     memory = memory or f"{max(1, gpus) * (64 if gpus else 8)}Gi"
     try:
         volumes = parse_mounts(mounts or [])
@@ -91,7 +98,7 @@ def app(
         image=image,
         entrypoint="python",
         args=["-m", *program],
-        env={name: literal(value) for name, value in (env or {}).items()},
+        env={name: literal(value) for name, value in variables.items()},
         min_replicas=nodes[0],
         num_replicas=nodes[1],
         resource=Resource(cpu=cpu or (12 * gpus or 2), gpu=gpus, memMB=bytes_of("memory", memory) >> 20),

@@ -1,21 +1,21 @@
-"""How a run ended for good, kept beside its checkpoints: whoever starts a node of it looks there first.
+"""How a run ended, finished or for good, kept beside its checkpoints: whoever starts a node of it looks there first.
 
 Kubernetes starts again whatever fails. A pod failure policy could tell it which ends are for good, but then the pods of a lost
 node are never replaced. So the nodes tell each other: the one that sees such an end writes it down, every node looks before it
-starts workers, and leaves. What is written counts for one submission alone; whoever submits again has mended the cause.
+starts workers, and leaves. What is written counts for one submission alone; whoever submits again has mended the cause. That
+the run has finished is written, too: a first node that is lost at the very end begins again when no other is left to join.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import signal
 import time
 
 TERMINATED, SUPERSEDED = 143, 144  # as in equiav.ending
 OWNER = "owner"  # as in equiav.train.checkpoint
 PATIENCE = 60.0  # seconds for a store that does not answer
-
-
 FOR_GOOD = "the run has ended for good: "  # by which `torchx status` knows it, too
 
 
@@ -40,7 +40,7 @@ class Record:
         self.name = f"ended-{re.sub('[^A-Za-z0-9-]', '-', submission)}"
 
     def look(self) -> None:
-        """Raises Ended if the run has ended for good, or its folder refuses this node."""
+        """Raises Ended if the run has ended, or its folder refuses this node."""
         if not (self.folder and self.submission):
             return
         from streaming import Store, StoreError
@@ -56,6 +56,8 @@ class Record:
             raise Ended(1, f"{error}. Mend the credentials: Kubernetes tries again, after pauses that grow") from None
         except (StoreError, ValueError, KeyError, TypeError):
             return  # the workers, which have more patience, will tell
+        if status == 0:
+            raise Ended(0, text)
         raise Ended(status, f"{text}. Mend the cause, and submit it again", final=True)
 
     def write(self, status: int, error: str) -> bool:
@@ -80,6 +82,14 @@ class Record:
             return str(owner["submission"]) != self.submission
         except (StoreError, ValueError, KeyError, TypeError):
             return False
+
+
+def name_of(number: int) -> str:
+    """Of a signal; some have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def first_line(error: BaseException) -> str:

@@ -15,12 +15,13 @@ MOST_SETTINGS = 100_000  # bytes: they reach the pod as an environment variable,
 LONGEST_NAME = 52  # with the index and Kubernetes' own ending, a pod's host name has at most 63
 USER = 10001  # of the image
 LOST = 5  # seconds for which a node may be away before its pods are given up
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+QUANTITY = re.compile(r"\d+(\.\d+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | {
     f"{unit}i": 1024**power for power, unit in enumerate("KMGTP", 1)
 }
 LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+OURS = ("POD_IP", "NODE_NAME", "EQUIAV_SUBMISSION", "TORCHX_RANK0_HOST", "EQUIAV_CONFIG")
 
 
 class JobError(ValueError):
@@ -90,20 +91,28 @@ class Job:
         least, most = self.nodes
         require(1 <= least <= most, "nodes", f"{least}:{most}", "MIN:MAX, 1 or more")
         require(self.gpus >= 0, "gpus", self.gpus, "0 or more")
-        for setting in ("cpu", "memory", "scratch"):
+        cores = re.fullmatch(r"(\d+)(\.\d{1,3}|m)?", self.cpu)
+        require(bool(cores and re.search("[1-9]", self.cpu)), "cpu", self.cpu, "a number of cores, such as 4 or 500m")
+        for setting in ("memory", "scratch"):
             value = getattr(self, setting)
-            good = bool(QUANTITY.fullmatch(value)) and not (value.endswith("m") and setting != "cpu")
-            require(good and float(re.sub("[A-Za-z]", "", value)) > 0, setting, value, "a quantity, such as 4 or 16Gi")
-        size = len(self.settings.encode())
-        require(size <= MOST_SETTINGS, "size of the settings", f"{size:,} bytes", f"at most {MOST_SETTINGS:,}")
+            good = QUANTITY.fullmatch(value) and size(value) >= 1
+            require(bool(good), setting, value, "a quantity, such as 16Gi")
+        length = len(self.settings.encode())
+        require(length <= MOST_SETTINGS, "size of the settings", f"{length:,} bytes", f"at most {MOST_SETTINGS:,}")
         for variable in self.env:
-            require(bool(VARIABLE.fullmatch(variable)), "env", variable, "a variable's name")
+            good = VARIABLE.fullmatch(variable) and variable not in OURS
+            require(
+                bool(good), "env", variable, f"a variable's name, and none of {', '.join(OURS)}, which the job sets"
+            )
         for key, value in self.node_selector.items():
             require(
                 bool(key) and bool(LABEL.fullmatch(value)), "node_selector", f"{key}={value}", "a label and its value"
             )
         for volume in self.volumes:
             require(volume.path.startswith("/"), "mounts", volume.path, "an absolute path in the pod")
+        paths = ["/tmp", "/dev/shm", *(volume.path.rstrip("/") for volume in self.volumes)]
+        twice = next((path for path in paths if paths.count(path) > 1), "")
+        require(not twice, "mounts", twice, "each path once (/tmp and /dev/shm are the job's own)")
         for setting in ("grace", "ttl", "restarts"):
             require(getattr(self, setting) >= 0, setting, getattr(self, setting), "0 or more")
 
@@ -340,7 +349,7 @@ def spread(job: Job) -> list[dict[str, Any]]:
 
 def volume_of(number: int, volume: Volume) -> dict[str, Any]:
     if volume.source.startswith("/"):
-        return {"name": f"volume-{number}", "hostPath": {"path": volume.source, "type": "DirectoryOrCreate"}}
+        return {"name": f"volume-{number}", "hostPath": {"path": volume.source, "type": "Directory"}}
     return {
         "name": f"volume-{number}",
         "persistentVolumeClaim": {"claimName": volume.source, "readOnly": volume.read_only},

@@ -23,7 +23,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from launch.ended import TERMINATED, Ended, Record, first_line
+from launch.ended import TERMINATED, Ended, Record, first_line, name_of
 
 PORT = 29400  # of the rendezvous
 SETTINGS = "EQUIAV_CONFIG"  # environment variable with the run's settings, as YAML
@@ -84,10 +84,9 @@ class Asked:
 
     def _handle(self, number: int, _: Any) -> None:
         self.numbers.append(number)
-        name = signal.Signals(number).name
         if not (self.agent and self.agent.signal(number)):
-            raise Ended(TERMINATED, f"{name}: ends before its workers have begun")
-        tell(self.node, f"{name}: the workers finish their step, save, and end")
+            raise Ended(TERMINATED, f"{name_of(number)}: ends; no worker of this node runs")
+        tell(self.node, f"{name_of(number)}: the workers finish their step, save, and end")
 
 
 def parse(argv: list[str] | None) -> Node:
@@ -132,6 +131,7 @@ def run(node: Node, asked: Asked) -> int:
         try:
             asked.agent = agent = make_agent(node, asked.numbers, lambda text: tell(node, text))
             agent.run()
+            node.record.write(0, "the run has finished")
             tell(node, "finished")
             return 0
         except Closed:

@@ -1,7 +1,7 @@
 """`torchx run -s kubernetes launch/pack.py`: packs clips into a dataset, near the store that it goes to."""
 
 import functools
-from typing import Any, Dict, List, Optional  # noqa: UP035  TorchX reads these spellings only
+from typing import Any, List, Optional  # noqa: UP035  TorchX reads these spellings only
 
 from torchx.specs import AppDef
 
@@ -19,7 +19,7 @@ def pack(
     name: str = "pack",
     queue: str = "",
     secret: str = "",
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    env: str = "",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
 ) -> AppDef:
     """Packs clips into a dataset of shards. Killed and started again, it goes on where it was.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Dict, List, Optional  # noqa: UP035  TorchX reads these spellings only
+from typing import Any, List, Optional  # noqa: UP035  TorchX reads these spellings only
 
 from torchx.specs import AppDef, macros
 
@@ -24,7 +24,7 @@ def pretrain(
     name: str = "",
     queue: str = "",
     secret: str = "",
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    env: str = "",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     workers: int = 0,
 ) -> AppDef:

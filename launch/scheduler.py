@@ -33,10 +33,11 @@ from torchx.specs.api import (
     macros,
     runopts,
 )
+from torchx.util.types import to_dict
 
 from launch.component import SETTINGS
 from launch.ended import FOR_GOOD
-from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, size, variable
+from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, variable
 
 CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
@@ -55,13 +56,27 @@ def refuse(text: str) -> NoReturn:
     raise SystemExit(f"equiav: {text}")
 
 
+class Options(runopts):
+    """As TorchX's, which shows a traceback for a value that is wrong, and passes over a name that it does not know."""
+
+    def cfg_from_str(self, cfg_str: str) -> dict[str, Any]:
+        try:
+            unknown = sorted(name for name in to_dict(cfg_str) if self.get(name) is None)
+            given = super().cfg_from_str(cfg_str)
+        except (ValueError, IndexError) as error:
+            refuse(f"-cfg {cfg_str}: {error}; `torchx runopts kubernetes` lists the options and their kinds")
+        if unknown:
+            refuse(f"-cfg: there is no option {', '.join(unknown)}; `torchx runopts kubernetes` lists them")
+        return given
+
+
 class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
     def __init__(self, session_name: str):
         super().__init__("kubernetes", session_name)
         self._known: Cluster | None = None
 
     def _run_opts(self) -> runopts:
-        opts = runopts()
+        opts = Options()
         for name, kind, default, what in (
             ("namespace", str, None, "of the job (default: that of the context)"),
             ("service_account", str, None, "of the pods; they get no token of it"),
@@ -97,12 +112,12 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
         name = job["metadata"]["name"]
         namespace = job["metadata"].get("namespace") or cluster.namespace
         with cluster.answers(f"namespace {namespace}"):
-            cluster.check(job, namespace)
+            cluster.check(made, namespace)
             cluster.make_way(name, namespace)
             for one in made[:-1]:
                 cluster.put(one, namespace)
             try:
-                uid = cluster.batch.create_namespaced_job(namespace, job, _request_timeout=SECONDS).metadata.uid
+                uid = cluster.create(job, namespace).metadata.uid
             except Exception:
                 for one in made[:-1]:
                     cluster.remove(one["kind"], name, namespace)
@@ -120,7 +135,10 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
                 return None
             pods = cluster.pods(name, namespace)
             state, message = state_of(job, pods)
-            message = message or ("" if pods else cluster.refusal(name, namespace))
+            for kind, stuck in [("Job", name)] * (not pods) + [
+                ("Pod", pod.metadata.name) for pod in pods if begins(pod)
+            ]:
+                message = message or cluster.warning(kind, stuck, namespace)
         role = role_of(job)
         newest: dict[int, Any] = {}
         for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
@@ -178,19 +196,34 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
         return filter_regex(regex, lines) if regex else lines
 
     def _lines(self, app_id: str, index: int, since: datetime | None, follow: bool) -> Iterable[str]:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
         cluster, namespace, name = self._find(app_id)
-        seen: set[str] = set()
-        options: dict[str, Any] = {"follow": follow, "_preload_content": False}
-        if since:
-            options["since_seconds"] = max(1, int(time.time() - since.timestamp()))
+        read: set[str] = set()
+        last: dict[str, str] = {}  # pod -> time of its last line
         while True:
             with cluster.answers(f"job {name} in namespace {namespace}"):
                 job = cluster.job(name, namespace)
                 pods = [pod for pod in cluster.pods(name, namespace) if index_of(pod) == index] if job else []
-            begun = [pod for pod in pods if pod.metadata.name not in seen and pod.status.phase != "Pending"]
+            begun = [pod for pod in pods if pod.metadata.name not in read and pod.status.phase != "Pending"]
             for pod in sorted(begun, key=lambda pod: pod.metadata.creation_timestamp):
-                seen.add(pod.metadata.name)
-                yield from cluster.log(pod.metadata.name, namespace, options)
+                pod_name, trouble = pod.metadata.name, ""
+                before = last.get(pod_name, "")
+                try:
+                    for when, line in cluster.log(pod_name, namespace, since, follow):
+                        if when > before:  # no line twice, where the connection broke
+                            last[pod_name] = when
+                            yield line
+                except ApiException as error:
+                    trouble = f"(no log of pod {pod_name}: {reason(error)})\n"
+                except HTTPError as error:  # its machine is gone, or the connection to the server
+                    trouble = f"(the log of pod {pod_name} broke off: {error})\n"
+                if trouble and follow and pod.status.phase == "Running":
+                    continue  # from where it broke
+                read.add(pod_name)
+                if trouble:
+                    yield trouble
             ended = job is None or state_of(job, ())[0] in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED)
             if not follow or ended:
                 return
@@ -319,6 +352,11 @@ def index_of(pod: Any) -> int:
     return int((pod.metadata.annotations or {}).get("batch.kubernetes.io/job-completion-index", 0))
 
 
+def begins(pod: Any) -> bool:
+    """Whether it has a machine, and no container yet."""
+    return pod.status.phase == "Pending" and bool(pod.spec.node_name)
+
+
 def pod_state(pod: Any) -> AppState:
     return {
         "Pending": AppState.PENDING,
@@ -342,11 +380,11 @@ def structured(pod: Any) -> str:
 
 
 def role_of(job: Any) -> Role:
+    from kubernetes.utils.quantity import parse_quantity
+
     container = job.spec.template.spec.containers[0]
     limits = (container.resources and container.resources.limits) or {}
-    gpus = next((int(count) for name, count in limits.items() if name.endswith("/gpu")), 0)
-    cpu = limits.get("cpu", "0")
-    cores = float(cpu.rstrip("m")) / (1000 if cpu.endswith("m") else 1)
+    gpus = next((int(parse_quantity(count)) for name, count in limits.items() if name.endswith("/gpu")), 0)
     return Role(
         name=container.name,
         image=container.image,
@@ -354,7 +392,11 @@ def role_of(job: Any) -> Role:
         args=[*(container.command or [""])[1:], *(container.args or [])],
         env={one.name: one.value for one in container.env or () if one.value},
         num_replicas=job.spec.completions or 1,
-        resource=Resource(cpu=round(cores), gpu=gpus, memMB=size(limits.get("memory", "0")) >> 20),
+        resource=Resource(
+            cpu=round(parse_quantity(limits.get("cpu", "0"))),
+            gpu=gpus,
+            memMB=int(parse_quantity(limits.get("memory", "0"))) >> 20,
+        ),
     )
 
 
@@ -391,8 +433,17 @@ class Cluster:
         selector = f"batch.kubernetes.io/job-name={name}"
         return self.core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=SECONDS).items
 
-    def check(self, job: dict[str, Any], namespace: str) -> None:
-        """What the job refers to is there: else its pods would wait without end."""
+    def check(self, made: list[dict[str, Any]], namespace: str) -> None:
+        """The server would take the objects, and what the job refers to is there: else its pods would wait without end."""
+        from kubernetes.client import ApiException
+
+        job = made[-1]
+        for one in made:
+            try:
+                self.create(one, namespace, dry_run="All")
+            except ApiException as error:
+                if error.status != 409:  # an earlier job's, in whose place it comes
+                    raise
         container = job["spec"]["template"]["spec"]["containers"][0]
         names = [source["secretRef"]["name"] for source in container.get("envFrom", [])]
         names += [one["name"] for one in job["spec"]["template"]["spec"].get("imagePullSecrets", [])]
@@ -444,41 +495,41 @@ class Cluster:
         if there and (there.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
             refuse(f"there is a {kind} {name} in namespace {namespace} that is none of ours; choose another --name")
         self.remove(kind, name, namespace)
-        getattr(self.core, f"create_namespaced_{KINDS[one['kind']]}")(namespace, one, _request_timeout=SECONDS)
+        self.create(one, namespace)
+
+    def create(self, one: dict[str, Any], namespace: str, **options: str) -> Any:
+        api = self.batch if one["kind"] == "Job" else self.core
+        create = getattr(api, f"create_namespaced_{KINDS[one['kind']]}")
+        return create(namespace, one, _request_timeout=SECONDS, **options)
 
     def remove(self, kind: str, name: str, namespace: str) -> None:
         found(lambda: getattr(self.core, f"delete_namespaced_{KINDS[kind]}")(name, namespace))
 
-    def refusal(self, name: str, namespace: str) -> str:
-        """Why a job has no pods: a quota, or a guard of the namespace."""
-        about = f"involvedObject.name={name},involvedObject.kind=Job,type=Warning"
+    def warning(self, kind: str, name: str, namespace: str) -> str:
+        """Why a job has no pods (a quota, a guard of the namespace), or a pod no container (a volume)."""
+        about = f"involvedObject.name={name},involvedObject.kind={kind},type=Warning"
         events = allowed(lambda: self.core.list_namespaced_event(namespace, field_selector=about).items)
-        return events[-1].message if isinstance(events, list) and events else ""
+        of = f"pod {name}: " if kind == "Pod" else ""
+        return f"{of}{events[-1].message}" if isinstance(events, list) and events else ""
 
     def patch(self, kind: str, name: str, namespace: str, change: dict[str, Any]) -> None:
         getattr(self.core, f"patch_namespaced_{KINDS[kind]}")(name, namespace, change, _request_timeout=SECONDS)
 
-    def log(self, pod: str, namespace: str, options: dict[str, Any]) -> Iterable[str]:
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            answer = self.core.read_namespaced_pod_log(pod, namespace, **options)
-        except ApiException as error:
-            yield f"(no log of pod {pod}: {reason(error)})\n"
-            return
+    def log(self, pod: str, namespace: str, since: datetime | None, follow: bool) -> Iterable[tuple[str, str]]:
+        """-> time and text of each line. The times can be compared."""
+        seconds = {"since_seconds": max(1, int(time.time() - since.timestamp()))} if since else {}
+        answer = self.core.read_namespaced_pod_log(
+            pod, namespace, follow=follow, timestamps=True, _preload_content=False, **seconds
+        )
         rest = b""
-        try:
-            for part in answer.stream(decode_content=False):
-                *lines, rest = (rest + part).split(b"\n")
-                yield from (line.decode(errors="replace") + "\n" for line in lines)
-        except HTTPError as error:  # its machine is gone, or the connection to the server
-            rest += f"(the log of pod {pod} broke off: {error})".encode()
-        if rest:
-            yield rest.decode(errors="replace") + "\n"
+        for part in answer.stream(decode_content=False):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                when, _, text = line.decode(errors="replace").partition(" ")
+                yield when, f"{text}\n"
 
 
-KINDS = {"Service": "service", "ConfigMap": "config_map"}
+KINDS = {"Service": "service", "ConfigMap": "config_map", "Job": "job"}
 
 
 class Answers:

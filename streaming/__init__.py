@@ -1,6 +1,6 @@
 """WebDataset shards on object storage, delivered in an order that no crash and no resize can change. docs/streaming.md."""
 
-from streaming.cache import CacheError, CacheGone
+from streaming.cache import CacheError, CacheGone, CacheMisfit
 from streaming.dataset import Dataset, DatasetError
 from streaming.loader import Batch, Decoder, Loader, Stats
 from streaming.order import Epoch, Order
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "CacheError",
     "CacheGone",
+    "CacheMisfit",
     "ChildDied",
     "Dataset",
     "DatasetError",

@@ -31,6 +31,10 @@ class CacheError(OSError):
     """The cache cannot hold what a run needs; the message names the setting."""
 
 
+class CacheMisfit(CacheError):  # noqa: N818
+    """What the settings ask of a cache folder suits no machine."""
+
+
 class CacheGone(CacheError):  # noqa: N818
     """The folder is no longer there."""
 

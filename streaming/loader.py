@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
-from streaming.cache import Cache, CacheError, Claim, gone
+from streaming.cache import Cache, CacheError, CacheMisfit, Claim, gone
 from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
 from streaming.order import Epoch, Order, share
@@ -146,7 +146,7 @@ class Loader:
         if dataset.store.local:
             cache = None
         elif cache is None:
-            raise CacheError(f"{dataset.store.url} is not local, and no cache folder is set for its shards")
+            raise CacheMisfit(f"{dataset.store.url} is not local, and no cache folder is set for its shards")
         self._cache = Cache(cache, cache_bytes) if cache else None
         self._claim: Claim | None = None
         if self._cache:
@@ -412,7 +412,7 @@ class Loader:
             return needed + needed // 50  # offsets files
 
         if cache.limit < room(held):
-            raise CacheError(
+            raise CacheMisfit(
                 f"cache_bytes is {cache.limit}, expected {room(held)} or more: room for {held} windows of "
                 f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
                 "node. Raise it, or lower the window, or pack smaller shards"

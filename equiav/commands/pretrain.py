@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.config import RunConfig, require
+from equiav.config import NotHere, RunConfig
 from equiav.parallel import Ranks
 from equiav.train import launched, run
 from equiav.train.run import Show
@@ -27,7 +27,8 @@ class PretrainConfig(RunConfig):
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
     console = Console(stderr=True)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.config import RunConfig, require
+from equiav.config import NotHere, RunConfig, require
 from equiav.data.decoder import ClipDecoder
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
@@ -61,7 +61,8 @@ class SmokeConfig(RunConfig):
 
 def run_smoke(config: SmokeConfig) -> None:
     console, started = Console(), time.perf_counter()
-    require(config.device == "cpu" or torch.cuda.is_available(), "device", config.device, "cpu: this torch sees no GPU")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
     for left in ("metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):

@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A setting is wrong. The message names it, what was found, what is expected."""
 
 
+class NotHere(ConfigError):  # noqa: N818
+    """This machine cannot do what a setting says. Another may."""
+
+
 def require(condition: bool, setting: str, found: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{setting} is {found}, expected {expected}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from equiav.augment import Clips
-from equiav.config import ConfigError, RunConfig, differences, to_dict, to_yaml
+from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
 from equiav.parallel import Ranks
@@ -28,18 +28,35 @@ from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
 from equiav.train.watch import Watch
-from streaming import Bad, CacheError, CacheGone, DatasetError, Loader, Quarantine, Stats, TooManyBadSamples
+from streaming import (
+    Bad,
+    CacheError,
+    CacheGone,
+    CacheMisfit,
+    DatasetError,
+    Loader,
+    Quarantine,
+    Stats,
+    TooManyBadSamples,
+)
 from streaming.store import Denied
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
-FINAL = (ConfigError, DatasetError, CacheError, Denied, TooManyBadSamples, FloatingPointError, Superseded)
+FINAL = (ConfigError, DatasetError, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
 
-def final(error: BaseException) -> bool:
-    """Whether no restart mends it."""
-    return isinstance(error, FINAL) and not isinstance(error, CacheGone)
+def remedy(error: BaseException) -> str:
+    """What a launcher is to do about it: start the workers `again`; start this node `elsewhere`, the others go on; `never` start
+    it again, since no restart mends it; `doubt`: once again, then never."""
+    if isinstance(error, CacheGone):
+        return "again"
+    if isinstance(error, NotHere | CacheError) and not isinstance(error, CacheMisfit):
+        return "elsewhere"
+    if isinstance(error, Denied):  # a store may refuse for a moment what it has always allowed
+        return "doubt"
+    return "never" if isinstance(error, FINAL) else "again"
 
 
 class NotFinite(FloatingPointError):  # noqa: N818
@@ -62,7 +79,7 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out: {config.out} cannot be made ({error}); set a folder that can be written") from None
+        raise NotHere(f"out: {config.out} cannot be made ({error}); set a folder that can be written") from None
     # The parts, each handed what it needs.
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
     checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
@@ -372,7 +389,7 @@ def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
                 raise ConfigError(f"the run has ended: {how}")
         yield not ranks.spare
     except Exception as error:
-        if final(error):
+        if remedy(error) == "never":
             ranks.close(str(error))
         raise
     ranks.close()

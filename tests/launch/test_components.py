@@ -133,12 +133,35 @@ def test_arguments_arrive_as_they_were_typed(tmp_path):
         ([*RUN, "--", "--resume", "never"], "resume is never"),
         ([*RUN, "--", "--device", "cuda"], "device is cuda, and gpus is 0"),
         ([*RUN, "--mounts", "src=x"], "mounts:"),
+        (
+            [*RUN, "--mounts", "type=bind,src=/a,dst=/c,type=bind,src=/b,dst=/c/"],
+            "mounts is '/c', expected each path once",
+        ),
+        ([*RUN, "--env", "POD_IP=1"], "env is 'POD_IP', expected a variable's name, and none of"),
+        ([*RUN, "--env", "EQUIAV_CONFIG=1"], "env: EQUIAV_CONFIG is how the settings reach the program"),
+        ([*RUN, "--env", "novalue"], "`novalue` does not have at least one"),
     ],
 )
 def test_a_mistake_is_told_where_it_is_typed(arguments, told, tmp_path):
     text = torchx("run", "-s", "kubernetes", "launch/pretrain.py", *arguments, cwd=tmp_path, status=1)
     assert told in text
     assert "key:word" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("restarts=x", "invalid literal"),
+        ("restart=5", "there is no option restart"),
+        ("node_selector=a", "node_selector"),
+    ],
+)
+def test_a_mistake_in_the_options_of_the_cluster_is_told(options, told, tmp_path):
+    text = torchx("run", "-s", "kubernetes", "-cfg", options, "launch/pretrain.py", cwd=tmp_path, status=1)
+    assert "equiav: -cfg" in text
+    assert told in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("where", ["", "/nowhere/config"])

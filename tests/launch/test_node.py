@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from equiav.data.local_s3 import LocalS3
-from launch.ended import Ended
+from launch.ended import Ended, Record
 from tests.launch.nodes import Nodes
 from tests.train.ranks import free_port
-from tests.train.test_pretrain import Run, lines, same_run, steps
+from tests.train.test_pretrain import ENV, Run, lines, same_run, steps
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_asked_to_end_before_there_are_workers(nodes):
     nodes.wanted.discard(1)
     nodes.running[1].terminate()
     assert nodes.running[1].wait(20) == 143
-    assert "ends before its workers have begun" in nodes.told()
+    assert "ends; no worker of this node runs" in nodes.told()
 
 
 def test_nothing_of_a_node_outlives_it(nodes):
@@ -213,6 +213,58 @@ def test_a_folder_that_refuses_is_tried_again_later(tmp_path):
         )
         assert done.returncode == 1
         assert "Mend the credentials" in done.stderr
+
+
+def test_data_that_is_refused_is_asked_for_once_again(long_config, tmp_path, monkeypatch):
+    """A store may refuse for a moment; a run of many nodes does not end for good by that."""
+    (tmp_path / "clips").mkdir()
+    with LocalS3(tmp_path) as s3:
+        monkeypatch.setitem(ENV, "AWS_ACCESS_KEY_ID", s3.key)
+        monkeypatch.setitem(ENV, "AWS_SECRET_ACCESS_KEY", "wrong")
+        monkeypatch.setitem(ENV, "AWS_ENDPOINT_URL", s3.options["endpoint_url"])
+        nodes = Nodes(long_config, tmp_path / "out", nodes="1:1", port=free_port())
+        nodes.fails_for_good = True
+        try:
+            nodes.start(0, "--stream.url", "s3://clips/a", "--stream.cache", str(tmp_path / "cache"))
+            nodes.finish()
+        finally:
+            nodes.end()
+        assert nodes.ended == {0: [1]}
+        assert nodes.told().count("access is refused") > 2
+        assert "round 2" in nodes.told()
+        assert "round 3" not in nodes.told()
+        assert "the run has ended for good" in nodes.told()
+
+
+def test_trouble_of_one_machine_is_that_nodes_alone(long_config, tmp_path):
+    nodes = Nodes(long_config, tmp_path / "out", nodes="1:2", port=free_port())
+    nodes.fails_for_good = True
+    try:
+        nodes.start(0)
+        nodes.until(nodes.moved())
+        (tmp_path / "file").touch()
+        nodes.start(1, "--out", str(tmp_path / "file" / "out"))
+        moved = nodes.moved(ranks=1)
+        nodes.until(lambda: 1 in nodes.ended and moved())
+        assert nodes.ended == {1: [2]}
+        assert "cannot be made" in nodes.told()
+        assert not list((nodes.out / "checkpoints").glob("ended-*"))
+    finally:
+        nodes.end()
+
+
+@pytest.mark.parametrize(("ended", "index", "status"), [(0, 0, 0), (0, 1, 0), (2, 0, 2), (2, 1, 0)])
+def test_a_node_that_begins_after_the_end_leaves(ended, index, status, tmp_path):
+    """The first node may be lost when the others have finished: nobody would ever join it."""
+    Record(str(tmp_path), "one", 1).write(ended, "how it ended")
+    command = [sys.executable, "-m", "launch.node", "--run", "a", "--nodes", "2:2", "--index", str(index)]
+    command += ["--folder", str(tmp_path), "--", "pretrain"]
+    done = subprocess.run(
+        command, env={**os.environ, "EQUIAV_SUBMISSION": "one"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status
+    assert "how it ended" in done.stderr
+    assert ("for good" in done.stderr) is bool(ended)
 
 
 @pytest.mark.parametrize(("final", "index", "status"), [(True, 0, 2), (True, 1, 0), (False, 0, 2), (False, 1, 2)])
