@@ -5,12 +5,14 @@
 A program's folder in the cache is named by its version: a new version is built beside the old one.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 KUBERNETES = "1.34.4"  # the last that takes cgroup v1 without being told to, and Debian 12's containerd 1.6
@@ -24,6 +26,15 @@ MODULES = {  # program -> its module, the package in it, the version
 MORE = {
     "kwok": ("sigs.k8s.io/kwok", "/cmd/kwok", "0.8.0"),  # thousands of simulated nodes
     "kueue": ("sigs.k8s.io/kueue", "/cmd/kueue", "0.17.0"),  # older ones do not build as a module
+}
+FILES = {  # of a program's module, to be kept beside it
+    "kwok": [
+        "kustomize/stage/node/fast/node-initialize.yaml",
+        "kustomize/stage/node/heartbeat-with-lease/node-heartbeat-with-lease.yaml",
+        "kustomize/stage/pod/fast/pod-ready.yaml",
+        "kustomize/stage/pod/fast/pod-delete.yaml",
+    ],
+    "kueue": ["config/components/crd/bases", "config/components/webhook/manifests.yaml"],
 }
 PACKAGES = {  # of Debian: a program -> the package that has it. Any version from Debian 12 on will do.
     "etcd": "etcd-server",
@@ -73,8 +84,7 @@ def build(more=False):
         _build(f"kubernetes-{KUBERNETES}", kubernetes)
     for name, (module, package, version) in (MODULES | (MORE if more else {})).items():
         if not program(name).exists():
-            path = f"{module}{package}@v{version}"
-            _build(program(name).parent.name, lambda work, into, path=path: go(work, "install", path, GOBIN=str(into)))
+            _build(program(name).parent.name, partial(install, name, module, package, f"v{version}"))
 
 
 def _build(name, make):
@@ -89,6 +99,15 @@ def _build(name, make):
         shutil.rmtree(CACHE / name, ignore_errors=True)  # of a list of programs that was shorter
         into.rename(CACHE / name)
     print(f"{time.monotonic() - begun:.0f} s", flush=True)
+
+
+def install(name, module, package, version, work, into):
+    go(work, "install", f"{module}{package}@{version}", GOBIN=str(into))
+    if name in FILES:
+        source = Path(json.loads(go(work, "mod", "download", "-json", f"{module}@{version}"))["Dir"])
+        for wanted in FILES[name]:
+            for path in [source / wanted] if (source / wanted).is_file() else (source / wanted).iterdir():
+                (into / path.name).write_bytes(path.read_bytes())
 
 
 def go(folder, *arguments, **environment):

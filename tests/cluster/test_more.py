@@ -37,12 +37,12 @@ def simulated(kubectl, cluster):
             }
         )
     log = (cluster.folder / "kwok.log").open("ab")
-    select = "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake"
-    kwok = subprocess.Popen(
-        [binaries.program("kwok"), "--kubeconfig", kubectl.kubeconfig, "--manage-all-nodes=false", select],
-        stdout=log,
-        stderr=log,
-    )
+    stages = cluster.folder / "stages.yaml"  # what becomes of nodes and pods: they are ready at once
+    kept = sorted(binaries.program("kwok").parent.glob("*.yaml"))
+    stages.write_text("---\n".join(path.read_text() for path in kept))
+    command = [binaries.program("kwok"), "--kubeconfig", kubectl.kubeconfig, "--config", stages]
+    command += ["--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake"]
+    kwok = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         kubectl.apply(*nodes)
         cluster.until(lambda: len(ready(kubectl)) == NODES, 300, "simulated nodes are not ready")
