@@ -41,6 +41,7 @@ from launch.job import APP, Job, JobError, Volume, literal, object_name, objects
 
 CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
+KUEUE = "v1beta2"  # of its API: since Kueue 0.15
 SECONDS = 20  # for an answer of the cluster
 CANNOT_START = (
     "ErrImagePull",
@@ -464,7 +465,7 @@ class Cluster:
                 refuse(f"there is no PersistentVolumeClaim {name} in namespace {namespace}")
         if queue := job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name"):
             get = self.custom.get_namespaced_custom_object
-            if not allowed(lambda: found(lambda: get("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", queue))):
+            if not allowed(lambda: found(lambda: get("kueue.x-k8s.io", KUEUE, namespace, "localqueues", queue))):
                 refuse(
                     f"there is no LocalQueue {queue} in namespace {namespace} (of Kueue, which the cluster has to have)"
                 )
