@@ -2,10 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -217,7 +221,43 @@ def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, l
     assert (run.folder / model).read_bytes() == (out / model).read_bytes()
 
 
-def test_torchx_shows_and_ends_a_run(kubectl, launcher):
+class Relay:
+    """Between a command and the API server. `cut` ends what goes through it, as a load balancer does."""
+
+    def __init__(self, kubectl):
+        self.config = yaml.safe_load(Path(kubectl.kubeconfig).read_text())
+        server = urlsplit(self.config["clusters"][0]["cluster"]["server"])
+        self.upstream, self.ends = (server.hostname, server.port), []
+        self.listens = socket.create_server(("127.0.0.1", 0))
+        Thread(target=self._accept, daemon=True).start()
+
+    def env(self, folder):
+        port = self.listens.getsockname()[1]
+        self.config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{port}"
+        (folder / "relayed").write_text(yaml.safe_dump(self.config))
+        return {"KUBECONFIG": str(folder / "relayed")}
+
+    def cut(self):
+        for end in self.ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self):
+        while True:
+            here, there = self.listens.accept()[0], socket.create_connection(self.upstream)
+            self.ends += [here, there]
+            for source, target in ((here, there), (there, here)):
+                Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source, target):
+        with suppress(OSError):
+            while part := source.recv(65536):
+                target.sendall(part)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_torchx_shows_and_ends_a_run(kubectl, launcher, tmp_path):
     arguments = [*launcher, "launch/pretrain.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi"]
     arguments += ["--data", "s3://equiav/clips", "--out", "s3://equiav/watched", "--secret", "equiav-store", "--", *RUN]
     torchx(*arguments)
@@ -228,14 +268,25 @@ def test_torchx_shows_and_ends_a_run(kubectl, launcher):
     assert "worker/0" in text
     assert "worker/1" in text
     assert "2 node(s)" in torchx("log", "--regex", "round", f"{handle}/worker/1")
-    follow = subprocess.Popen([TORCHX, "log", "--tail", f"{handle}/worker/0"], stdout=subprocess.PIPE, text=True)
+    followed = tmp_path / "followed"
+    through = Relay(kubectl)
+    command = [TORCHX, "log", "--tail", f"{handle}/worker/0"]
+    follow = subprocess.Popen(command, stdout=followed.open("w"), env={**os.environ, **through.env(tmp_path)})
+    until(lambda: "round 1" in followed.read_text(), 60, "nothing is followed")
+    through.cut()
+    before = len(followed.read_text())
+    until(lambda: len(followed.read_text()) > before, 60, "what was cut is not gone on with")
     assert "'name': 'equiav:watched'" in torchx("describe", handle)
     listed = torchx("list", "-s", "kubernetes", env=context(kubectl, NAMESPACE)).splitlines()
     assert any(f"{NAMESPACE}:watched" in line and "RUNNING" in line for line in listed)
     assert "already" in torchx(*arguments, status=1)  # it runs
     torchx("cancel", handle)
     until(lambda: "CANCELLED" in torchx("status", handle), 60, trouble(kubectl, "watched"))
-    assert "SIGTERM" in follow.communicate(timeout=120)[0]
+    follow.wait(120)
+    lines = [line.partition(" ")[2] for line in followed.read_text().splitlines()]
+    assert any("SIGTERM" in line for line in lines)
+    steps = [json.loads(line)["step"] for line in lines if line.startswith('{"step"')]
+    assert steps == sorted(set(steps))  # none twice
     until(lambda: not pods(kubectl, "watched"), 120, trouble(kubectl, "watched"))
     saved = max(
         int(path.parent.name[5:13]) for path in store_folder(kubectl).glob("watched/checkpoints/step-*/manifest.json")
