@@ -270,9 +270,9 @@ def test_torchx_shows_and_ends_a_run(kubectl, launcher, tmp_path):
     assert "2 node(s)" in torchx("log", "--regex", "round", f"{handle}/worker/1")
     followed = tmp_path / "followed"
     through = Relay(kubectl)
-    command = [TORCHX, "log", "--tail", f"{handle}/worker/0"]
-    follow = subprocess.Popen(command, stdout=followed.open("w"), env={**os.environ, **through.env(tmp_path)})
-    until(lambda: "round 1" in followed.read_text(), 60, "nothing is followed")
+    env = {**os.environ, **through.env(tmp_path), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    follow = subprocess.Popen([TORCHX, "log", "--tail", handle], stdout=followed.open("w"), env=env)
+    until(lambda: '"step": 3,' in followed.read_text(), 60, "nothing is followed")
     through.cut()
     before = len(followed.read_text())
     until(lambda: len(followed.read_text()) > before, 60, "what was cut is not gone on with")
