@@ -25,7 +25,7 @@ test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster
 
-test-cluster-more: .venv/installed ## there, too: a thousand simulated nodes
+test-cluster-more: .venv/installed ## there, too: a thousand simulated nodes; a queue of Kueue
 	@$(BIN)/python -m tests.cluster -s -m cluster_more
 
 image: ## build the Dockerfile with buildah, and train ten steps inside (root, Debian; BASE= another base image)
