@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -60,7 +61,7 @@ def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Age
     limit_silence(node.port)
     spec = WorkerSpec(
         role="worker",
-        local_world_size=node.workers,
+        local_world_size=node.workers or max(1, torch.cuda.device_count()),
         entrypoint=worker,
         args=(node.command,),
         rdzv_handler=handler,

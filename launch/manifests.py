@@ -1,5 +1,5 @@
-"""`python -m launch.manifests [IMAGE]`: writes the job of the demonstration, k8s/80-demo.yaml, from what `torchx run` would
-submit, and puts the image's name into all of k8s/.
+"""`python -m launch.manifests [IMAGE]`: writes what in k8s/ describes a job, from the code by which `torchx run` submits one:
+the demonstration and a runtime for Kubeflow Trainer. Puts the image's name into all of k8s/.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.job import objects
+from launch.job import Job, objects, variable
 from launch.pack import pack
 from launch.pretrain import pretrain
 from launch.scheduler import job_of, to_yaml
@@ -22,6 +22,10 @@ HEAD = """\
 # Written by `python -m launch.manifests`; `torchx run` makes such objects for a job of yours (docs/kubernetes.md).
 """
 DATA, OUT = "s3://equiav/clips", "s3://equiav/demo"
+RUNTIME = """\
+# Where Kubeflow Trainer (2.2) is installed: a TrainJob that names this runtime is a run (docs/kubernetes.md).
+# Written by `python -m launch.manifests`, too. Give the Secret of your store, and what a node of yours has.
+"""
 CLUSTER = {"namespace": "equiav", "service_account": "equiav", "grace": 120}
 
 
@@ -36,8 +40,39 @@ def demo(image: str) -> list[dict[str, Any]]:
     return [one for made in (packing, training) for one in objects(job_of(made, CLUSTER))]
 
 
+def runtime(image: str) -> dict[str, Any]:
+    """Pods as in a job of ours. How many they are and where the first one is, Trainer says in variables named PET_..."""
+    program = ["python", "-m", "launch.node", "--run", variable("TRAINJOB"), "--nodes", variable("PET_NNODES")]
+    program += ["--workers", variable("PET_NPROC_PER_NODE"), "--index", variable("PET_NODE_RANK")]
+    program += ["--host", variable("PET_MASTER_ADDR"), "--port", variable("PET_MASTER_PORT")]
+    size = {"cpu": "96", "memory": "512Gi", "gpus": 8, "scratch": "200Gi"}
+    job = Job("equiav", image, tuple(program), role="node", secret="equiav-store", **CLUSTER, **size)  # type: ignore
+    spec = objects(job)[-1]["spec"]
+    for name in ("completions", "parallelism", "ttlSecondsAfterFinished"):
+        del spec[name]
+    pod = spec["template"]
+    del pod["metadata"]["labels"]["app.kubernetes.io/instance"], pod["spec"]["subdomain"]
+    named = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-name']"}}
+    env = pod["spec"]["containers"][0]["env"]
+    env[:] = [one for one in env if one["name"] != "TORCHX_RANK0_HOST"] + [{"name": "TRAINJOB", "valueFrom": named}]
+    # By this label Trainer knows whose pods they are whose number, arguments and resources a TrainJob gives.
+    about = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
+    nodes = {"name": "node", "template": {"metadata": about, "spec": spec}}
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": {
+            "name": "equiav",
+            "namespace": job.namespace,
+            "labels": {"trainer.kubeflow.org/framework": "torch"},
+        },
+        "spec": {"mlPolicy": {"numNodes": 1, "torch": {}}, "template": {"spec": {"replicatedJobs": [nodes]}}},
+    }
+
+
 def main(image: str) -> None:
     (FOLDER / "80-demo.yaml").write_text(HEAD + to_yaml(demo(image)))
+    (FOLDER / "optional" / "trainer.yaml").write_text(RUNTIME + to_yaml([runtime(image)]))
     for path in sorted(FOLDER.rglob("*.yaml")):
         text = re.sub(r"^( *(?:- )?image: ).*$", rf"\g<1>{image}", path.read_text(), flags=re.MULTILINE)
         path.write_text(text)

@@ -39,7 +39,7 @@ class Node:
     run: str
     least: int  # nodes
     most: int
-    workers: int  # of this node
+    workers: int  # of this node; 0: one for each GPU
     index: int  # 0 hosts the rendezvous
     host: str  # name of the node that does
     address: str  # of this one, for the others
@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> Node:
     parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
     parser.add_argument("--run", required=True, help="its name, the same on all nodes")
     parser.add_argument("--nodes", default="1:1", help="MIN:MAX; fewer wait, more are refused")
-    parser.add_argument("--workers", type=int, default=1, help="of this node, one for each GPU")
+    parser.add_argument("--workers", type=count, default=1, help="of this node; auto: one for each GPU")
     parser.add_argument("--index", type=int, default=0, help="of this node; 0 hosts the rendezvous")
     parser.add_argument("--host", default=os.environ.get("TORCHX_RANK0_HOST", "localhost"), help="name of node 0")
     parser.add_argument("--port", type=int, default=PORT, help="of the rendezvous, at node 0")
@@ -119,6 +119,10 @@ def parse(argv: list[str] | None) -> Node:
         command,
         Record(given.folder, submission, given.index),
     )
+
+
+def count(workers: str) -> int:
+    return 0 if workers == "auto" else int(workers)
 
 
 def run(node: Node, asked: Asked) -> int:

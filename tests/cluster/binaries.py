@@ -26,6 +26,8 @@ MODULES = {  # program -> its module, the package in it, the version
 MORE = {
     "kwok": ("sigs.k8s.io/kwok", "/cmd/kwok", "0.8.0"),  # thousands of simulated nodes
     "kueue": ("sigs.k8s.io/kueue", "/cmd/kueue", "0.17.0"),  # older ones do not build as a module
+    "jobset": ("sigs.k8s.io/jobset", "", "0.11.1"),  # what Trainer makes of a TrainJob, as its go.mod says
+    "trainer-controller-manager": ("github.com/kubeflow/trainer/v2", "/cmd/trainer-controller-manager", "2.2.0"),
 }
 FILES = {  # of a program's module, to be kept beside it
     "kwok": [
@@ -35,6 +37,8 @@ FILES = {  # of a program's module, to be kept beside it
         "kustomize/stage/pod/fast/pod-delete.yaml",
     ],
     "kueue": ["config/components/crd/bases", "config/components/webhook/manifests.yaml"],
+    "jobset": ["config/components/crd/bases", "config/components/webhook/manifests.yaml"],
+    "trainer-controller-manager": ["manifests/base/crds", "manifests/base/webhook/manifests.yaml"],
 }
 PACKAGES = {  # of Debian: a program -> the package that has it. Any version from Debian 12 on will do.
     "etcd": "etcd-server",
@@ -102,12 +106,11 @@ def _build(name, make):
 
 
 def install(name, module, package, version, work, into):
-    go(work, "install", f"{module}{package}@{version}", GOBIN=str(into))
-    if name in FILES:
-        source = Path(json.loads(go(work, "mod", "download", "-json", f"{module}@{version}"))["Dir"])
-        for wanted in FILES[name]:
-            for path in [source / wanted] if (source / wanted).is_file() else (source / wanted).iterdir():
-                (into / path.name).write_bytes(path.read_bytes())
+    source = Path(json.loads(go(work, "mod", "download", "-json", f"{module}@{version}"))["Dir"])
+    go(source, "build", "-o", f"{into}/", f".{package}")
+    for wanted in FILES.get(name, []):
+        for path in [source / wanted] if (source / wanted).is_file() else (source / wanted).iterdir():
+            (into / path.name).write_bytes(path.read_bytes())
 
 
 def go(folder, *arguments, **environment):

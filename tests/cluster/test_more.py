@@ -2,8 +2,12 @@
 
 import base64
 import json
+import os
+import re
 import subprocess
 import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import yaml
@@ -116,28 +120,56 @@ def test_a_thousand_nodes_in_one_job(kubectl, cluster, namespace, simulated):
     assert changed == [77]
 
 
-# ---- a queue
+# ---- controllers of others. They run beside the API server instead of in a pod: what they do to jobs is the same.
+
+
+def certificate(folder):
+    """For this machine's address. -> what those trust who ask there"""
+    folder.mkdir(parents=True, exist_ok=True)
+    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=local", "-addext",
+        "subjectAltName=IP:127.0.0.1", "-keyout", folder / "tls.key", "-out", folder / "tls.crt")  # fmt: skip
+    return base64.b64encode((folder / "tls.crt").read_bytes()).decode()
+
+
+def asked(name, port, authority, groups):
+    """What the API server is to ask a controller about objects of these groups."""
+    for number, hook in enumerate(yaml.safe_load_all((binaries.program(name).parent / "manifests.yaml").read_text())):
+        hook["metadata"]["name"] = f"{name}-{number}"
+        for one in hook["webhooks"]:
+            path = one["clientConfig"]["service"]["path"]
+            one["clientConfig"] = {"url": f"https://127.0.0.1:{port}{path}", "caBundle": authority}
+        hook["webhooks"] = [one for one in hook["webhooks"] if one["rules"][0]["apiGroups"][0] in groups]
+        yield hook
+
+
+@contextmanager
+def controller(kubectl, name, command, log, hooks):
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "TMPDIR": str(log.parent)})
+    try:
+        kubectl.apply(*hooks)
+
+        def there(work):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                return work()
+            except RuntimeError:  # it listens soon
+                return False
+
+        yield lambda work: until(lambda: there(work), 60, lambda: log.read_text()[-3000:])
+    finally:
+        process.terminate()
+        process.wait()
+        for hook in hooks:
+            kubectl("delete", hook["kind"].lower(), hook["metadata"]["name"])
 
 
 @pytest.fixture
 def kueue(kubectl, cluster):
-    """Its controller, beside the API server instead of in a pod: what it does to jobs is the same."""
     folder = cluster.folder / "kueue"
-    folder.mkdir(exist_ok=True)
-    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=kueue", "-addext",
-        "subjectAltName=IP:127.0.0.1", "-keyout", folder / "tls.key", "-out", folder / "tls.crt")  # fmt: skip
-    authority = base64.b64encode((folder / "tls.crt").read_bytes()).decode()
-    kept = binaries.program("kueue").parent
-    for path in kept.glob("kueue.x-k8s.io_*.yaml"):
+    authority = certificate(folder)
+    for path in binaries.program("kueue").parent.glob("kueue.x-k8s.io_*.yaml"):
         kubectl("apply", "--server-side", "-f", path)
-    hooks = []
-    for hook in yaml.safe_load_all((kept / "manifests.yaml").read_text()):
-        for one in hook["webhooks"]:
-            path = one["clientConfig"]["service"]["path"]
-            one["clientConfig"] = {"url": f"https://127.0.0.1:9443{path}", "caBundle": authority}
-        ours = ("batch", "kueue.x-k8s.io")
-        hook["webhooks"] = [one for one in hook["webhooks"] if one["rules"][0]["apiGroups"][0] in ours]
-        hooks.append(hook)
     settings = {
         "apiVersion": "config.kueue.x-k8s.io/v1beta2",
         "kind": "Configuration",
@@ -150,29 +182,47 @@ def kueue(kubectl, cluster):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kueue-system"}})
-    log = (folder / "log").open("ab")
     # Certificates of its metrics are sought in one place alone.
     place = f"mount -t tmpfs none /etc && mkdir -p /etc/kueue/metrics && ln -s {folder} /etc/kueue/metrics/certs"
     command = ["unshare", "--mount", "sh", "-c", f'{place} && exec "$@"', "sh"]
     command += [binaries.program("kueue"), "--config", folder / "config.yaml"]
     command += ["--kubeconfig", kubectl.kubeconfig, "--feature-gates=VisibilityOnDemand=false"]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        kubectl.apply(*hooks)
-
-        def there():
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            try:
-                return kubectl("apply", "-f", "k8s/optional/kueue.yaml")
-            except RuntimeError:  # it listens soon
-                return False
-
-        until(there, 60, lambda: (folder / "log").read_text()[-3000:])
+    hooks = list(asked("kueue", 9443, authority, ("batch", "kueue.x-k8s.io")))
+    with controller(kubectl, "kueue", command, folder / "log", hooks) as when_there:
+        when_there(lambda: kubectl("apply", "-f", "k8s/optional/kueue.yaml"))
         yield
-    finally:
-        process.terminate()
-        process.wait()
-        kubectl("delete", "validatingwebhookconfigurations,mutatingwebhookconfigurations", "--all")
+
+
+@pytest.fixture
+def trainer(kubectl, cluster):
+    """Kubeflow's, and the JobSet that it makes its jobs of."""
+    folder = cluster.folder / "trainer"
+    # The place where they look for it, in their folder for temporary files.
+    authority = certificate(folder / "k8s-webhook-server" / "serving-certs")
+    names = {"jobset": "jobset.x-k8s.io", "trainer-controller-manager": "trainer.kubeflow.org"}
+    commands = []
+    for number, (name, group) in enumerate(names.items()):
+        for path in binaries.program(name).parent.glob(f"{group}_*.yaml"):
+            kubectl("apply", "--server-side", "-f", path)
+        settings = {
+            "apiVersion": f"config.{group}/v1alpha1",
+            "kind": "Configuration",
+            "health": {"healthProbeBindAddress": f"127.0.0.1:{8082 + number}"},
+            "metrics": {"bindAddress": "0"},
+            "webhook": {"port": 9444 + number},
+            "leaderElection": {"leaderElect": False},
+            **({"certManagement": {"enable": False}} if number else {"internalCertManagement": {"enable": False}}),
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        commands.append(
+            [binaries.program(name), "--config", folder / f"{name}.yaml", "--kubeconfig", kubectl.kubeconfig]
+        )
+    with ExitStack() as stack:
+        for number, (command, (name, group)) in enumerate(zip(commands, names.items(), strict=True)):
+            hooks = list(asked(name, 9444 + number, authority, [group]))
+            when_there = stack.enter_context(controller(kubectl, name, command, folder / f"{name}.log", hooks))
+        when_there(lambda: kubectl("apply", "-f", "k8s/optional/trainer.yaml"))
+        yield
 
 
 def test_a_quota_for_one_of_two_jobs(kubectl, launcher, kueue):
@@ -226,3 +276,37 @@ def test_a_quota_for_one_of_two_jobs(kubectl, launcher, kueue):
     assert ended(kubectl, "second") == "Complete"
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_train_job(kubectl, launcher, trainer):
+    """Two nodes, one of whose pods is deleted: it ends as the demonstration did, to the last bit."""
+    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
+    assert ended(kubectl, "demo") == "Complete"
+    (text,) = re.findall(r"```yaml\n(.*?)```", Path("docs/kubernetes.md").read_text(), re.DOTALL)
+    job = yaml.safe_load(text)
+    name = job["metadata"]["name"]
+    few = ["--train.micro_batch", "8", "--train.steps", "120", "--checkpoint.every_steps", "20", "--device", "cpu"]
+    given = [
+        f"s3://equiav/{name}/checkpoints" if one.endswith("/checkpoints") else one
+        for one in job["spec"]["trainer"]["args"]
+    ]
+    given = ["s3://equiav/clips" if one == "s3://bucket/clips" else one for one in given]
+    given[given.index("--config") + 1] = "smoke"
+    size = {"cpu": "1", "memory": "3Gi", "ephemeral-storage": "4Gi"}
+    job["spec"]["trainer"] |= {"args": given + few, "resourcesPerNode": {"requests": size, "limits": size}}
+    kubectl.apply(job)
+    folder = store_folder(kubectl) / name / "checkpoints"
+    own = f"{name}-node-0"
+    until(lambda: len(pods(kubectl, own)) == 2, 60, trouble(kubectl, own))
+    until(lambda: list(folder.glob("step-*/manifest.json")), 120, trouble(kubectl, own))
+    kubectl("-n", NAMESPACE, "delete", "pod", pods(kubectl, own)[1]["metadata"]["name"], "--wait=false")
+    until(lambda: ended(kubectl, own), 400, trouble(kubectl, own))
+
+    def complete():
+        conditions = kubectl.json("-n", NAMESPACE, "get", "trainjob", name)["status"].get("conditions", [])
+        return any(one["type"] == "Complete" and one["status"] == "True" for one in conditions)
+
+    until(complete, 60, lambda: kubectl("-n", NAMESPACE, "get", "trainjob", name, "-o", "yaml"))
+    demo = store_folder(kubectl) / "demo" / "checkpoints"
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (demo / name).read_bytes() == (folder / name).read_bytes()

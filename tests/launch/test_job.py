@@ -59,6 +59,9 @@ def pods():
         for one in yaml.safe_load_all(path.read_text()):
             if "template" in one.get("spec", {}):
                 yield f"{path.name}:{one['metadata']['name']}", one["spec"]["template"]["spec"]
+    runtime = yaml.safe_load((K8S / "optional" / "trainer.yaml").read_text())
+    (nodes,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    yield "trainer", nodes["template"]["spec"]["template"]["spec"]
     yield "everything", job_object(EVERYTHING)["spec"]["template"]["spec"]
 
 
@@ -183,6 +186,8 @@ def test_the_demonstration_is_what_the_code_makes():
     )
     written = (K8S / "80-demo.yaml").read_text()
     assert written == manifests.HEAD + to_yaml(manifests.demo(image)), "run `python -m launch.manifests`"
+    written = (K8S / "optional" / "trainer.yaml").read_text()
+    assert written == manifests.RUNTIME + to_yaml([manifests.runtime(image)]), "run `python -m launch.manifests`"
     listed = yaml.safe_load((K8S / "Kustomization").read_text())["resources"]
     assert listed == sorted(path.name for path in K8S.glob("*.yaml"))
     images = {c["image"] for name, pod in pods() if name != "everything" for c in pod["containers"]}
