@@ -142,6 +142,15 @@ def asked(name, port, authority, groups):
         yield hook
 
 
+def define(kubectl, name, group):
+    """Its kinds of objects, before it asks for them."""
+    paths = sorted(binaries.program(name).parent.glob(f"{group}_*.yaml"))
+    for path in paths:
+        kubectl("apply", "--server-side", "-f", path)
+    for path in paths:
+        kubectl("wait", "--for=condition=Established", "--timeout=120s", "-f", path)
+
+
 @contextmanager
 def controller(kubectl, name, command, log, hooks):
     with log.open("ab") as file:
@@ -168,8 +177,7 @@ def controller(kubectl, name, command, log, hooks):
 def kueue(kubectl, cluster):
     folder = cluster.folder / "kueue"
     authority = certificate(folder)
-    for path in binaries.program("kueue").parent.glob("kueue.x-k8s.io_*.yaml"):
-        kubectl("apply", "--server-side", "-f", path)
+    define(kubectl, "kueue", "kueue.x-k8s.io")
     settings = {
         "apiVersion": "config.kueue.x-k8s.io/v1beta2",
         "kind": "Configuration",
@@ -202,8 +210,7 @@ def trainer(kubectl, cluster):
     names = {"jobset": "jobset.x-k8s.io", "trainer-controller-manager": "trainer.kubeflow.org"}
     commands = []
     for number, (name, group) in enumerate(names.items()):
-        for path in binaries.program(name).parent.glob(f"{group}_*.yaml"):
-            kubectl("apply", "--server-side", "-f", path)
+        define(kubectl, name, group)
         settings = {
             "apiVersion": f"config.{group}/v1alpha1",
             "kind": "Configuration",
