@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +22,10 @@ from equiav.config import Config, from_dict, load
 from equiav.parallel import Ranks, norm
 from equiav.train import TrainState, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
+from equiav.train.numbers import Numbers
+from monitoring.exporter import FOLDER
+from monitoring.metrics import by_key
+from streaming import Quarantine, Stats
 
 Row = tuple[str, str, str]  # what, figure, beside what it is measured
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,4 +168,45 @@ def checkpoint() -> Iterator[Row]:
     )
 
 
-BENCHMARKS = (step, checkpoint)
+def metrics() -> Iterator[Row]:
+    """A step that is told to Prometheus, beside one that is not; and the telling by itself."""
+    run, count = Steps(BATCHES[0]), 30
+    terms = [key for key in by_key() if key.startswith(("loss", "accuracy", "similarity", "gain", "spread"))]
+    values: dict[str, Any] = {
+        **dict.fromkeys(terms, 1.0),
+        "clips": BATCHES[0],
+        "bad": 0,
+        "gradient_norm": 1.0,
+        "lr": 1.0,
+    }
+    timing = {"clips_per_second": 1.0, "saved_step": 0, "save_seconds": 0.0, "failed_saves": 0, "unsaved_seconds": 0.0}
+    stats = Stats(Counter(), [0.0], [0], 0.0, 1)
+    loader: Any = SimpleNamespace(stats=lambda: stats, steps_per_epoch=100)
+    checkpoints: Any = SimpleNamespace(saved_step=0, failures=0)
+    spent = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder
+        config: Any = run.config
+        numbers = Numbers(config, run.ranks, loader, checkpoints, Quarantine(100), print)
+        del os.environ[FOLDER]
+
+        def act(at: int) -> None:
+            begun = time.perf_counter()
+            numbers.spent({"views": 0.1, "model": 0.1, "update": 0.1, "data": 0.1, "save": 0.0})
+            numbers.step(at, values, True, timing, 0.1)
+            spent.append(time.perf_counter() - begun)
+
+        without, told = [], []
+        for _ in range(3):
+            without.append(run.run(count))
+            told.append(run.run(count, act))
+        numbers.end("finished")
+    yield (
+        f"a step told to Prometheus, {SIZE}, batch {BATCHES[0]}",
+        f"{min(without) / min(told):.3f}x the samples/s without",
+        f"{1e6 * sum(spent) / len(spent):.0f} us of a step's {1000 * min(without) / count:.0f} ms: "
+        f"{sum(spent) / len(spent) / (min(without) / count):.3%}",
+    )
+
+
+BENCHMARKS = (step, checkpoint, metrics)

@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("equiav"))
         return 0
     if command not in COMMANDS:
-        print(f"equiav: no command {command!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        text = f"no command {command!r}; the commands are {', '.join(COMMANDS)}"
+        print(f"equiav: {text}", file=sys.stderr)
+        _tell_agent(text, "never")
         return 2
     gc.disable()  # until everything is imported
     problem = _environment_problem()
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as error:  # of the parser, which has said why
         if error.code and error.code != 143:
-            _tell_agent("the command line is wrong; its error stands above", "never")
+            _tell_agent("the command line is wrong; the log of this process says how", "never")
         raise
     except KeyboardInterrupt:
         print(f"\nequiav {command}: interrupted", file=sys.stderr)

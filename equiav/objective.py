@@ -41,6 +41,10 @@ class Embeddings(NamedTuple):
     inter_v: Tensor
     plain_a: Tensor | None  # (B, d) g_intra(MeanPool(h)), without gradient: what predicting nothing would give
     plain_v: Tensor | None
+    other_a: Tensor | None = None  # (B, d) as intra_a, of another augmentation's vector, without gradient
+    other_v: Tensor | None = None
+    spread_a: Tensor | None = None  # (B,) mean distance of the predictions from their centroid, without gradient
+    spread_v: Tensor | None = None
     temperature: Tensor | None = None  # (B,) where it is learned, the same in every row
 
     @classmethod
@@ -219,6 +223,19 @@ def info_nce(own: Tensor, rows: Rows, temperature: Tensor) -> tuple[Tensor, Tens
     return _Contrast.apply(own, temperature, rows, False, True)  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def crowding(own: Tensor, rows: Rows) -> Tensor:
+    """Unit vectors own (b, 2, d) -> (b, 2) float64, the mean squared cosine of an embedding with all of its side. Its mean over
+    the rows is 1 where all clips have one direction, and 1 / r where they fill r directions alike."""
+    everyone, crowded = rows.gather(own), own.new_zeros(own.shape[:2], dtype=torch.float64)
+    for piece, k in product(rows.pieces, (0, 1)):
+        for begin in range(0, len(everyone), COLUMNS):
+            columns = slice(begin, begin + COLUMNS)
+            cosine = aligned(own[piece, k]) @ everyone[columns, k].T
+            crowded[piece, k] += cosine.masked_fill_(~rows.everyone[columns], 0).square_().sum(dim=1)
+    return crowded / rows.N
+
+
 class Weights(NamedTuple):
     """The lambdas of Eq. 16 at one step."""
 
@@ -247,19 +264,20 @@ def equiav_loss(
 
     Accuracies are shares of anchors nearer to their positive than to any other embedding. `similarity` is
     sim(z_hat, z') (Table 7). A predictor can reach 1 there as the identity on an invariant encoder, so `gain` says how
-    much nearer to z' the prediction is than the unpredicted embedding.
+    much nearer to z' the prediction is than the unpredicted embedding, `sensitivity` how much nearer than the prediction for
+    another vector, and `spread` how far predictions for different vectors lie apart. `crowding`: see there.
     """
     if rows is None:
         rows = Rows.of(torch.ones(len(e.inter_a), dtype=torch.bool, device=e.inter_a.device))
     with torch.autocast(e.inter_a.device.type, enabled=False):
         possible = (
-            ("inter", e.inter_a, e.inter_v, None, weights.inter),
-            ("intra_audio", e.intra_a, e.aug_a, e.plain_a, weights.intra_a),
-            ("intra_image", e.intra_v, e.aug_v, e.plain_v, weights.intra_v),
+            ("inter", e.inter_a, e.inter_v, (), weights.inter),
+            ("intra_audio", e.intra_a, e.aug_a, (e.plain_a, e.other_a, e.spread_a), weights.intra_a),
+            ("intra_image", e.intra_v, e.aug_v, (e.plain_v, e.other_v, e.spread_v), weights.intra_v),
         )
         terms, losses, shares = {}, [], []
         counted = rows.own.double() / rows.N  # (b,)
-        for name, p, q, plain, weight in possible:
+        for name, p, q, compared, weight in possible:
             if p is None or q is None:
                 continue
             own = rows.by_piece(normalised, torch.stack((p, q), dim=1))  # (b, 2, d)
@@ -268,16 +286,33 @@ def equiav_loss(
             )
             if name == "inter":
                 loss, of_rows, correct = info_nce(own, rows, tau)
+                crowded = crowding(own, rows) * counted[:, None]
+                terms["crowding_audio"], terms["crowding_image"] = crowded.unbind(dim=1)
             else:
                 loss, of_rows, correct = nt_xent(own, rows, tau, config.intra_positive_in_denominator)
             losses.append(weight * loss)
             shares.append(weight * of_rows)
             terms[f"loss_{name}"], terms[f"accuracy_{name}"] = of_rows, correct.double() / (2 * rows.N)
-            if plain is not None:
-                side = name.removeprefix("intra_")
-                with torch.no_grad():
-                    reached = rows.by_piece(_inner, own)
-                    unpredicted = torch.stack((rows.by_piece(normalised, plain), own[:, 1]), dim=1)
-                    terms[f"similarity_{side}"] = reached * counted
-                    terms[f"gain_{side}"] = (reached - rows.by_piece(_inner, unpredicted)) * counted
+            if compared:
+                measured = _compare(own, *compared, rows)
+                terms |= {f"{what}_{name.removeprefix('intra_')}": of * counted for what, of in measured.items()}
     return torch.stack(losses).sum(), {"loss": torch.stack(shares).sum(dim=0), **terms}
+
+
+@torch.no_grad()
+def _compare(
+    own: Tensor, plain: Tensor | None, other: Tensor | None, spread: Tensor | None, rows: Rows
+) -> dict[str, Tensor]:
+    """What the prediction own[:, 0] is worth, by row (b,), beside what else could stand in its place."""
+
+    def reaches(z: Tensor) -> Tensor:
+        return rows.by_piece(_inner, torch.stack((rows.by_piece(normalised, z), own[:, 1]), dim=1))
+
+    measured, reached = {}, rows.by_piece(_inner, own)
+    if plain is not None:
+        measured |= {"similarity": reached, "gain": reached - reaches(plain)}
+    if other is not None:
+        measured["sensitivity"] = reached - reaches(other)
+    if spread is not None:
+        measured["spread"] = spread.detach()
+    return measured

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch.distributed import DistError
@@ -26,9 +27,11 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousE
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.ended import SUPERSEDED, TERMINATED, Ended, first_line, name_of
+from monitoring import metrics
 
 if TYPE_CHECKING:
     from launch.node import Node
+    from monitoring.board import Board
 
 Closed = RendezvousClosedError  # the run has finished
 LOST = (RendezvousError, DistError, ConnectionError)  # what the loss of the rendezvous host looks like
@@ -40,13 +43,13 @@ FAILING = 30.0  # seconds for workers whose peers are gone to notice it, or to f
 SAVING = 600.0  # seconds for workers that finish their step and save, since a node has come
 
 
-def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Agent:
+def make_agent(node: Node, asked: list[int], board: Board, tell: Callable[[str], None]) -> Agent:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what there is to say is said here
     beat = max(1, node.most // 64)  # seconds; each beat writes the state of all
     rendezvous = RendezvousParameters(
         backend="c10d",
         endpoint=f"{node.host}:{node.port}",
-        run_id=node.run,
+        run_id=f"{node.run}-{crc32(node.record.folder.encode()):08x}",  # two of one name do not meet
         min_nodes=node.least,
         max_nodes=node.most,
         local_addr=node.address,
@@ -69,13 +72,15 @@ def make_agent(node: Node, asked: list[int], tell: Callable[[str], None]) -> Age
         monitor_interval=0.1,
         local_addr=node.address,
     )
-    return Agent(spec, node, asked, tell)
+    return Agent(spec, node, asked, board, tell)
 
 
 class Agent(LocalElasticAgent):
-    def __init__(self, spec: WorkerSpec, node: Node, asked: list[int], tell: Callable[[str], None]):
+    def __init__(self, spec: WorkerSpec, node: Node, asked: list[int], board: Board, tell: Callable[[str], None]):
         super().__init__(spec, DefaultLogsSpecs(), start_method="forkserver", exit_barrier_timeout=30)
-        self.node, self.asked, self.tell = node, asked, tell
+        self.node, self.asked, self.board, self.tell = node, asked, board, tell
+        if node.index == 0:
+            board.set(metrics.WORLD_TARGET, node.most * spec.local_world_size)
         self.rendezvous: Any = spec.rdzv_handler
         self._ask_waiting = self.rendezvous.num_nodes_waiting
         self.rendezvous.num_nodes_waiting = self._changes
@@ -108,9 +113,12 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
         self.node.record.look()
+        asked = time.monotonic()
         super()._rendezvous(worker_group)  # pyright: ignore
         self._heard = {}
         self._round, self._begun = self._round + 1, time.monotonic()
+        self.board.add(metrics.ROUNDS, 1)
+        self.board.add(metrics.JOINING, self._begun - asked)
         ranks = [worker.global_rank for worker in worker_group.workers]
         size = worker_group.workers[0].world_size
         self.tell(
@@ -175,6 +183,7 @@ class Agent(LocalElasticAgent):
             raise Ended(TERMINATED if signal.SIGTERM in self.asked else 130, text or "asked to end")
         rank = worker_group.workers[first].global_rank
         how = f"by {name_of(-status)}" if status < 0 else f"with status {status}"
+        self.board.add(metrics.LOST, 1, how.partition(" ")[2])
         self.tell(f"rank {rank} ended {how}" + (f": {text}" if text else ""))
         if status != TERMINATED:  # by which another node leaves, and all have saved
             self._pause(status, quick)
@@ -230,6 +239,7 @@ def worker(command: list[str]) -> None:
     """In a process of its own, forked from one that has imported everything."""
     from equiav.cli import main
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server passes over it
     if status := main(command):
         sys.exit(status)
 

@@ -13,12 +13,14 @@ from typing import Any, NoReturn
 from torchx.specs import AppDef, Resource, Role
 from torchx.specs.builders import parse_mounts
 from torchx.specs.finder import ComponentValidationException
-from torchx.util.types import to_dict
 
 from launch.job import QUANTITY, object_name, size
 
 IMAGE = os.environ.get("EQUIAV_IMAGE") or f"equiav:{version('equiav')}"  # the second is what `make image` makes
-PASSWORD = re.compile(r"://[^/:@]*:.*@")  # with a slash in it, too
+PASSWORD = re.compile(
+    r"://[^/:@]*:(?!\d+/).*@"
+)  # with a slash in it, too; what begins with digits and a slash is a port
+SECRET = re.compile("SECRET|PASSW|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SETTINGS = "EQUIAV_CONFIG"  # environment variable that brings the resolved settings to the program
 
 
@@ -82,10 +84,7 @@ def app(
     metadata: dict[str, Any] | None = None,
 ) -> AppDef:
     """program: after `python -m`. Only macros of TorchX may have a `$` in it that is no `$$`."""
-    try:
-        variables = to_dict(env)  # TorchX would show a traceback
-    except ValueError as error:
-        refuse(f"env: {error}; expected NAME=VALUE,NAME=VALUE")
+    variables = variables_of(env)
     if SETTINGS in variables:
         refuse(f"env: {SETTINGS} is how the settings reach the program; give them after `--`, or with --config")
     memory = memory or f"{max(1, gpus) * (64 if gpus else 8)}Gi"
@@ -108,6 +107,22 @@ def app(
     if settings:
         role.env[SETTINGS] = literal(settings)
     return AppDef(name=object_name(name), roles=[role])
+
+
+def on_volumes(paths: dict[str, str]) -> dict[str, str]:
+    """Of what a run reads and leaves, by setting: what has to lie on a volume, where it runs in a pod."""
+    return {setting: literal(path) for setting, path in paths.items() if "://" not in path}
+
+
+def variables_of(env: str) -> dict[str, str]:
+    """NAME=VALUE,NAME=VALUE. A value may have commas and equals signs in it, but none that looks like a further NAME=."""
+    pairs = [pair.partition("=") for pair in re.split(r",(?=[A-Za-z_]\w*=)", env) if env]
+    for name, equals, value in pairs:
+        if not equals:
+            refuse(f"env: {name!r} has no value, expected NAME=VALUE,NAME=VALUE")
+        if PASSWORD.search(value) or SECRET.search(name):
+            refuse(f"env: {name} would be seen by whoever may look at the job; put it into a Secret (--secret)")
+    return {name: value for name, _, value in pairs}
 
 
 def literal(text: str) -> str:

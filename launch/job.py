@@ -12,7 +12,7 @@ from typing import Any
 
 APP = "equiav"
 MOST_SETTINGS = 100_000  # bytes: they reach the pod as an environment variable, of which Linux allows 128 KiB
-LONGEST_NAME = 52  # with the index and Kubernetes' own ending, a pod's host name has at most 63
+LONGEST_NAME = 52  # with the index and Kubernetes' own ending, a pod's name has at most 63
 USER = 10001  # of the image
 LOST = 5  # seconds for which a node may be away before its pods are given up
 QUANTITY = re.compile(r"\d+(\.\d+)?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
@@ -21,7 +21,7 @@ BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | 
 }
 LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-OURS = ("POD_IP", "NODE_NAME", "EQUIAV_SUBMISSION", "TORCHX_RANK0_HOST", "EQUIAV_CONFIG")
+OURS = ("POD_IP", "NODE_NAME", "EQUIAV_SUBMISSION", "TORCHX_RANK0_HOST", "EQUIAV_CONFIG", "JOB_COMPLETION_INDEX")
 
 
 class JobError(ValueError):
@@ -109,10 +109,13 @@ class Job:
                 bool(key) and bool(LABEL.fullmatch(value)), "node_selector", f"{key}={value}", "a label and its value"
             )
         for volume in self.volumes:
-            require(volume.path.startswith("/"), "mounts", volume.path, "an absolute path in the pod")
+            good = volume.path.startswith("/") and bool(volume.path.strip("/"))
+            require(good, "mounts", volume.path, "an absolute path in the pod, below its root")
         paths = ["/tmp", "/dev/shm", *(volume.path.rstrip("/") for volume in self.volumes)]
         twice = next((path for path in paths if paths.count(path) > 1), "")
         require(not twice, "mounts", twice, "each path once (/tmp and /dev/shm are the job's own)")
+        port = self.metrics_port
+        require(0 <= port < 65536, "metrics_port", port, "0 to 65535")
         for setting in ("grace", "ttl", "restarts"):
             require(getattr(self, setting) >= 0, setting, getattr(self, setting), "0 or more")
 
@@ -269,8 +272,8 @@ def container(job: Job) -> dict[str, Any]:
             "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}},
         },
         {"name": "TORCHX_RANK0_HOST", "value": first_pod(job.name)},
-        {"name": "HOME", "value": "/tmp"},  # the only folder that can be written
     ]
+    env += [] if "HOME" in job.env else [{"name": "HOME", "value": "/tmp"}]  # the only folder that can be written
     if job.settings:
         where = {"configMapKeyRef": {"name": job.name, "key": "config.yaml"}}
         env.append({"name": "EQUIAV_CONFIG", "valueFrom": where})

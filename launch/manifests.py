@@ -26,6 +26,7 @@ RUNTIME = """\
 # Where Kubeflow Trainer (2.2) is installed: a TrainJob that names this runtime is a run (docs/kubernetes.md).
 # Written by `python -m launch.manifests`, too. Give the Secret of your store, and what a node of yours has.
 """
+PORT = 9108  # of the metrics
 CLUSTER = {"namespace": "equiav", "service_account": "equiav", "grace": 120}
 
 
@@ -45,8 +46,9 @@ def runtime(image: str) -> dict[str, Any]:
     program = ["python", "-m", "launch.node", "--run", variable("TRAINJOB"), "--nodes", variable("PET_NNODES")]
     program += ["--workers", variable("PET_NPROC_PER_NODE"), "--index", variable("PET_NODE_RANK")]
     program += ["--host", variable("PET_MASTER_ADDR"), "--port", variable("PET_MASTER_PORT")]
+    program += ["--metrics-port", str(PORT)]
     size = {"cpu": "96", "memory": "512Gi", "gpus": 8, "scratch": "200Gi"}
-    job = Job("equiav", image, tuple(program), role="node", secret="equiav-store", **CLUSTER, **size)  # type: ignore
+    job = Job("equiav", image, tuple(program), role="node", secret="equiav-store", metrics_port=PORT, **CLUSTER, **size)  # type: ignore
     spec = objects(job)[-1]["spec"]
     for name in ("completions", "parallelism", "ttlSecondsAfterFinished"):
         del spec[name]

@@ -13,19 +13,28 @@ import argparse
 import gc
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from launch.ended import TERMINATED, Ended, Record, first_line, name_of
 
-PORT = 29400  # of the rendezvous
+if TYPE_CHECKING:
+    from monitoring.board import Board
+
+PORT = 29400  # of the rendezvous, where each node is a machine of its own
+COMMANDS = ("pretrain",)  # those that nodes share
 SETTINGS = "EQUIAV_CONFIG"  # environment variable with the run's settings, as YAML
 MESSAGE = Path("/dev/termination-log")  # what Kubernetes shows of a container that has ended
 AWAY = 1800.0  # seconds without a node 0, after which the others hold their machines no longer
@@ -46,6 +55,8 @@ class Node:
     port: int
     command: list[str]  # of equiav
     record: Record
+    metrics_port: int  # 0: none
+    metrics: Path  # folder in which this node and its workers tell of themselves
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         # How signals reach the workers is said here. torchrun would kill them after 30 seconds.
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",
         "EQUIAV_NODE": "1",
+        "EQUIAV_METRICS": str(node.metrics),
     }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a node that is lost is told in a line, not in thirty
@@ -65,11 +77,37 @@ def main(argv: list[str] | None = None) -> int:
         # The server imports once what all workers need. It begins now, and the agent is imported meanwhile.
         multiprocessing.set_forkserver_preload(["launch.server", "equiav.cli", f"equiav.commands.{node.command[0]}"])
         forkserver.ensure_running()
-        return run(node, asked)
+        with told(node) as board:
+            return run(node, asked, board)
     except Ended as ended:
         tell(node, str(ended))
         leave_word(str(ended))
         return ended.status_of(node.index)
+    finally:
+        shutil.rmtree(node.metrics, ignore_errors=True)
+
+
+@contextmanager
+def told(node: Node) -> Iterator[Board]:
+    """Serves to Prometheus what this node and its workers tell, while they live, and at the end until it was read."""
+    from monitoring import metrics
+    from monitoring.board import Board
+    from monitoring.exporter import serve
+
+    server = serve(node.metrics, node.run, node.metrics_port) if node.metrics_port else None
+    if isinstance(server, str):
+        tell(node, server)
+    board = Board(node.metrics if node.metrics_port else None, "node", tell=lambda text: tell(node, text))
+    try:
+        yield board
+    except Ended as ended:
+        if ended.final and node.index == 0:
+            board.set(metrics.ENDED, time.time(), "failed")
+        raise
+    finally:
+        board.close()
+        if server and not isinstance(server, str):
+            server.linger()
 
 
 class Asked:
@@ -79,12 +117,16 @@ class Asked:
         self.node = node
         self.numbers: list[int] = []
         self.agent: Any = None
+        self.ending = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
         self.numbers.append(number)
+        if self.ending:
+            return  # as the first one says
         if not (self.agent and self.agent.signal(number)):
+            self.ending = True
             raise Ended(TERMINATED, f"{name_of(number)}: ends; no worker of this node runs")
         tell(self.node, f"{name_of(number)}: the workers finish their step, save, and end")
 
@@ -92,16 +134,22 @@ class Asked:
 def parse(argv: list[str] | None) -> Node:
     parser = argparse.ArgumentParser(prog="python -m launch.node", description=__doc__)
     parser.add_argument("--run", required=True, help="its name, the same on all nodes")
-    parser.add_argument("--nodes", default="1:1", help="MIN:MAX; fewer wait, more are refused")
+    parser.add_argument("--nodes", default="1:1", help="MIN:MAX; fewer wait for more, more wait as spares")
     parser.add_argument("--workers", type=count, default=1, help="of this node; auto: one for each GPU")
     parser.add_argument("--index", type=int, default=0, help="of this node; 0 hosts the rendezvous")
     parser.add_argument("--host", default=os.environ.get("TORCHX_RANK0_HOST", "localhost"), help="name of node 0")
-    parser.add_argument("--port", type=int, default=PORT, help="of the rendezvous, at node 0")
+    parser.add_argument("--port", type=int, default=0, help="of the rendezvous, at node 0 (default: see PORT)")
+    parser.add_argument("--metrics-port", type=int, default=0, help="where Prometheus can ask this node; 0: nowhere")
     parser.add_argument("--folder", default="", help="URL of the run's checkpoints, which remember how it ended")
     parser.add_argument("command", nargs="+", help="of equiav, with its settings, after --")
     given = parser.parse_args(argv)
-    least, _, most = given.nodes.partition(":")
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", given.nodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        parser.error(f"--nodes is {given.nodes!r}, expected MIN:MAX")
     command = list(given.command)
+    if command[0] not in COMMANDS:
+        parser.error(f"what stands after -- begins with {command[0]!r}, expected {' or '.join(COMMANDS)}")
     if settings := os.environ.pop(SETTINGS, ""):
         path = Path(tempfile.mkdtemp(prefix="equiav-")) / "config.yaml"
         path.write_text(settings)
@@ -109,23 +157,32 @@ def parse(argv: list[str] | None) -> Node:
     submission = os.environ.get("EQUIAV_SUBMISSION", "")
     return Node(
         given.run,
-        int(least),
-        int(most or least),
+        least,
+        most,
         given.workers,
         given.index,
         given.host,
         os.environ.get("POD_IP", given.host if given.index == 0 else "localhost"),
-        given.port,
+        given.port or port_of(given.host, given.folder),
         command,
         Record(given.folder, submission, given.index),
+        given.metrics_port,
+        Path(tempfile.mkdtemp(prefix="equiav-metrics-")),
     )
 
 
 def count(workers: str) -> int:
+    if workers != "auto" and int(workers) < 1:
+        raise ValueError
     return 0 if workers == "auto" else int(workers)
 
 
-def run(node: Node, asked: Asked) -> int:
+def port_of(host: str, folder: str) -> int:
+    """Where all nodes are this machine, another run may be here, too."""
+    return 20000 + crc32(folder.encode()) % 9000 if host == "localhost" else PORT
+
+
+def run(node: Node, asked: Asked, board: Board) -> int:
     """Round after round, until the run has ended or this node is asked to."""
     node.record.look()
     from launch.agent import LOST, Closed, make_agent  # torch, of which this program needs the agent alone
@@ -133,7 +190,7 @@ def run(node: Node, asked: Asked) -> int:
     while True:
         wait_for_host(node)
         try:
-            asked.agent = agent = make_agent(node, asked.numbers, lambda text: tell(node, text))
+            asked.agent = agent = make_agent(node, asked.numbers, board, lambda text: tell(node, text))
             agent.run()
             node.record.write(0, "the run has finished")
             tell(node, "finished")

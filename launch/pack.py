@@ -5,7 +5,7 @@ from typing import Any, List, Optional  # noqa: UP035  TorchX reads these spelli
 
 from torchx.specs import AppDef
 
-from launch.component import IMAGE, app, bytes_of, checked, literal, refuse, say
+from launch.component import IMAGE, app, bytes_of, checked, literal, on_volumes, refuse, say
 
 
 def pack(
@@ -46,6 +46,8 @@ def pack(
     say(f"packs {source} into {to}")
     where = {"scratch": scratch, "queue": queue, "secret": secret}
     common = {"image": image, "cpu": cpu, "memory": memory, "env": env, "mounts": mounts}
+    paths = {"to": to, **({} if source.startswith("synthetic:") else {"source": source})}
+    where = {**where, "paths": on_volumes(paths)}
     return app(name, ["equiav", "pack", *map(literal, chosen)], metadata=where, **common)
 
 

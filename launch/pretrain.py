@@ -7,7 +7,7 @@ from typing import Any, List, Optional  # noqa: UP035  TorchX reads these spelli
 
 from torchx.specs import AppDef, macros
 
-from launch.component import IMAGE, app, bytes_of, checked, literal, refuse, say, size_of
+from launch.component import IMAGE, app, bytes_of, checked, literal, on_volumes, refuse, say, size_of
 
 
 def pretrain(
@@ -27,6 +27,7 @@ def pretrain(
     env: str = "",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     workers: int = 0,
+    metrics_port: int = 9108,
 ) -> AppDef:
     """Pretrains EquiAV. The same command starts a run, goes on with it, or says that it is finished.
 
@@ -49,6 +50,7 @@ def pretrain(
         env: further environment variables: NAME=VALUE,NAME=VALUE. No secrets: anybody who sees the job sees them
         mounts: type=volume,src=CLAIM,dst=/PATH or type=bind,src=/PATH,dst=/PATH, several after each other
         workers: processes of a node (default: one for each GPU, else 1)
+        metrics_port: where Prometheus can ask each node for the run's numbers; 0: nowhere
     """
     least, most = size_of(nodes)
     common = {"image": image, "cpu": cpu, "memory": memory, "gpus": gpus, "env": env, "mounts": mounts}
@@ -81,17 +83,23 @@ def pretrain(
     if run.stream.cache_bytes > disk * 3 // 4:
         stream = dataclasses.replace(run.stream, cache_bytes=disk * 3 // 4)
         run = dataclasses.replace(run, stream=stream)
+    if workers < 0:
+        refuse(f"workers is {workers}, expected 0 or more")
     workers = workers or gpus or 1
-    size = "" if config else ", recipe smoke (--config audioset2m is the paper's)"
-    say(f"pretrains on {data}{size}: {nodes} node(s) of {workers} worker(s), into {out}")
+    size = "" if config or "--config" in settings else ", recipe smoke (--config audioset2m is the paper's)"
+    say(f"pretrains {run.model.size} on {run.stream.url}{size}: {nodes} node(s) of {workers} worker(s), into {out}")
     if most * workers > run.train.micro_batches:
         say(f"train.batch_size has work for {run.train.micro_batches} workers; further ones wait as spares")
     from equiav.config import to_yaml
 
-    program = ["launch.node", "--run", name, "--nodes", f"{least}:{most}", "--workers", str(workers)]
-    program += ["--folder", run.checkpoint.url or str(Path(run.out) / "checkpoints")]
+    program = ["launch.node", f"--run={name}", "--nodes", f"{least}:{most}", "--workers", str(workers)]
+    folder = run.checkpoint.url or str(Path(run.out) / "checkpoints")
+    program += ["--folder", folder]
+    paths = {"out": folder, "data": run.stream.url}
+    program += ["--metrics-port", str(metrics_port)] if metrics_port else []
     program = [*map(literal, program), "--index", macros.replica_id, "--", "pretrain"]
-    return app(name, program, nodes=(least, most), settings=to_yaml(run), metadata=where, **common)
+    return app(name, program, nodes=(least, most), settings=to_yaml(run),
+               metadata={**where, "metrics_port": metrics_port, "paths": on_volumes(paths)}, **common)  # fmt: skip
 
 
 @functools.wraps(pretrain)

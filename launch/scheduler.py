@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn  # noqa: UP035  TorchX knows these spellings only
 
@@ -43,6 +43,7 @@ CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
 KUEUE = "v1beta2"  # of its API: since Kueue 0.15
 SECONDS = 20  # for an answer of the cluster
+NUMBER = re.compile(r"[-+]?\.?\d[0-9a-fA-F_xXoO.eE+:-]*|[yYnN]|[-+]?\.?\d*[eE][-+]?\d+")
 CANNOT_START = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -141,14 +142,12 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             ]:
                 message = message or cluster.warning(kind, stuck, namespace)
         role = role_of(job)
-        newest: dict[int, Any] = {}
-        for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp):
-            newest[index_of(pod)] = pod
+        present = newest(pods)
         replicas = [
             ReplicaStatus(index, pod_state(pod), role.name, pod.spec.node_name or "", structured(pod))
-            for index, pod in sorted(newest.items())
+            for index, pod in sorted(present.items())
         ]
-        replaced = len(pods) - len(newest)
+        replaced = len(pods) - len(present)
         return DescribeAppResponse(
             app_id=app_id,
             state=state,
@@ -174,7 +173,7 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             if job is None:
                 return
             if "kueue.x-k8s.io/queue-name" in (job.metadata.labels or {}):  # Kueue would start it again
-                cluster.batch.delete_namespaced_job(name, namespace, propagation_policy="Background")
+                cluster.batch.delete_namespaced_job(name, namespace, propagation_policy="Foreground")
                 return
             change = {"metadata": {"annotations": {CANCELLED: "true"}}, "spec": {"suspend": True}}
             cluster.batch.patch_namespaced_job(name, namespace, change, _request_timeout=SECONDS)
@@ -252,18 +251,23 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
     index = variable("JOB_COMPLETION_INDEX")
     args = [literal(filled.substitute(arg)).replace(mark, index) for arg in role.args]
     env = {key: filled.substitute(value) for key, value in role.env.items()}
-    folder = next((value for flag, value in pairwise(role.args) if flag == "--folder"), "")
-    if folder and "://" not in folder and not any(Path(folder).is_relative_to(mount.dst_path) for mount in role.mounts):
-        raise JobError(f"out is {folder!r}, which goes with its pod; expected a URL, or a path on a volume (--mounts)")
     own = {key: value for key, value in role.metadata.get("kubernetes", {}).items() if value}
+    for setting, path in own.pop("paths", {}).items():
+        path = filled.substitute(path)
+        if not any(Path(path).is_relative_to(mount.dst_path) for mount in role.mounts):
+            raise JobError(
+                f"{setting} is {path!r}, which goes with its pod; expected a URL, or a path on a volume (--mounts)"
+            )
     volumes = []
     for mount in role.mounts:
-        if isinstance(mount, BindMount):
-            volumes.append(Volume(mount.src_path, mount.dst_path, mount.read_only))
-        elif isinstance(mount, VolumeMount):
-            volumes.append(Volume(mount.src, mount.dst_path, mount.read_only))
-        else:
+        if not isinstance(mount, BindMount | VolumeMount):
             raise JobError(f"mounts: {mount.src_path} is a device; ask for it by its resource's name")
+        bind = isinstance(mount, BindMount)
+        source = mount.src_path if bind else mount.src
+        if bind != source.startswith("/"):
+            kind, expected = ("bind", "a folder of the machine, /...") if bind else ("volume", "a claim's name")
+            raise JobError(f"mounts: src of type={kind} is {source!r}, expected {expected}")
+        volumes.append(Volume(source, mount.dst_path, mount.read_only))
     resource = role.resource
     return Job(
         name=name,
@@ -307,6 +311,8 @@ class Plain(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, data: str) -> Any:
     style = "|" if "\n" in data.strip() and "\t" not in data else None
+    if NUMBER.fullmatch(data):  # what kubectl would read so, though PyYAML does not
+        style = "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -323,9 +329,11 @@ def state_of(job: Any, pods: Iterable[Any]) -> tuple[AppState, str]:
     for kind in ("Failed", "FailureTarget"):
         if kind in ends:
             return AppState.FAILED, f"{ends[kind].message}. {trouble(pods)}".strip()
-    said = trouble(pods)
-    if FOR_GOOD in said:
-        return AppState.FAILED, said
+    pods = list(pods)
+    for pod in pods:  # a pod before it or after it may have ended otherwise
+        if FOR_GOOD in (said := trouble([pod])):
+            return AppState.FAILED, said
+    said = trouble(newest(pods).values())
     if job.spec.suspend:
         if (job.metadata.annotations or {}).get(CANCELLED):
             return AppState.CANCELLED, "cancelled; the same command goes on with the run"
@@ -347,6 +355,11 @@ def trouble(pods: Iterable[Any]) -> str:
             if condition.type == "PodScheduled" and condition.status == "False":
                 return f"pod {pod.metadata.name} fits no node: {condition.message}"
     return ""
+
+
+def newest(pods: Iterable[Any]) -> dict[int, Any]:
+    """index -> its pod, less those that were replaced"""
+    return {index_of(pod): pod for pod in sorted(pods, key=lambda pod: pod.metadata.creation_timestamp)}
 
 
 def index_of(pod: Any) -> int:
@@ -478,7 +491,8 @@ class Cluster:
         state, _ = state_of(job, self.pods(name, namespace))
         if (job.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
             refuse(f"there is a job {name} in namespace {namespace} that is none of ours; choose another --name")
-        if state not in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED):
+        ends = job.metadata.deletion_timestamp is not None
+        if not ends and state not in (AppState.SUCCEEDED, AppState.FAILED, AppState.CANCELLED):
             refuse(
                 f"job {name} in namespace {namespace} is {state.name.lower()} already. To start it anew, first: torchx cancel kubernetes://torchx/{namespace}:{name}"
             )
@@ -526,8 +540,14 @@ class Cluster:
         for part in answer.stream(decode_content=False):
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
-                when, _, text = line.decode(errors="replace").partition(" ")
-                yield when, f"{text}\n"
+                yield stamped(line)
+        if rest:
+            yield stamped(rest)
+
+
+def stamped(line: bytes) -> tuple[str, str]:
+    when, _, text = line.decode(errors="replace").partition(" ")
+    return when, f"{text}\n"
 
 
 KINDS = {"Service": "service", "ConfigMap": "config_map", "Job": "job"}

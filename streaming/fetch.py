@@ -120,13 +120,20 @@ class Fetcher:
                 self.send("stats", stats)
 
     def close(self) -> None:
-        self._stopped.set()
+        """Its threads may go on for a while, and say nothing more: the connection is closed next, and whatever is opened then
+        may get its number. A message on its way would be written into that."""
+        with self._sending:
+            self._stopped.set()
         for pool in (self._windows, self._finishing, self._offset_requests, self._requests, self._again):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def send(self, *message: Any) -> None:
+        self._send(message)
+
+    def _send(self, message: Any) -> None:
         with self._sending:
-            self.connection.send(message)
+            if not self._stopped.is_set():
+                self.connection.send(message)
 
     def _guarded(self, call: Any, *args: Any) -> None:
         try:
@@ -134,8 +141,7 @@ class Fetcher:
         except (BrokenPipeError, ConnectionError):
             self._stopped.set()
         except Exception as error:
-            with self._sending:
-                self.connection.send(portable(error))
+            self._send(portable(error))
 
     # ---- windows
 

@@ -36,7 +36,7 @@ from tests.memory import peak
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
 from equiav.train import initial_state
-from equiav.train.loop import forward_backward
+from equiav.train.loop import Laps, forward_backward
 from equiav.config import Config, from_dict
 from tests.train.ranks import TINY, batches
 
@@ -47,10 +47,10 @@ small, config = (from_dict(Config, {**TINY, "train": {"batch_size": rows, "micro
 model, weights = initial_state(config, ranks).model, weights_at(0, 1, config.objective)
 source = batches(8, 8, 0, 1, of=8)
 one = next(source)
-forward_backward(small, ranks, model, one, weights)  # what the libraries take for themselves
+forward_backward(small, ranks, model, one, weights, Laps(ranks.device))  # what the libraries take for themselves
 before = peak()
 whole = type(one)(0, *(x.repeat(G // 8, *[1] * (x.dim() - 1)) for x in one[1:]))
-forward_backward(config, ranks, model, whole, weights)
+forward_backward(config, ranks, model, whole, weights, Laps(ranks.device))
 print(peak() - before)
 """
 

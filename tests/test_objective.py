@@ -9,7 +9,7 @@ import torch
 
 from equiav import objective
 from equiav.config import ObjectiveConfig
-from equiav.objective import Embeddings, Rows, equiav_loss, info_nce, normalised, nt_xent, weights_at
+from equiav.objective import Embeddings, Rows, crowding, equiav_loss, info_nce, normalised, nt_xent, weights_at
 
 N, d, TAU = 7, 5, 0.07
 
@@ -101,7 +101,8 @@ def test_gradcheck():
 
 
 def embeddings(**replaced):
-    values = {name: random(N, d, seed=k) for k, name in enumerate(Embeddings._fields) if name != "temperature"}
+    values: dict = {name: random(N, d, seed=k) for k, name in enumerate(Embeddings._fields) if name != "temperature"}
+    values |= {name: random(N, seed=k) for k, name in enumerate(("spread_a", "spread_v"))}
     return Embeddings(**{**values, **replaced})
 
 
@@ -118,6 +119,11 @@ def test_total_is_the_weighted_sum():
     unpredicted = torch.stack([sim(p, q) for p, q in zip(e.plain_a, e.aug_a, strict=True)])
     assert terms["similarity_audio"].sum() == pytest.approx(cosines.mean().item())
     assert terms["gain_audio"].sum() == pytest.approx((cosines - unpredicted).mean().item())
+    another = torch.stack([sim(p, q) for p, q in zip(e.other_a, e.aug_a, strict=True)])
+    assert terms["sensitivity_audio"].sum() == pytest.approx((cosines - another).mean().item())
+    assert terms["spread_image"].sum() == pytest.approx(e.spread_v.mean().item())
+    squares = torch.stack([sim(p, q) ** 2 for p in e.inter_v for q in e.inter_v])
+    assert terms["crowding_image"].sum() == pytest.approx(squares.mean().item())
     assert all(value.shape == (N,) and not value.requires_grad for value in terms.values())
     assert terms["loss"].sum() == pytest.approx(loss.item(), rel=1e-12)
 
@@ -182,7 +188,7 @@ def test_processes_add_up_to_one(settings, shares, piece):
     weights = weights_at(0, 1, config)
     e = embeddings()
     if config.intra == "none":
-        e = e._replace(intra_a=None, aug_a=None, intra_v=None, aug_v=None, plain_a=None, plain_v=None)
+        e = Embeddings(**dict.fromkeys(Embeddings._fields) | {"inter_a": e.inter_a, "inter_v": e.inter_v})
     if config.learnable_temperature:
         e = e._replace(temperature=torch.full((N,), 0.3, dtype=torch.float64))
     tau = TAU if e.temperature is None else torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -190,7 +196,8 @@ def test_processes_add_up_to_one(settings, shares, piece):
     if config.intra != "none":
         plain = plain + 2 * plain_nt_xent(e.intra_a, e.aug_a, tau, config.intra_positive_in_denominator)
         plain = plain + plain_nt_xent(e.intra_v, e.aug_v, tau, config.intra_positive_in_denominator)
-    names = [name for name, z in e._asdict().items() if z is not None and not name.startswith("plain")]
+    compared = ("plain", "other", "spread")
+    names = [name for name, z in e._asdict().items() if z is not None and not name.startswith(compared)]
     inputs = [tau if name == "temperature" else getattr(e, name) for name in names]
     expected = dict(zip(names, torch.autograd.grad(plain, inputs), strict=True))
     parts, calls = in_parts(e, shares, config, weights, piece)
@@ -212,7 +219,8 @@ def test_processes_add_up_to_one(settings, shares, piece):
         assert torch.stack([by_row[k] for k in range(N)]).numpy() == pytest.approx(value.numpy(), abs=1e-9), name
         assert sum(terms[name].sum() for _, terms, _, _ in parts).item() == pytest.approx(value.sum().item()), name
     b = max(map(len, shares))
-    assert calls == [(b,)] + [(b, 2, d), (b, 2)] * (1 if config.intra == "none" else 3)  # and none in backward
+    intra = [(b, 2, d), (b, 2)] * (0 if config.intra == "none" else 2)
+    assert calls == [(b,), (b, 2, d), (b, 2), (b, 2, d), *intra]  # and none in backward
 
 
 @pytest.mark.parametrize("rows", [[], [3]])
@@ -244,6 +252,14 @@ def test_invariant_learning_gains_nothing():
     e = embeddings()
     e = e._replace(plain_a=e.intra_a.detach())
     assert equiav_loss(e, weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig())[1]["gain_audio"].abs().max() < 1e-12
+
+
+def test_crowding_counts_directions():
+    """All alike: 1. So many directions, each as often: one in that many."""
+    for r in range(1, d + 1):
+        z = torch.eye(d, dtype=torch.float64)[torch.arange(4 * r) % r]
+        own, valid = torch.stack((z, z.flip(0)), dim=1), torch.ones(4 * r, dtype=torch.bool)
+        assert crowding(own, Rows.of(valid)).mean(0).tolist() == pytest.approx([1 / r, 1 / r])
 
 
 def test_devices_agree(device):

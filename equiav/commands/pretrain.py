@@ -17,6 +17,7 @@ from equiav.parallel import Ranks
 from equiav.train import launched, run
 from equiav.train.run import Show
 from equiav.weights import save_model
+from monitoring.metrics import brief
 from streaming import Store
 from streaming.processes import keep_freed_memory
 
@@ -93,8 +94,7 @@ def showing(steps: int) -> Iterator[Show]:
 
         def show(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:
             if console.is_terminal:
-                note = f"loss {metrics['loss']:.2f}, {timing['clips_per_second']:.0f} clips/s"
-                progress.update(bar, completed=step + 1, note=note)
+                progress.update(bar, completed=step + 1, note=brief({**metrics, **timing}))
             else:
                 print(json.dumps({"step": step, **metrics, **timing}), flush=True)
 

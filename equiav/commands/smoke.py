@@ -28,6 +28,7 @@ from equiav.parallel import Ranks
 from equiav.train import run
 from equiav.train.run import Done
 from equiav.weights import save_model
+from monitoring.metrics import brief
 from streaming import Dataset, Loader, Order, Store
 from streaming.pack import Progress as Packed
 from streaming.pack import pack
@@ -89,8 +90,7 @@ def run_smoke(config: SmokeConfig) -> None:
 
             def show(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:
                 rows.append(metrics)
-                note = f"loss {metrics['loss']:.2f}, accuracy {metrics['accuracy_inter']:.2f}"
-                progress.update(bar, completed=step + 1, note=note)
+                progress.update(bar, completed=step + 1, note=brief({**metrics, **timing}))
 
             begun = time.perf_counter()
             done = run(config, Ranks(config.device), lambda message: None, show, s3.options)

@@ -75,7 +75,11 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
             (resources.files("equiav.config.recipes") / f"{name_or_path}.yaml").read_text(),
         )
     elif Path(name_or_path).is_file():
-        source, text = name_or_path, Path(name_or_path).read_text()
+        source = name_or_path
+        try:
+            text = Path(source).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--config {source}: byte {error.start} is no UTF-8; save it as UTF-8") from None
     else:
         raise ConfigError(f"--config {name_or_path}: no such file, and the recipes are {', '.join(recipe_names())}")
     try:

@@ -372,6 +372,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """What Prometheus can ask a run for. Under `python -m launch.node` that program serves it, at a port of its own."""
+
+    port: int = 0
+    """Of this machine, where /metrics is served while the run lives, 9108 by custom; 0: nowhere."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 65536, "metrics.port", self.port, "0 to 65535")
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """What it takes to use a model: the network, and how its inputs and vectors are made. Saved beside the weights."""
 
@@ -421,6 +432,7 @@ class RunConfig(Config):
     """never: an error where `checkpoint.url` holds checkpoints. anyway: begins at step 0 where it holds none that can be used;
     those that cannot are set aside."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     stall_seconds: float = 60.0
     """Without a step, after which the run has stalled: the rank that holds it up is named, every rank writes where it stands to
     `out`/stalls, and the processes end, to be started again. Waiting for a store is no stall within its patience. 0: never."""
@@ -437,6 +449,7 @@ WITHOUT_EFFECT = (
     "log_samples",
     "stall_seconds",
     "checkpoint",
+    "metrics",
     "stream.url",
     "stream.workers",
     "stream.ahead",

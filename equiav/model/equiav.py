@@ -28,8 +28,8 @@ class Branch(nn.Module):
 
     def forward(
         self, x: Tensor, x_aug: Tensor | None, t: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """x (B, C, H, W), x_aug alike, t (B, 1 + S, d_t) -> intra, aug, inter, plain, each (B, d).
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """x (B, C, H, W), x_aug alike, t (B, 1 + S, d_t) -> intra, aug, inter, plain, other, each (B, d), and spread (B,).
 
         t[:, 0] is the transformation that made x_aug; the other S are the centroid's.
         """
@@ -38,19 +38,26 @@ class Branch(nn.Module):
         pooled = {"original": h.mean(dim=1)}  # (B, D) each
         if h_aug is not None:
             pooled["augmented"] = h_aug.mean(dim=1)
+        predicted = None
         if intra == "equivariant" or inter_on in ("equivariant", "centroid"):
             predicted = self.predictor(h, t)  # (B, 1 + S, D)
             pooled["equivariant"] = predicted[:, 0]
             if inter_on == "centroid":
                 pooled["centroid"] = predicted[:, 1:].mean(dim=1)  # Eq. 12
 
-        z = z_aug = plain = None
+        z = z_aug = plain = other = spread = None
         if intra != "none":
             anchor = pooled["equivariant" if intra == "equivariant" else "original"]
-            unpredicted = pooled["original"].detach()
-            z, z_aug, plain = self.intra_head(torch.cat([anchor, pooled["augmented"], unpredicted])).chunk(3)
-            plain = plain.detach()
-        return z, z_aug, self.inter_head(pooled[inter_on]), plain
+            # Without gradient, to be compared with: what predicting nothing gives, and what another vector does.
+            compared = [pooled["original"].detach()]
+            if predicted is not None and intra == "equivariant" and inter_on == "centroid":
+                compared.append(predicted[:, 1].detach())
+                spread = _spread(predicted[:, 1:].detach())
+            z, z_aug, *rest = self.intra_head(torch.cat([anchor, pooled["augmented"], *compared])).chunk(
+                2 + len(compared)
+            )
+            plain, other = (rest[0].detach(), rest[1].detach()) if len(rest) > 1 else (rest[0].detach(), None)
+        return z, z_aug, self.inter_head(pooled[inter_on]), plain, other, spread
 
     def embed(self, x: Tensor, t: Tensor | None) -> Tensor:
         """What represents a clip without an augmented view, x (B, C, H, W) -> (B, d), through what training trained:
@@ -83,12 +90,13 @@ class EquiAV(nn.Module):
     ) -> tuple[Tensor | None, ...]:
         """audio, audio_aug (B, T, F); image, image_aug (B, 3, H, W); t_a (B, 1 + S, 24); t_v (B, 1 + S, 18)
         -> the fields of `objective.Embeddings`, in their order; the embeddings (B, d), not normalised."""
-        intra_a, aug_a, inter_a, plain_a = self.audio(
+        intra_a, aug_a, inter_a, *compared_a = self.audio(
             as_picture(audio), None if audio_aug is None else as_picture(audio_aug), t_a
         )
-        intra_v, aug_v, inter_v, plain_v = self.image(image, image_aug, t_v)
+        intra_v, aug_v, inter_v, *compared_v = self.image(image, image_aug, t_v)
+        compared = [z for of_both in zip(compared_a, compared_v, strict=True) for z in of_both]
         temperature = None if self.log_temperature is None else self.log_temperature.exp().expand(len(inter_a))
-        return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, plain_a, plain_v, temperature
+        return intra_a, aug_a, intra_v, aug_v, inter_a, inter_v, *compared, temperature
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -147,6 +155,13 @@ class EquiAV(nn.Module):
             parameter.copy_(value)
         for branch in (self.audio, self.image):
             branch.encoder.reset_positions()
+
+
+def _spread(predicted: Tensor) -> Tensor:
+    """(B, S, D) -> (B,): mean distance (1 - cosine) of a clip's predictions from their centroid."""
+    predicted = F.normalize(predicted.float(), dim=-1)
+    centroid = F.normalize(predicted.mean(dim=1, keepdim=True), dim=-1)
+    return 1 - (predicted * centroid).sum(dim=-1).mean(dim=1)
 
 
 def as_picture(spectrogram: Tensor) -> Tensor:

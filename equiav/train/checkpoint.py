@@ -108,6 +108,7 @@ class Checkpoints:
         self.store = Store(url, patience, options)
         self.failures, self._last_failure = 0, ""  # saves that came to nothing
         self.saved_step = 0  # of the last that is durable, known to rank 0
+        self.saved_bytes = 0  # of that one, as its manifest counts them
         self.seconds = 0.0  # that the last one held up the run
         self.token = str(ranks.objects(secrets.token_hex(4))[0])
         self.superseded = ""  # by whom; known to rank 0 within some seconds, of a store that answers
@@ -333,6 +334,7 @@ class Checkpoints:
         if lines[1]:
             self.store.write(f"lines-{lines[0]:08d}-{step:08d}.jsonl", lines[1])
         self.store.write(f"step-{step:08d}-{self.token}/{MANIFEST}", _sealed(manifest))
+        self.saved_bytes = sum(block.bytes for kept in tensors.values() for block in kept.blocks)
         self.saved_step = step
         try:
             self._retire()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,29 @@ def initial_state(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(model, optimizer)
 
 
+class Laps:
+    """Seconds of a step by what is computed. On a GPU they are its own: marks among what is queued there, which nobody waits
+    for; they are read when the step's numbers have come."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def begin(self, phase: str) -> None:
+        """Of views, model, update; none: the step has ended."""
+        mark: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
+        if self._cuda:
+            mark.record()
+        self._marks.append((phase, mark))
+
+    def seconds(self) -> dict[str, float]:
+        spent: dict[str, float] = {}
+        for (phase, begun), (_, ended) in pairwise(self._marks):
+            seconds = begun.elapsed_time(ended) / 1000 if self._cuda else ended - begun
+            spent[phase] = spent.get(phase, 0.0) + seconds
+        return spent
+
+
 class Step(NamedTuple):
     """A step that was begun; its numbers may still be on their way to the host."""
 
@@ -75,6 +100,7 @@ class Step(NamedTuple):
     names: tuple[str, ...]  # of the terms
     values: Tensor  # (terms, norm, finite, N, signals), on the host when the event has come
     event: Any
+    laps: Laps
 
     def read(self) -> tuple[Metrics, bool, Signals]:
         """Waits for the device. -> what the run reports, the same on every rank; whether all of it was finite; signals."""
@@ -82,7 +108,10 @@ class Step(NamedTuple):
             self.event.synchronize()
         values = self.values.tolist()
         count = len(self.names)
-        metrics = dict(zip(self.names, values[:count], strict=True))
+        metrics = {
+            name.replace("crowding", "effective_rank"): 1 / value if name.startswith("crowding") and value else value
+            for name, value in zip(self.names, values[:count], strict=True)
+        }
         gradient_norm, finite, N = values[count : count + 3]
         metrics |= {"gradient_norm": gradient_norm, "lr": self.rate, "clips": int(N), "bad": int(metrics["bad"])}
         return metrics, bool(finite), Signals(*values[count + 3 :])
@@ -101,7 +130,9 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        names, terms, N = forward_backward(config, ranks, model, batch, weights)
+        laps = Laps(ranks.device)
+        names, terms, N = forward_backward(config, ranks, model, batch, weights, laps)
+        laps.begin("update")
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradient_norm, told = norm(ranks, gradients, signals())
         clip_grads_with_norm_(model.parameters(), settings.clip, gradient_norm.float())
@@ -115,14 +146,15 @@ def steps(
             optimizer.step()
         model.clamp_temperature()
         state.step = number + 1
+        laps.begin("")
         values = torch.cat([terms, torch.stack([gradient_norm, finite.double(), N.double()]), told])
-        yield Step(number, batch, rate, names, *_to_host(values))
+        yield Step(number, batch, rate, names, *_to_host(values), laps)
     if state.step != settings.steps:
         raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
 
 
 def forward_backward(
-    config: Config, ranks: Ranks, model: EquiAV, batch: Clips, weights: Weights
+    config: Config, ranks: Ranks, model: EquiAV, batch: Clips, weights: Weights, laps: Laps
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Gradients of the global loss into the model -> names and values (float64) of its terms, and the number of clips."""
     settings, device = config.train, ranks.device
@@ -140,7 +172,9 @@ def forward_backward(
         return torch.cat([own[: p * (stop - first)] for own, (first, stop) in zip(everyone, shares, strict=True)])
 
     def embed(part: slice) -> Embeddings:
+        laps.begin("views")
         views = make_views(config, batch.rows(part))
+        laps.begin("model")
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             return Embeddings(*model(*views))
 

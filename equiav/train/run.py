@@ -27,7 +27,8 @@ from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
-from equiav.train.watch import Watch
+from equiav.train.numbers import Numbers
+from equiav.train.watch import PHASES, Watch
 from streaming import (
     Bad,
     CacheError,
@@ -43,6 +44,7 @@ from streaming.store import Denied
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
+TELLS = dict(zip(PHASES, ("save", "data"), strict=False))  # of the watch's phases, those that are told as such
 FINAL = (ConfigError, DatasetError, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
@@ -107,10 +109,19 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
         with Asked(tell if first else None) as asked:
             watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
             checkpoints.moved = watch.moved
+            numbers = Numbers(config, ranks, loader, checkpoints, quarantine, tell)
+            if first:
+                numbers.begin(environment())
+            how = ""  # it goes on elsewhere, or again
             try:
-                ended = train(config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, show)
+                ended = train(config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, numbers, show)
+                how = "finished" if state.step == config.train.steps else "asked"
+            except BaseException as error:
+                how = "failed" if remedy(error) == "never" else ""
+                raise
             finally:
                 watch.end()
+                numbers.end(how)
                 if log:
                     log.close()
         if ended and state.step < config.train.steps:
@@ -167,6 +178,7 @@ def train(
     watch: Watch,
     asked: Asked,
     log: Log | None,
+    numbers: Numbers,
     show: Show,
 ) -> Ending | None:
     """The steps, and what happens beside them. -> what it ends with before its last step."""
@@ -199,11 +211,15 @@ def train(
             samples = ranks.objects(step.batch.samples.tolist())
             not_finite[step.number] = [sample for of_rank in samples for sample in of_rank if sample >= 0]
         metrics["skipped"] = state.skipped
-        rate = metrics["clips"] / (clock[1] - clock.pop(0))
+        seconds = clock[1] - clock.pop(0)
+        rate = metrics["clips"] / seconds
         timing = {"clips_per_second": round(rate, 2), **saves.timing()}
         if log:
             log.write(step.number, metrics, timing)
             show(step.number, metrics, timing)
+        numbers.step(step.number, metrics, finite, timing, seconds)
+        numbers.spent(step.laps.seconds())
+        numbers.spent({TELLS[phase]: seconds for phase, seconds in watch.spent().items() if phase in TELLS})
         found = bad.pop(step.number)
         if metrics["bad"]:
             quarantine.add(one for of_rank in ranks.objects(found) for one in of_rank)

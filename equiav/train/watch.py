@@ -16,7 +16,7 @@ from typing import NamedTuple
 from equiav.ending import Stalled, Terminated
 from equiav.parallel import Ranks
 
-PHASES = ("saves", "waits for data", "computes", "waits for others")  # in the order of a step
+PHASES: tuple[str, ...] = ("saves", "waits for data", "computes", "waits for others")  # in the order of a step
 WITH_PATIENCE = PHASES[:2]  # a store may be what is waited for
 WAITING = ("torch/distributed/", "torch/cuda/streams.py")  # code in which the main thread waits for other ranks
 LAST_WORDS = 3.0  # seconds in which a process that ends may still write, and the others notice
@@ -49,6 +49,7 @@ class Watch:
         self.ranks, self.folder, self.seconds, self.patience, self.tell = ranks, folder, seconds, patience, tell
         self.asked, self._asked_since = asked, 0.0
         self._at, self._longest = (0, PHASES[0], time.monotonic()), 0.0
+        self._came, self._spent = time.monotonic(), dict.fromkeys(PHASES, 0.0)
         self._ended = threading.Event()
         self._verdict = ""  # of rank 0
         self._told: dict[int, tuple[Beat, float]] = {}  # with its verdict: what it has heard of all
@@ -65,9 +66,16 @@ class Watch:
     def at(self, step: int, phase: str) -> None:
         """The run moves."""
         now = time.monotonic()
+        self._spent[self._at[1]] += now - self._came
+        self._came = now
         if self._at[1] not in WITH_PATIENCE:
             self._longest = max(self._longest, now - self._at[2])
         self._at = (step, phase, now)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase, since this was last asked."""
+        spent, self._spent = self._spent, dict.fromkeys(PHASES, 0.0)
+        return spent
 
     def moved(self) -> None:
         """So does what it waits for."""

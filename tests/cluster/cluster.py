@@ -371,7 +371,7 @@ def remove_cgroups(name):
 
 def mounted():
     """Into every container, read-only, at the path that they have here: the environment refers to the checkout by it."""
-    checkout = [ROOT / name for name in ("equiav", "streaming", "launch", "tests")]
+    checkout = [ROOT / name for name in ("equiav", "streaming", "launch", "monitoring", "tests")]
     paths = [Path("/usr"), Path(sys.base_prefix), Path(sys.prefix), *checkout]
     return [path for path in paths if path.exists() and (path == Path("/usr") or not path.is_relative_to("/usr"))]
 

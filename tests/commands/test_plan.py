@@ -44,7 +44,7 @@ def test_counts_by_hand(vit_b):
     assert vit_b.audio.encoder == 2 * (12 * block(512) + 512 * 256 * D)
     assert vit_b.image.encoder == 2 * (12 * block(196) + 196 * 768 * D)
     head = D * 2048 + 2048 * 2048 + 2048 * 512
-    assert vit_b.audio.heads == 4 * head  # prediction, augmented, inter, and the unpredicted one for `gain`
+    assert vit_b.audio.heads == 5 * head  # prediction, augmented, inter, and two to compare with: `gain`, `sensitivity`
     sides = (vit_b.audio, vit_b.image)
     assert vit_b.forward == sum(side.encoder + side.predictor + side.heads for side in sides)
     assert 2.98 < vit_b.forward_backward / vit_b.forward < 3.0  # no gradient goes to the input

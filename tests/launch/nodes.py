@@ -25,6 +25,7 @@ class Nodes:
     ):
         self.config, self.out, self.nodes, self.workers, self.port = config, out, nodes, workers, port
         self.submission, self.hosts, self.program = submission, hosts, program
+        self.metrics = 0  # port of node 0; that of node 1 is the next
         self.running, self.wanted, self.ended = {}, set(), {}
         out.mkdir(exist_ok=True)
         self.log = out / "nodes.log"
@@ -34,6 +35,7 @@ class Nodes:
         host = "node-0" if self.hosts else "127.0.0.1"
         command = [sys.executable, *self.program, "--run", "test", "--nodes", self.nodes, "--workers"]
         command += [str(self.workers), "--index", str(number), "--host", host, "--port", str(self.port)]
+        command += ["--metrics-port", str(self.metrics + number)] if self.metrics else []
         command += ["--folder", str(self.out / "checkpoints"), "--", "pretrain", "--out", str(self.out), *settings]
         env = {**ENV, "EQUIAV_CONFIG": Path(self.config).read_text(), "EQUIAV_SUBMISSION": self.submission}
         env["POD_IP"] = self.hosts.address(number) if self.hosts else "127.0.0.1"

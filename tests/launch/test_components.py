@@ -111,7 +111,8 @@ def test_arguments_arrive_as_they_were_typed(tmp_path):
     assert yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])["out"] == out
     env = made["Job"]["spec"]["template"]["spec"]["containers"][0]["env"]
     assert next(one["value"] for one in env if one["name"] == "A") == "$$(HOME) $$x"
-    made = dryrun("launch/pack.py", "--to", "s3://a/b", "--source", "/data/a b$(X)$$", cwd=tmp_path)
+    volume = ["--mounts", "type=volume,src=data,dst=/data"]
+    made = dryrun("launch/pack.py", *volume, "--to", "s3://a/b", "--source", "/data/a b$(X)$$", cwd=tmp_path)
     assert command(made)[4] == "/data/a b$$(X)$$$$"
 
 
@@ -139,10 +140,20 @@ def test_arguments_arrive_as_they_were_typed(tmp_path):
         ),
         ([*RUN, "--env", "POD_IP=1"], "env is 'POD_IP', expected a variable's name, and none of"),
         ([*RUN, "--env", "EQUIAV_CONFIG=1"], "env: EQUIAV_CONFIG is how the settings reach the program"),
-        ([*RUN, "--env", "novalue"], "`novalue` does not have at least one"),
+        ([*RUN, "--env", "novalue"], "env: 'novalue' has no value"),
+        ([*RUN, "--env", "JOB_COMPLETION_INDEX=0"], "env is 'JOB_COMPLETION_INDEX'"),
+        ([*RUN, "--env", "AWS_SECRET_ACCESS_KEY=x"], "AWS_SECRET_ACCESS_KEY would be seen"),
+        ([*RUN, "--env", "URL=http://me:word@host/"], "URL would be seen"),
+        ([*RUN, "--mounts", "type=volume,src=/etc,dst=/x"], "src of type=volume is '/etc', expected a claim's name"),
+        ([*RUN, "--mounts", "type=bind,src=clips,dst=/x"], "src of type=bind is 'clips'"),
+        ([*RUN, "--mounts", "type=volume,src=clips,dst=/"], "below its root"),
+        ([*RUN, "--workers", "-1"], "workers is -1"),
+        (["--data", "/clips", "--out", "s3://a/b"], "data is '/clips', which goes with its pod"),
+        ([*RUN, "--config", "latin1.yaml"], "latin1.yaml: byte 3 is no UTF-8"),
     ],
 )
 def test_a_mistake_is_told_where_it_is_typed(arguments, told, tmp_path):
+    (tmp_path / "latin1.yaml").write_bytes("# s\xf6\nseed: 1\n".encode("latin1"))
     text = torchx("run", "-s", "kubernetes", "launch/pretrain.py", *arguments, cwd=tmp_path, status=1)
     assert told in text
     assert "key:word" not in text
@@ -178,6 +189,22 @@ def test_no_cluster_is_one_clear_error(where, tmp_path):
     (tmp_path / "config").write_text(yaml.safe_dump(config))
     text = torchx("list", "-s", "kubernetes", cwd=tmp_path, status=1, env={"KUBECONFIG": str(tmp_path / "config")})
     assert "no cluster answers at http://127.0.0.1:9" in text
+
+
+def test_a_dataset_that_would_go_with_its_pod_is_told(tmp_path):
+    for arguments in (["--to", "/clips"], ["--to", "s3://a/b", "--source", "/videos"]):
+        text = torchx("run", "-s", "kubernetes", "launch/pack.py", *arguments, cwd=tmp_path, status=1)
+        assert "which goes with its pod" in text
+    mounted = ["--mounts", "type=volume,src=clips,dst=/clips", "--to", "/clips/packed"]
+    assert dryrun("launch/pack.py", *mounted, cwd=tmp_path)["Job"]
+
+
+def test_a_variable_may_have_anything_in_it(tmp_path):
+    made = dryrun("launch/pretrain.py", *RUN, "--env", "A=x=1,y,B=http://h:90/a@2?b=1,HOME=/x", cwd=tmp_path)
+    env = made["Job"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    given = {one["name"]: one.get("value") for one in env}
+    assert (given["A"], given["B"], given["HOME"]) == ("x=1,y", "http://h:90/a@2?b=1", "/x")
+    assert len(given) == len(env)
 
 
 def test_a_large_config_is_told(tmp_path):

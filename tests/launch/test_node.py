@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -314,3 +317,81 @@ def test_an_end_that_cannot_be_written_down_is_none_for_good(long_config, tmp_pa
         assert "for good" not in nodes.told()
     finally:
         nodes.end()
+
+
+def test_a_signal_to_all_its_processes_saves(nodes, long_config):
+    """As `torchx run -s local_cwd` passes Ctrl-C on: to the node program, the server and the workers at once."""
+    nodes.start(0)
+    nodes.until(lambda: 12 in steps(nodes.out))
+    for pid in nodes.of(0):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    assert nodes.running[0].wait(60) == 143
+    assert re.search(r"asked to end by SIGTERM; step \d+ is saved", nodes.told())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nodes", "2:x", "--", "pretrain"], "--nodes is '2:x', expected MIN:MAX"),
+        (["--nodes", "4:2", "--", "pretrain"], "--nodes is '4:2'"),
+        (["--workers", "-1", "--", "pretrain"], "--workers"),
+        (["--", "pretrian"], "begins with 'pretrian', expected pretrain"),
+    ],
+)
+def test_a_mistake_on_its_command_line_is_told(arguments, told):
+    command = [sys.executable, "-m", "launch.node", "--run=-x", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- what Prometheus is told
+
+
+def test_counters_outlive_workers_and_the_end_is_scraped(nodes):
+    """Two nodes: a worker of one is killed, the other node is lost; then the run ends."""
+    nodes.metrics = free_port()
+
+    def scrape(number=0):
+        """name{labels} -> value"""
+        with suppress(OSError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{nodes.metrics + number}/metrics", timeout=5) as answer:
+                told = [line.rpartition(" ") for line in answer.read().decode().splitlines() if line[0] != "#"]
+            return {
+                name.replace('run="test"', "").replace(",}", "}").replace("{}", ""): float(x) for name, _, x in told
+            }
+        return {}
+
+    def has(name, least=1, number=0):
+        return lambda: scrape(number).get(name, -1) >= least
+
+    nodes.start(0)
+    nodes.start(1)
+    nodes.until(lambda: 5 in steps(nodes.out))
+    nodes.until(has("equiav_rounds_total"))
+    nodes.until(has("equiav_rounds_total", number=1))
+    both = {**scrape(0), **scrape(1)}
+    nodes.until(lambda: "equiav_step" in {**scrape(0), **scrape(1)})
+    assert both["equiav_world_size_target"] == 2
+    before, moved = scrape(0), nodes.moved(2)
+    os.kill(nodes.worker(0), signal.SIGKILL)
+    nodes.until(has('equiav_lost_workers_total{how="SIGKILL"}'))
+    nodes.until(has("equiav_rounds_total", 2))
+    nodes.until(moved)
+    after = scrape(0)
+    falls = [name for name in before if "_total" in name and name in after and after[name] < before[name]]
+    assert not falls
+    moved = nodes.moved(1)
+    nodes.kill(1)
+    nodes.until(moved)
+    nodes.until(lambda: scrape(0).get("equiav_world_size") == 1)  # of two: `world_size_target` says so
+    assert 'rank="1"' not in " ".join(scrape(0))
+    assert scrape(1) == {}
+    nodes.until(lambda: 'equiav_run_ended_time_seconds{how="finished"}' in scrape(0))
+    last = scrape(0)
+    assert last["equiav_step"] == STEPS
+    assert last["equiav_steps_total"] >= STEPS - 16
+    nodes.until(lambda: scrape(0) == {}, 20)  # after two scrapes
+    nodes.finish(20)

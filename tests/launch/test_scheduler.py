@@ -1,14 +1,16 @@
 """What `torchx status`, `list` and `describe` make of what an API server says, jobs of others included."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from kubernetes.client import ApiClient
 from torchx.specs import AppState
 
 from launch.ended import FOR_GOOD, name_of
-from launch.scheduler import begins, pod_state, role_of, state_of, structured
+from launch.scheduler import Cluster, begins, pod_state, role_of, state_of, structured, to_yaml
 
 
 def read(kind, about):
@@ -23,9 +25,13 @@ def job(conditions=(), annotations=None, container=None, **spec):
     return read("V1Job", {"metadata": {"name": "run", "annotations": annotations}, "spec": spec, "status": status})
 
 
-def pod(index=0, phase="Running", node="a", condition=None, **state):
-    """state: of its container"""
-    about = {"name": f"run-{index}", "annotations": {"batch.kubernetes.io/job-completion-index": str(index)}}
+def pod(index=0, phase="Running", node="a", condition=None, age=0, **state):
+    """state: of its container. age: the larger, the later"""
+    about = {
+        "name": f"run-{index}",
+        "creationTimestamp": f"2026-01-02T00:00:{age:02d}Z",
+        "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
+    }
     container = {"name": "main", "image": "i", "imageID": "", "ready": True, "restartCount": 0, "state": state}
     status = {"phase": phase, "containerStatuses": [container] if state else None}
     status["conditions"] = [condition] if condition else None
@@ -49,6 +55,9 @@ FULL = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are ava
         (job(["FailureTarget"]), [], AppState.FAILED, "the reason"),
         (job(), [pod(**ended(1, f"{FOR_GOOD}too bad"))], AppState.FAILED, "too bad"),
         (job(), [pod(1, **ended(137, "")), pod(0)], AppState.PENDING, "run-1 ended with status 137"),
+        (job(), [pod(age=0, **ended(143, "saved")), pod(age=1)], AppState.PENDING, ""),
+        (job(), [pod(age=0, **ended(143, "")), pod(age=1, **ended(2, f"{FOR_GOOD}bad"))], AppState.FAILED, "bad"),
+        (job(), [pod(age=1, **ended(143, "")), pod(age=0, **ended(2, f"{FOR_GOOD}bad"))], AppState.FAILED, "bad"),
         (job(suspend=True), [], AppState.PENDING, "waits for its queue"),
         (job(), [pod(phase="Pending", node=None, condition=FULL)], AppState.PENDING, "run-0 fits no node: 0/3"),
         (
@@ -87,6 +96,26 @@ def test_a_job_of_somebody_else_is_described():
     role = role_of(job(container=container, completions=3))
     assert (role.entrypoint, role.args, role.env, role.num_replicas) == ("sh", ["-c", "x"], {"A": "1"}, 3)
     assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (2, 4, 1536)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-4", "y", "0o17", "0x1f", "1_000", "12:30", ".5", "+1", "-1", "1.0", "no", "on", "~"]
+)
+def test_text_stays_text_for_who_reads_yaml_otherwise(text):
+    """kubectl's reader takes some words for numbers that PyYAML's does not."""
+    written = to_yaml([{"a": text}])
+    assert re.search(r"""^- ?a: ['"]|^a: ['"]""", written, re.MULTILINE), written
+    assert yaml.safe_load(written) == {"a": text}
+
+
+def test_what_is_a_word_has_no_quotes():
+    assert to_yaml([{"a": "3Gi", "b": "-m", "c": "s3://a/b", "d": "equiav:0.1.0"}]).count("'") == 0
+
+
+def test_a_last_line_without_an_end_is_read():
+    answer = SimpleNamespace(stream=lambda decode_content: iter([b"1 one\n2 tw", b"o\n3 three"]))
+    of = SimpleNamespace(core=SimpleNamespace(read_namespaced_pod_log=lambda *_, **__: answer))
+    assert list(Cluster.log(of, "pod", "namespace", None, False)) == [("1", "one\n"), ("2", "two\n"), ("3", "three\n")]
 
 
 def test_a_signal_has_a_name_or_a_number():

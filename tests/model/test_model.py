@@ -342,6 +342,11 @@ def test_audio_side_of_forward(config):
         "intra_a": heads(model, "audio", "intra", predicted[:, 0]),
         "aug_a": heads(model, "audio", "intra", h_aug.mean(1)),
         "plain_a": heads(model, "audio", "intra", h.mean(1)),
+        "other_a": heads(model, "audio", "intra", predicted[:, 1]),
+        "spread_a": 1
+        - torch.cosine_similarity(
+            predicted[:, 1:], torch.nn.functional.normalize(predicted[:, 1:], dim=-1).mean(1, keepdim=True), dim=-1
+        ).mean(1),
         "inter_a": heads(model, "audio", "inter", predicted[:, 1:].mean(1)),
     }
     for name, value in expected.items():

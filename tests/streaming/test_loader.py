@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -32,7 +33,7 @@ from streaming import (
     Store,
 )
 from streaming import loader as loader_module
-from streaming.fetch import Fetcher, Files
+from streaming.fetch import Fetcher, FetchSettings, Files
 from streaming.order import share
 from streaming.shards import Offsets
 from tests.streaming.fault_proxy import FaultProxy
@@ -253,6 +254,26 @@ def test_a_flipped_bit_is_bad_and_only_its_sample(damaged):
     assert (bad.sample, bad.reason) == (34, "checksum")
     assert bad.where == f"{damaged}/000003-00.tar, sample 4 (s00034)"
     assert "000003-00.tar have not the checksum" in bad.detail
+
+
+def test_a_fetcher_that_was_closed_says_nothing_more(damaged):
+    """Its threads may still be at work, and the number of its connection be that of another file."""
+    ours, theirs = multiprocessing.Pipe()
+    fetcher = Fetcher(theirs, FetchSettings(str(damaged), "folder", None, 0, 5.0))
+    fetcher.send("stats", 1)
+    sending = threading.Thread(target=lambda: [fetcher.send("stats", k) for k in range(100)])
+    sending.start()
+    fetcher.close()
+    read, write = os.pipe()
+    os.dup2(write, theirs.fileno())  # whoever comes next
+    sending.join()
+    os.set_blocking(read, False)
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
+    fetcher._guarded(lambda: 1 / 0)
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
+    assert ours.recv() == ("stats", 1)
 
 
 def verdicts(url, W, count, start=0, **arguments):

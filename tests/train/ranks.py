@@ -17,7 +17,7 @@ from equiav.data.synthetic import World
 from equiav.objective import weights_at
 from equiav.parallel import Ranks
 from equiav.train import initial_state, steps
-from equiav.train.loop import forward_backward
+from equiav.train.loop import Laps, forward_backward
 from streaming.order import share
 
 TINY = {"model": {"size": "tiny", "depth": 2}, "data": {"audio_mean": -10.3, "audio_std": 3.9}}
@@ -55,7 +55,14 @@ def run(ranks, settings, missing=()):
     config = from_dict(Config, settings, "test")
     state = initial_state(config, ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    forward_backward(config, ranks, state.model, next(source), weights_at(0, config.train.steps, config.objective))
+    forward_backward(
+        config,
+        ranks,
+        state.model,
+        next(source),
+        weights_at(0, config.train.steps, config.objective),
+        Laps(ranks.device),
+    )
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)

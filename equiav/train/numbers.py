@@ -1,0 +1,149 @@
+"""What a run tells of itself while it runs: its numbers, as monitoring/metrics.py defines them, onto a board."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from equiav.config import NotHere, RunConfig
+from equiav.parallel import Ranks
+from equiav.train.checkpoint import Checkpoints
+from equiav.train.loop import Metrics
+from monitoring import metrics as m
+from monitoring.board import Board, started
+from monitoring.exporter import FOLDER, beside
+from streaming import Loader, Quarantine
+
+KEYS = m.by_key()
+
+
+class Numbers:
+    """Of this rank; those that all ranks have alike are told by rank 0."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        quarantine: Quarantine,
+        tell: Callable[[str], None],
+    ):
+        self.config, self.ranks, self.loader = config, ranks, loader
+        self.checkpoints, self.quarantine = checkpoints, quarantine
+        self.board = Board(folder_of(config, ranks), f"rank-{ranks.rank}", ranks.rank, tell)
+        self._first = ranks.rank == 0
+        self._begun = started(os.getpid()) / os.sysconf("SC_CLK_TCK")  # on the clock of CLOCK_BOOTTIME
+        self._sums: dict[tuple[m.Metric, tuple[str, ...]], float] = {}
+        self._steps = 0
+        self._saved, self._failures = checkpoints.saved_step, 0
+
+    def begin(self, environment: Mapping[str, Any]) -> None:
+        """On rank 0."""
+        board = self.board
+        about = (environment["equiav"], environment["code"], environment["torch"], environment["gpu"] or "cpu")
+        board.set(m.BUILD, 1, *about)
+        board.set(m.STEPS_PLANNED, self.config.train.steps)
+        board.set(m.WORLD, self.ranks.size)
+        board.set(m.SPARES, self.ranks.spares)
+        board.set(m.SAMPLES, self.loader.dataset.samples)
+        board.set(m.LIMIT, self.config.stream.max_bad * self.loader.dataset.samples)
+        board.set(m.SAVED_STEP, self.checkpoints.saved_step)
+        board.set(m.SAVED_TIME, time.time())
+
+    def spent(self, phases: Mapping[str, float]) -> None:
+        for phase, seconds in phases.items():
+            self.board.add(m.PHASE, seconds, phase)
+
+    def step(self, step: int, metrics: Metrics, finite: bool, timing: Mapping[str, Any], seconds: float) -> None:
+        """The numbers of a step have come."""
+        board = self.board
+        if not self._steps:
+            board.add(m.STARTING, time.clock_gettime(time.CLOCK_BOOTTIME) - self._begun)
+        self._steps += 1
+        if self._first:
+            for key, value in {**metrics, **timing, "step": step + 1}.items():
+                metric, labels = KEYS[key]
+                board.set(metric, value, *labels)
+            for term, candidates in self.candidates(metrics["clips"]).items():
+                if f"loss_{term}" in metrics and candidates > 1:
+                    board.set(m.CHANCE, metrics[f"loss_{term}"] / math.log(candidates), term)
+            board.set(m.LAST_STEP, time.time())
+            board.add(m.STEPS, 1)
+            board.add(m.CLIPS, metrics["clips"])
+            board.add(m.NOT_FINITE, not finite)
+            board.observe(m.STEP_TIME, seconds)
+        if board.due():
+            self._look(step)
+
+    def candidates(self, N: float) -> dict[str, float]:
+        """How many an anchor is compared with, by term."""
+        intra = 2 * N - (1 if self.config.objective.intra_positive_in_denominator else 2)
+        return {"inter": N, "intra_audio": intra, "intra_image": intra}
+
+    def _look(self, step: int) -> None:
+        """What takes some effort to find out."""
+        board, stats = self.board, self.loader.stats()
+        sums = {m.READS: "requests", m.RETRIES: "retries", m.HEDGED: "hedged", m.READ_BYTES: "bytes", m.HITS: "hits"}
+        for metric, name in {**sums, m.MISSES: "misses"}.items():
+            self._raise(metric, stats.fetch[name])
+        self._raise(m.DECODED, sum(stats.decoded))
+        self._raise(m.DECODE, sum(stats.decode_seconds))
+        board.set(m.READY, stats.queue_depth)
+        board.set(m.MEMORY, resident())
+        if self.ranks.device.type == "cuda":
+            board.set(m.GPU_PEAK, torch.cuda.max_memory_reserved())
+            board.set(m.GPU_TOTAL, torch.cuda.get_device_properties(self.ranks.device).total_memory)
+        if self._first:
+            board.set(m.EPOCH, (step + 1) / self.loader.steps_per_epoch)
+            for reason, count in self.quarantine.counts().items():
+                board.set(m.QUARANTINED, count, reason)
+            self._raise(m.FAILED_SAVES, self.checkpoints.failures)
+            if self.checkpoints.saved_step > self._saved:
+                self._saved = self.checkpoints.saved_step
+                board.add(m.SAVES, 1)
+                board.set(m.SAVED_TIME, time.time())
+                board.set(m.SAVED_BYTES, self.checkpoints.saved_bytes)
+
+    def _raise(self, metric: m.Metric, value: float) -> None:
+        """A counter, to what somebody else has counted since this process began."""
+        self.board.add(metric, value - self.board.value(metric))
+
+    def end(self, how: str) -> None:
+        """how: finished, asked, failed; empty: it has not."""
+        if self._first:
+            self._look(max(0, int(self.board.value(m.STEP)) - 1))
+            if how:
+                self.board.set(m.ENDED, time.time(), how)
+        self.board.close()
+
+
+def folder_of(config: RunConfig, ranks: Ranks) -> Path | None:
+    """Where the processes of this node write. Their launcher serves it; where it does not, the first of them sees to it."""
+    if folder := os.environ.get(FOLDER):
+        return Path(folder)
+    if not config.metrics.port:
+        return None
+    name = hashlib.sha256(str(config.out.absolute()).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"equiav-{os.getuid()}" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.parent.stat().st_uid != os.getuid():
+        raise NotHere(f"{folder.parent} belongs to somebody else; set TMPDIR to a folder of yours")
+    if ranks.local_rank == 0:
+        beside(folder, config.out.name, config.metrics.port)
+    return folder
+
+
+def resident() -> int:
+    """Bytes of this process's memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

@@ -1,0 +1,280 @@
+"""Serves to Prometheus what the processes of a node tell of themselves (board.py).
+
+It lives in the node's program, or, where there is none, in a process of its own: workers come and go under it. Counters are
+sums over all processes that there were, so that they never go back; the other numbers are of those that live.
+
+    python -m monitoring.exporter --folder FOLDER --run NAME --port 9108
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+from monitoring.board import Key, started, write
+from monitoring.metrics import COUNTER, GAUGE, HISTOGRAM, METRICS, STEP_SECONDS
+
+PORT = 9108
+FOLDER = "EQUIAV_METRICS"  # environment variable: where the processes of a node write, if their launcher serves it
+KEPT = 8  # files of processes that have ended, before they become one
+AT_ONCE = 16  # scrapes
+FRESH = 0.5  # seconds for which an answer is given again
+LONGEST = 100  # characters of a label's value
+MOST_VALUES = 20  # of a label that data can fill
+LINGER, SCRAPES = 40.0, 2  # after the end: until so many scrapes, or seconds
+SCRAPED = 150.0  # seconds without a scrape, after which nobody is waited for
+
+
+class Told(NamedTuple):
+    """What a process has told."""
+
+    path: Path
+    began: float
+    ended: float  # 0: it has not said so
+    alive: bool
+    values: dict[Key, Any]
+
+
+class Exporter:
+    """Reads the files of a folder, whose processes are all of this machine."""
+
+    def __init__(self, folder: Path, run: str):
+        self.folder, self.run = folder, plain(run)
+        self._lock, self._answer, self._until = threading.Lock(), b"", 0.0
+        self._registry = CollectorRegistry()
+        self._registry.register(self)  # type: ignore[arg-type]
+
+    def answer(self) -> bytes:
+        with self._lock:
+            if time.monotonic() > self._until:
+                self._answer = generate_latest(self._registry)
+                self._until = time.monotonic() + FRESH
+            return self._answer
+
+    def alive(self) -> bool:
+        """Whether any process that writes here lives."""
+        return any(told.alive for told in self._told())
+
+    def values(self) -> dict[Key, Any]:
+        """What is to be served."""
+        everyone = self._told()
+        last = max((told.began for told in everyone), default=0.0)
+        shown = [told for told in everyone if told.alive or told.ended > last]
+        sums: dict[Key, Any] = defaultdict(float) | self._before(everyone)
+        found: dict[Key, Any] = {}
+        for told in everyone:
+            for key, value in told.values.items():
+                if KINDS.get(key[0]) in (COUNTER, HISTOGRAM):
+                    sums[key] = added(sums[key], value)
+        for told in shown:
+            found |= {key: sums.get(key, value) for key, value in told.values.items()}
+        # A rank that no longer lives here is told by another node, or by none.
+        return found | {key: value for key, value in sums.items() if not RANKED[key[0]]}
+
+    def collect(self) -> Iterator[Any]:
+        """As prometheus_client wants it."""
+        by_name: dict[str, list[tuple[tuple[str, ...], Any]]] = defaultdict(list)
+        for (name, labels), value in sorted(self.values().items()):
+            if len(by_name[name]) < MOST_VALUES or RANKED[name]:
+                by_name[name].append((tuple(map(plain, labels)), value))
+        for metric in METRICS:
+            if metric.name not in by_name:
+                continue
+            make = {GAUGE: GaugeMetricFamily, COUNTER: CounterMetricFamily, HISTOGRAM: HistogramMetricFamily}[
+                metric.kind
+            ]
+            family: Any = make(metric.full_name, metric.help, labels=["run", *metric.labels])
+            for labels, value in by_name[metric.name]:
+                if metric.kind == HISTOGRAM:
+                    counts = [sum(value[1 : 2 + k]) for k in range(len(STEP_SECONDS) + 1)]
+                    bounds = [*map(str, STEP_SECONDS), "+Inf"]
+                    family.add_metric([self.run, *labels], list(zip(bounds, counts, strict=True)), value[0])
+                else:
+                    family.add_metric([self.run, *labels], value)
+            yield family
+
+    def describe(self) -> Iterable[Any]:
+        return []  # else the registry would collect once at its registration
+
+    def _told(self) -> list[Told]:
+        found = []
+        for path in sorted(self.folder.glob("*-*.json")):
+            try:
+                content = json.loads(path.read_text())
+                values = {(name, tuple(labels)): value for name, labels, value in content["values"] if name in KINDS}
+                alive = not content["ended"] and started(content["pid"]) == content["start"]
+                found.append(Told(path, content["began"], content["ended"], alive, values))
+            except FileNotFoundError:  # it has become part of `before`
+                continue
+        return found
+
+    def _before(self, everyone: list[Told]) -> dict[Key, Any]:
+        """Sums of processes whose files are gone. Many that have ended become one file: it has the names of those that are in
+        it, so that whatever happens meanwhile, none counts twice. Takes them out of `everyone`."""
+        path = self.folder / "before.json"
+        content = json.loads(path.read_text()) if path.exists() else {"names": [], "values": []}
+        sums: dict[Key, Any] = {(name, tuple(labels)): value for name, labels, value in content["values"]}
+        last = max((told.began for told in everyone), default=0.0)
+        everyone[:] = [told for told in everyone if told.path.name not in content["names"]]
+        gone = [told for told in everyone if not told.alive and told.ended < last]
+        if len(gone) > KEPT:
+            for told in gone:
+                for key, value in told.values.items():
+                    if KINDS[key[0]] in (COUNTER, HISTOGRAM):
+                        sums[key] = added(sums.get(key, 0.0), value)
+            names = [told.path.name for told in gone]
+            write(path, {"names": names, "values": [[*key, value] for key, value in sums.items()]})
+            for told in gone:
+                told.path.unlink(missing_ok=True)
+            everyone[:] = [told for told in everyone if told not in gone]
+        return sums
+
+
+KINDS = {metric.name: metric.kind for metric in METRICS}
+RANKED = {metric.name: metric.per_rank for metric in METRICS}
+
+
+def added(one: Any, other: Any) -> Any:
+    if isinstance(other, list):
+        return [a + b for a, b in zip(one or [0.0] * len(other), other, strict=True)]
+    return one + other
+
+
+def plain(text: str) -> str:
+    """Of a label: printable, and not longer than anybody reads."""
+    return re.sub(r"[^\x20-\x7e]", "?", text)[:LONGEST]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers GET /metrics, a few at a time. Who does not read, or does not ask, is left after some seconds."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port: int, answer: Callable[[], bytes]):
+        self.answer, self.scrapes, self.scraped = answer, 0, float("-inf")
+        self._free = threading.Semaphore(AT_ONCE)
+        self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        super().__init__(("", port), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True, name="exporter").start()
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.setblocking(False)
+            request.send(b"HTTP/1.0 503 Too many scrapes at once\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, or spoke no HTTP: nothing that anybody has to mend."""
+
+    def linger(self, until: Callable[[], bool] = lambda: False) -> None:
+        """After the end of a run: until Prometheus has its last numbers, where one asks at all."""
+        time.sleep(2 * FRESH)  # an answer from before the end is still given
+        first, deadline = self.scrapes, time.monotonic() + LINGER
+        while self.scrapes < first + SCRAPES and time.monotonic() < deadline and not until():
+            if time.monotonic() - self.scraped > SCRAPED:
+                return
+            time.sleep(0.1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Any  # a Server
+    timeout = 5  # seconds for a client to say or take something
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, "There is /metrics")
+            return
+        body = self.server.answer()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.scrapes, self.server.scraped = self.server.scrapes + 1, time.monotonic()
+
+    def version_string(self) -> str:
+        return "equiav"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A line for each scrape tells nobody anything."""
+
+
+def serve(folder: Path, run: str, port: int) -> Server | str:
+    """In a thread of this process -> the server, or why there is none: nothing that a run has to end for."""
+    try:
+        return Server(port, Exporter(folder, run).answer)
+    except OSError as error:
+        how = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        return f"port {port} {how}: no metrics are served. Choose another (metrics.port; 0: none)"
+
+
+def beside(folder: Path, run: str, port: int) -> None:
+    """In a process of its own, which outlives this one for as long as others of the run come; or there is one already."""
+    command = [sys.executable, "-m", "monitoring.exporter", "--folder", str(folder), "--run", run, "--port", str(port)]
+    subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m monitoring.exporter", description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="where the processes write")
+    parser.add_argument("--run", required=True, help="value of the label `run`")
+    parser.add_argument("--port", type=int, default=PORT)
+    given = parser.parse_args(argv)
+    lock = os.open(given.folder / "exporter", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return 0  # there is one
+    server = serve(given.folder, given.run, given.port)
+    if isinstance(server, str):
+        print(f"equiav: {server}", file=sys.stderr)
+        return 1
+    exporter = Exporter(given.folder, given.run)
+    while True:
+        time.sleep(1)
+        if exporter.alive():
+            continue
+        server.linger(exporter.alive)  # the next start of the run may come meanwhile
+        if not exporter.alive():
+            shutil.rmtree(given.folder, ignore_errors=True)
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The pages, and that Prometheus has something to show for each of their panels."""
+
+import json
+import re
+
+import pytest
+
+from monitoring import dashboards
+from monitoring.alerts import ALERTS, RECORDS
+from monitoring.dashboards import PAGES, panels
+from monitoring.metrics import METRICS, series
+
+
+def names(expressions):
+    return {name for expr in expressions for name in re.findall(r"\bequiav_[a-z_]+", expr)}
+
+
+@pytest.mark.parametrize("uid", PAGES)
+def test_the_files_are_what_the_code_makes(uid):
+    written = (dashboards.FOLDER / f"{uid}.json").read_text()
+    assert written == dashboards.text(uid), "run `python -m monitoring.dashboards`"
+    page = json.loads(written)
+    assert page["uid"] == uid
+    assert len(written) < 200_000  # `kubectl apply` keeps a copy of a ConfigMap in an annotation of 256 KiB
+    shown = [panel for panel in page["panels"] if panel["type"] != "row"]
+    assert len(shown) == sum(one == uid for one, _, _ in panels())
+    for panel in shown:
+        assert panel["description"].endswith(".")
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert "{}" not in panel["targets"][0]["expr"]
+
+
+def test_every_metric_is_to_be_seen_and_nothing_else():
+    known = {name for metric in METRICS for name in series(metric)}
+    shown = names(query.expr for _, _, panel in panels() for query in panel.queries)
+    assert shown <= known
+    called = names([*RECORDS.values(), *(alert.expr for alert in ALERTS)])
+    unseen = [metric.full_name for metric in METRICS if not {*series(metric)} & (shown | called)]
+    assert unseen == []
+
+
+def test_a_row_has_no_holes():
+    for uid, (_, rows) in PAGES.items():
+        for row, listed in rows.items():
+            width = 0
+            for panel in listed:
+                width = (width + panel.width) if width + panel.width <= 24 else panel.width
+            assert width <= 24, (uid, row)

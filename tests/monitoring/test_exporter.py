@@ -1,0 +1,237 @@
+"""Processes that tell, die and come back; scrapes of all kinds."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from monitoring import metrics as m
+from monitoring.board import SECONDS, Board, started
+from monitoring.exporter import KEPT, Exporter, Server, serve
+
+TELLS = """
+import sys, time
+from pathlib import Path
+from monitoring import metrics as m
+from monitoring.board import Board
+board = Board(Path(sys.argv[1]), f"rank-{sys.argv[2]}", int(sys.argv[2]))
+board.add(m.CLIPS, 10)
+board.add(m.PHASE, 2.0, "data")
+board.observe(m.STEP_TIME, 0.3)
+board.set(m.STEP, 5)
+board.set(m.MEMORY, 100)
+time.sleep(0.1)
+if sys.argv[3] == "ends":
+    board.close()
+else:
+    time.sleep(1.5)
+    print("told", flush=True)
+    time.sleep(600)
+"""
+
+
+def process(folder, rank=0, how="stays"):
+    started = subprocess.Popen([sys.executable, "-c", TELLS, str(folder), str(rank), how], stdout=subprocess.PIPE)
+    if how == "stays":
+        started.stdout.readline()
+    else:
+        started.wait()
+    return started
+
+
+def kill(one):
+    one.send_signal(signal.SIGKILL)
+    one.wait()
+
+
+def value(exporter, metric, *labels):
+    return exporter.values().get((metric.name, labels))
+
+
+def test_counters_go_on_over_processes_and_the_rest_is_of_those_that_live(tmp_path):
+    exporter = Exporter(tmp_path, "run")
+    first = process(tmp_path)
+    assert value(exporter, m.CLIPS) == 10
+    assert value(exporter, m.PHASE, "data", "0") == 2
+    assert value(exporter, m.STEP) == 5
+    kill(first)
+    assert value(exporter, m.CLIPS) == 10  # it happened
+    assert value(exporter, m.STEP) is None  # nobody says so any more
+    assert value(exporter, m.PHASE, "data", "0") is None
+    assert not exporter.alive()
+    second = process(tmp_path)
+    assert value(exporter, m.CLIPS) == 20
+    assert value(exporter, m.PHASE, "data", "0") == 4
+    assert value(exporter, m.STEP_TIME)[0] == pytest.approx(0.6)
+    third = process(tmp_path, rank=1)
+    assert value(exporter, m.MEMORY, "1") == 100
+    kill(third)
+    assert value(exporter, m.MEMORY, "1") is None
+    assert value(exporter, m.MEMORY, "0") == 100
+    kill(second)
+
+
+def test_what_has_ended_stays_to_be_seen_until_another_begins(tmp_path):
+    exporter = Exporter(tmp_path, "run")
+    process(tmp_path, how="ends")
+    assert not exporter.alive()
+    assert value(exporter, m.STEP) == 5
+    assert value(exporter, m.MEMORY, "0") == 100
+    other = process(tmp_path, rank=1)
+    assert value(exporter, m.MEMORY, "0") is None
+    assert value(exporter, m.CLIPS) == 20
+    kill(other)
+
+
+def test_a_process_whose_number_is_used_again_is_another(tmp_path):
+    board = Board(tmp_path, "rank-0", 0)
+    board.set(m.STEP, 5)
+    board.add(m.CLIPS, 10)
+    time.sleep(1.5 * SECONDS)
+    exporter = Exporter(tmp_path, "run")
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["start"] == started(os.getpid()) > 0
+    board.close()
+    path.write_text(json.dumps({**content, "start": content["start"] - 1}))
+    assert value(exporter, m.STEP) is None
+    assert value(exporter, m.CLIPS) == 10
+    assert started(2**22 + 1) == 0
+
+
+def test_many_that_have_ended_are_one_file_and_none_counts_twice(tmp_path):
+    exporter = Exporter(tmp_path, "run")
+    for number in range(3 * KEPT):
+        content = {"pid": 1, "start": number, "began": number, "ended": number + 0.5}
+        values = [["clips_total", [], 1], ["phase_seconds_total", ["data", "0"], 1.0], ["step", [], 9]]
+        values.append(["step_seconds", [], [0.5, *[1] * 15]])
+        (tmp_path / f"rank-0-1-{number}.json").write_text(json.dumps({**content, "values": values}))
+        if number % 5 == 0:
+            assert value(exporter, m.CLIPS) == number + 1
+    assert value(exporter, m.CLIPS) == 3 * KEPT
+    assert value(exporter, m.STEP_TIME) == [0.5 * 3 * KEPT, *[3 * KEPT] * 15]
+    left = list(tmp_path.glob("rank-*.json"))
+    assert len(left) <= KEPT + 1
+    # Killed between the one file and the removal of those that are in it: they are there again.
+    again = json.loads((tmp_path / "before.json").read_text())["names"][0]
+    (tmp_path / again).write_text(json.dumps({**content, "values": values}))
+    assert value(Exporter(tmp_path, "run"), m.CLIPS) == 3 * KEPT
+
+
+def test_a_folder_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    board = Board(tmp_path / "file", "rank-0", 0, said.append)
+    board.set(m.STEP, 5)
+    time.sleep(2.5 * SECONDS)
+    board.close()
+    assert len(said) == 1
+    assert "metrics cannot be written to" in said[0]
+
+
+def test_odd_names_are_escaped_and_short(tmp_path):
+    board = Board(tmp_path, "rank-0", 0)
+    for number in range(200):
+        board.set(m.QUARANTINED, 1, f'rea"son\\{number}\n' + "x" * 1000)
+    board.close()
+    text = Exporter(tmp_path, 'a "run"\\ \n äöü' + "y" * 1000).answer().decode()
+    lines = [line for line in text.splitlines() if line.startswith("equiav_")]
+    assert 1 < len(lines) <= 20
+    assert max(map(len, lines)) < 400
+    assert r'run="a \"run\"\\ ? ???' in lines[0]
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- scrapes
+
+
+@pytest.fixture
+def server(tmp_path):
+    board = Board(tmp_path, "rank-0", 0)
+    board.set(m.STEP, 5)
+    time.sleep(1.5 * SECONDS)
+    server = serve(tmp_path, "run", 0)
+    assert isinstance(server, Server)
+    yield server
+    server.shutdown()
+    server.server_close()
+    board.close()
+
+
+def get(server, path="/metrics"):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_a_scrape_and_what_is_none(server):
+    assert 'equiav_step{run="run"} 5.0' in get(server)[1]
+    assert get(server, "/metrics?x=1")[0] == 200
+    for path in ("/", "/../etc/passwd", "/metricsx"):
+        status, text = get(server, path)
+        assert status == 404
+        assert "/tmp" not in text
+    for rubbish in (b"\x16\x03\x01\x02\x00\x01\x00\x01", b"GET\r\n\r\n", b"POST /metrics HTTP/1.0\r\n\r\n", b""):
+        with socket.create_connection(("127.0.0.1", server.server_address[1])) as one:
+            one.sendall(rubbish)
+    assert get(server)[0] == 200
+    with socket.create_connection(("::1", server.server_address[1])) as one:
+        one.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert one.recv(100).startswith(b"HTTP/1.0 200")
+
+
+def test_who_is_slow_holds_up_nobody(server):
+    slow = [socket.create_connection(("127.0.0.1", server.server_address[1])) for _ in range(12)]
+    for one in slow:
+        one.sendall(b"GET /met")
+    begun = time.monotonic()
+    assert get(server)[0] == 200
+    assert time.monotonic() - begun < 4  # the others are given five seconds
+    for one in slow:
+        one.close()
+
+
+def test_a_thousand_scrapes_at_once_are_answered_or_refused(server):
+    def scrape(_):
+        try:
+            return get(server)[0]
+        except OSError:  # refused while it says so
+            return 503
+
+    with ThreadPoolExecutor(1000) as pool:
+        statuses = list(pool.map(scrape, range(1000)))
+    assert set(statuses) <= {200, 503}
+    assert statuses.count(200) > 10
+    assert get(server)[0] == 200
+
+
+def test_a_port_in_use_is_said(server, tmp_path):
+    said = serve(tmp_path, "run", server.server_address[1])
+    assert isinstance(said, str)
+    assert "is in use: no metrics are served" in said
+
+
+def test_the_end_waits_for_two_scrapes_of_who_asks(server):
+    begun = time.monotonic()
+    server.linger()
+    assert time.monotonic() - begun < 5  # nobody has ever asked
+    get(server)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.linger)
+        get(server)  # of what was there before the end
+        time.sleep(1.5)
+        assert not waiting.done()
+        get(server)
+        time.sleep(0.5)
+        assert not waiting.done()
+        get(server)
+        waiting.result(timeout=5)

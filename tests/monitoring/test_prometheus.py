@@ -1,0 +1,127 @@
+"""A real run of two nodes, with a worker killed and a node lost, and a real Prometheus that watches it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+import yaml
+
+from monitoring import alerts
+from monitoring.dashboards import panels
+from monitoring.metrics import COUNTER, METRICS
+from monitoring.picture import draw, filled
+from tests.launch.nodes import Nodes
+from tests.train.ranks import free_port
+from tests.train.test_pretrain import steps
+
+pytestmark = pytest.mark.slow
+STEPS = 300
+EMPTY_HERE = {"GPU memory, most of what there is"}
+NOTHING_HERE = {
+    "equiav_gpu_memory_peak_bytes",
+    "equiav_gpu_memory_bytes",
+    "equiav_quarantined_samples",
+}  # no GPU, good data
+
+
+class Prometheus:
+    def __init__(self, folder, ports):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        rules = folder / "alerts.yaml"
+        rules.write_text(alerts.text().replace("interval: 15s", "interval: 1s"))
+        targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
+        jobs = [{"job_name": "equiav", "static_configs": targets}]
+        settings = {"global": {"scrape_interval": "1s", "evaluation_interval": "1s"}, "rule_files": [str(rules)]}
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump({**settings, "scrape_configs": jobs}))
+        command = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
+        log = (folder / "prometheus.log").open("wb")
+        self.process = subprocess.Popen(
+            [*command, f"--web.listen-address=127.0.0.1:{self.port}"], stdout=log, stderr=log
+        )
+
+    def ask(self, query, at=None):
+        values = {"query": query, **({"time": at} if at else {})}
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(values)}", timeout=10) as answer:
+            return json.load(answer)["data"]["result"]
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def watched(run_config, tmp_path_factory):
+    """-> Prometheus, when it began, when it ended"""
+    folder = tmp_path_factory.mktemp("watched")
+    settings = yaml.safe_load(run_config.read_text())
+    settings["train"] |= {"steps": STEPS}
+    settings["checkpoint"] |= {"every_steps": 20}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    nodes = Nodes(folder / "config.yaml", folder / "out", port=free_port())
+    nodes.metrics = free_port()
+    prometheus = Prometheus(folder, [nodes.metrics, nodes.metrics + 1])
+    begun = time.time()
+    try:
+        nodes.start(0)
+        nodes.start(1)
+        nodes.until(lambda: 40 in steps(nodes.out))
+        moved = nodes.moved(2)
+        os.kill(nodes.worker(0), signal.SIGKILL)
+        nodes.until(moved)
+        nodes.until(lambda: 120 in steps(nodes.out))
+        moved = nodes.moved(1)
+        nodes.kill(1)
+        nodes.until(moved)
+        nodes.finish(240)
+        yield prometheus, begun, time.time()
+    finally:
+        nodes.end()
+        prometheus.end()
+
+
+def test_no_panel_is_empty(watched, tmp_path):
+    prometheus, begun, ended = watched
+    empty = {panel.title for _, _, panel in panels() if all(not seen(watched, query) for query in panel.queries)}
+    assert empty == EMPTY_HERE
+    nothing = [query.expr for _, _, panel in panels() for query in panel.queries if not seen(watched, query)]
+    assert {name for expr in nothing for name in re.findall("equiav_[a-z_]+", expr)} == NOTHING_HERE, nothing
+    assert draw(prometheus.url, "equiav-run", "test", begun, ended, str(tmp_path / "run.png")) == sorted(EMPTY_HERE)
+    assert draw(prometheus.url, "equiav-fleet", "test", begun, ended, str(tmp_path / "fleet.png")) == []
+    print(tmp_path)
+
+
+def seen(watched, query):
+    """Whether it ever had an answer."""
+    prometheus, begun, ended = watched
+    seconds = int(ended - begun)
+    return prometheus.ask(f"last_over_time(({filled(query, 'test', '15s')})[{seconds}s:1s])", ended)
+
+
+def test_a_run_that_recovers_calls_nobody_but_for_what_was_done_to_it(watched):
+    prometheus, begun, ended = watched
+    fired = prometheus.ask(f'max_over_time(ALERTS{{alertstate="firing"}}[{int(ended - begun)}s])', ended)
+    assert {one["metric"]["alertname"] for one in fired} == set()
+
+
+def test_counters_never_fall_on_a_node(watched):
+    prometheus, begun, ended = watched
+    for metric in METRICS:
+        if metric.kind == COUNTER:
+            falls = prometheus.ask(f"resets({metric.full_name}[{int(ended - begun)}s]) > 0", ended)
+            assert falls == [], metric.name
+
+
+def test_the_end_was_scraped(watched):
+    prometheus, begun, ended = watched
+    seconds = int(ended - begun)
+    (last,) = prometheus.ask(f"max(max_over_time(equiav_step[{seconds}s]))", ended)
+    assert float(last["value"][1]) == STEPS
+    (how,) = prometheus.ask(f"topk(1, max by (how) (last_over_time(equiav_run_ended_time_seconds[{seconds}s])))", ended)
+    assert how["metric"]["how"] == "finished"
