@@ -1,5 +1,5 @@
 """`python -m launch.manifests [IMAGE]`: writes what in k8s/ describes a job, from the code by which `torchx run` submits one:
-the demonstration and a runtime for Kubeflow Trainer. Puts the image's name into all of k8s/.
+the demonstration and a runtime for Kubeflow Trainer. Puts our image's name into all of k8s/.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ def runtime(image: str) -> dict[str, Any]:
 
 
 def main(image: str) -> None:
+    (before,) = set(re.findall(r"^ *(?:- )?image: (.*)$", (FOLDER / "80-demo.yaml").read_text(), re.MULTILINE))
     (FOLDER / "80-demo.yaml").write_text(HEAD + to_yaml(demo(image)))
     (FOLDER / "optional" / "trainer.yaml").write_text(RUNTIME + to_yaml([runtime(image)]))
     for path in sorted(FOLDER.rglob("*.yaml")):
-        text = re.sub(r"^( *(?:- )?image: ).*$", rf"\g<1>{image}", path.read_text(), flags=re.MULTILINE)
-        path.write_text(text)
+        ours = re.compile(rf"^( *(?:- )?image: ){re.escape(before)}$", re.MULTILINE)  # others' stay
+        path.write_text(ours.sub(rf"\g<1>{image}", path.read_text()))
 
 
 if __name__ == "__main__":

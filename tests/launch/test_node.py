@@ -350,6 +350,7 @@ def test_a_mistake_on_its_command_line_is_told(arguments, told):
 # ---- what Prometheus is told
 
 
+@pytest.mark.slow
 def test_counters_outlive_workers_and_the_end_is_scraped(nodes):
     """Two nodes: a worker of one is killed, the other node is lost; then the run ends."""
     nodes.metrics = free_port()

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from monitoring import dashboards
+from monitoring import dashboards, manifests
 from monitoring.alerts import ALERTS, RECORDS
 from monitoring.dashboards import PAGES, panels
 from monitoring.metrics import METRICS, series
@@ -39,10 +39,6 @@ def test_every_metric_is_to_be_seen_and_nothing_else():
     assert unseen == []
 
 
-def test_a_row_has_no_holes():
-    for uid, (_, rows) in PAGES.items():
-        for row, listed in rows.items():
-            width = 0
-            for panel in listed:
-                width = (width + panel.width) if width + panel.width <= 24 else panel.width
-            assert width <= 24, (uid, row)
+@pytest.mark.parametrize("name", manifests.texts())
+def test_the_manifests_have_them(name):
+    assert (manifests.FOLDER / name).read_text() == manifests.texts()[name], "run `python -m monitoring.manifests`"
