@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A test process for each core, of one thread each; the tests of a file share what they set up.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 
-.PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests soak lint bench clean
+.PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -33,6 +33,9 @@ image: ## build the Dockerfile with buildah, and train ten steps inside (root, D
 
 manifests: .venv/installed ## write k8s/80-demo.yaml anew, and IMAGE= into all of k8s/
 	@$(BIN)/python -m launch.manifests $(IMAGE)
+
+dashboards: .venv/installed ## a smoke run, watched by a Prometheus here; its dashboards as pictures (Debian's prometheus)
+	@$(BIN)/python -m monitoring.demo
 
 soak: .venv/installed ## attack runs for HOURS=1, round after round; each has to end as if nothing had happened (SEED=N repeats one)
 	@$(BIN)/python -m tests.soak --hours $(or $(HOURS),1) $(if $(SEED),--seed $(SEED))

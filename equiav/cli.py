@@ -38,6 +38,7 @@ COMMANDS = {
         "run_pretrain",
     ),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
+    "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(
         "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",
         "pack",

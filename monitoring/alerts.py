@@ -17,6 +17,16 @@ BY = "by (namespace, run)"
 ON = "on (namespace, run)"
 PAST = "2h"  # for so long a run that says nothing more is remembered
 
+# Beyond which something is wrong, here and in `equiav top`. early: a share of the run, before which little is to be expected.
+LIMITS = {
+    "stalled_seconds": 300,
+    "unsaved_seconds": 900,
+    "effective_rank": 2,
+    "gain": 0.005,
+    "quarantine": 0.5,
+    "early": 0.05,
+}
+
 # The last step is of whichever pod had rank 0. A run lives if it has not ended since.
 RECORDS = {
     "equiav:last_step_time_seconds": f"max {BY} (max_over_time(equiav_last_step_time_seconds[{PAST}]))",
@@ -51,7 +61,7 @@ def after(share: float) -> str:
 ALERTS = (
     Alert(
         "EquiavStalled",
-        f"(time() - equiav:live > 300) and {ON} count {BY} (equiav_clips_total)",
+        f"(time() - equiav:live > {LIMITS['stalled_seconds']}) and {ON} count {BY} (equiav_clips_total)",
         "1m",
         "critical",
         "no step for {{ $value | humanizeDuration }}",
@@ -83,7 +93,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavCollapsed",
-        f"min {BY} (equiav_effective_rank) < 2 {after(0.05)}",
+        f"min {BY} (equiav_effective_rank) < {LIMITS['effective_rank']} {after(LIMITS['early'])}",
         "15m",
         "critical",
         "the embeddings fill {{ $value | humanize }} direction(s)",
@@ -91,8 +101,8 @@ ALERTS = (
     ),
     Alert(
         "EquiavPredictorIdentity",
-        "(max by (namespace, run, modality) (equiav_gain_ratio) < 0.005) and on (namespace, run, modality) "
-        f"(max by (namespace, run, modality) (equiav_sensitivity_ratio) < 0.005) {after(0.05)}",
+        f"(max by (namespace, run, modality) (equiav_gain_ratio) < {LIMITS['gain']}) and on (namespace, run, modality) "
+        f"(max by (namespace, run, modality) (equiav_sensitivity_ratio) < {LIMITS['gain']}) {after(LIMITS['early'])}",
         "15m",
         "warning",
         "the predictor of the {{ $labels.modality }} gains {{ $value | humanize }} over predicting nothing",
@@ -127,7 +137,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavUnsaved",
-        f"max {BY} (equiav_unsaved_seconds) > 900",
+        f"max {BY} (equiav_unsaved_seconds) > {LIMITS['unsaved_seconds']}",
         "0m",
         "critical",
         "a save is due for {{ $value | humanizeDuration }}, and none has succeeded",
@@ -159,7 +169,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavQuarantine",
-        f"sum {BY} (equiav_quarantined_samples) / max {BY} (equiav_quarantine_limit_samples) > 0.5",
+        f"sum {BY} (equiav_quarantined_samples) / max {BY} (equiav_quarantine_limit_samples) > {LIMITS['quarantine']}",
         "0m",
         "warning",
         "bad samples are at {{ $value | humanizePercentage }} of what stream.max_bad allows",

@@ -89,10 +89,10 @@ class Board:
                 return
 
 
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any, indent: int | None = None) -> None:
     """Whole, or not at all."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content))
+    part.write_text(json.dumps(content, indent=indent))
     part.replace(path)
 
 

@@ -69,6 +69,7 @@ def bring(config: RunConfig) -> str:
     store = Store(config.checkpoint.url, config.checkpoint.patience)
     for name in (
         "metrics.jsonl",
+        "summary.json",
         "config.yaml",
         "model/model.safetensors",
         "model/config.json",

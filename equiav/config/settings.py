@@ -427,7 +427,7 @@ class RunConfig(Config):
     """A run that is kept: it goes on where it was, or says that it is finished."""
 
     out: Path = Path("runs/pretrain")
-    """Folder of metrics.jsonl, timing.jsonl, quarantine.jsonl, config.yaml, starts.jsonl and the trained model."""
+    """Folder of metrics.jsonl, timing.jsonl, quarantine.jsonl, config.yaml, starts.jsonl, summary.json and the trained model."""
     resume: Literal["auto", "never", "anyway"] = "auto"
     """never: an error where `checkpoint.url` holds checkpoints. anyway: begins at step 0 where it holds none that can be used;
     those that cannot are set aside."""

@@ -19,11 +19,11 @@ from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.loop import Metrics
 from monitoring import metrics as m
-from monitoring.board import Board, started
+from monitoring.board import Board, started, write
 from monitoring.exporter import FOLDER, beside
 from streaming import Loader, Quarantine
 
-KEYS = m.by_key()
+KEYS, SUMMARY = m.by_key(), "summary.json"
 
 
 class Numbers:
@@ -124,7 +124,18 @@ class Numbers:
             self._look(max(0, int(self.board.value(m.STEP)) - 1))
             if how:
                 self.board.set(m.ENDED, time.time(), how)
+                self._sum_up()
         self.board.close()
+
+    def _sum_up(self) -> None:
+        """The last numbers, for who has no Prometheus: summary.json in the run's folder."""
+        numbers: dict[str, Any] = {}
+        for metric in m.METRICS:
+            found = {labels: value for (name, labels), value in self.board.values.items() if name == metric.name}
+            if found and not metric.per_rank and metric.kind != m.HISTOGRAM:
+                by_label = {" ".join(labels): value for labels, value in found.items()}
+                numbers[metric.full_name] = by_label if metric.labels else found[()]
+        write(self.config.out / SUMMARY, numbers, indent=1)
 
 
 def folder_of(config: RunConfig, ranks: Ranks) -> Path | None:

@@ -27,7 +27,7 @@ from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
-from equiav.train.numbers import Numbers
+from equiav.train.numbers import SUMMARY, Numbers
 from equiav.train.watch import PHASES, Watch
 from streaming import (
     Bad,
@@ -415,6 +415,7 @@ def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loade
     part = config.out / f"config.{checkpoints.token}"
     part.write_text(to_yaml(shown(config, loader, checkpoints)))
     part.replace(config.out / "config.yaml")
+    (config.out / SUMMARY).unlink(missing_ok=True)  # of an earlier end
     start = {"time": time.time(), "step": step, "token": checkpoints.token, "ranks": ranks.size, "shard": ranks.shard}
     append(config.out / "starts.jsonl", {**start, **environment()})
 

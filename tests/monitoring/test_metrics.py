@@ -71,3 +71,16 @@ def test_what_is_defined_is_told_somewhere(metric, request):
     name = next(name for name, value in vars(metrics).items() if value is metric)
     sources = [*(request.config.rootpath / "equiav").rglob("*.py"), *(request.config.rootpath / "launch").rglob("*.py")]
     assert any(re.search(rf"\b(m|metrics)\.{name}\b", path.read_text()) for path in sources)
+
+
+def test_every_number_of_a_step_has_a_metric():
+    """Whatever the objective: what the loop reports, and what stands beside it."""
+    from equiav.config import ObjectiveConfig
+    from equiav.objective import equiav_loss, weights_at
+    from tests.test_objective import embeddings
+
+    _, terms = equiav_loss(embeddings(), weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig())
+    names = {name.replace("crowding", "effective_rank") for name in terms}
+    beside = {"step", "bad", "gradient_norm", "lr", "clips", "skipped"}
+    timing = {"clips_per_second", "saved_step", "save_seconds", "failed_saves", "unsaved_seconds"}
+    assert names | beside | timing == set(metrics.by_key())

@@ -1,0 +1,230 @@
+"""`equiav top`: a run in a terminal, verdict first, from what its nodes serve or from its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from equiav.config import ConfigError, require
+from equiav.train.log import METRICS, TIMING, step_of
+from equiav.train.numbers import SUMMARY
+from monitoring import metrics as m
+from monitoring.alerts import LIMITS
+from monitoring.metrics import COUNTER, Metric
+
+BARS = "▁▂▃▄▅▆▇█"
+HISTORY = 60  # values of a curve: as wide as it is drawn
+LONG = 4000  # bytes of a log that are read for each of them
+
+
+@dataclass(frozen=True)
+class TopConfig:
+    """Shows a run: whether it is well, whether it learns, how fast it is, what is saved. Ends with Ctrl-C."""
+
+    where: tyro.conf.Positional[tuple[str, ...]] = ()
+    """A run's folder (--out), or what its nodes serve: HOST:PORT, one for each node that is to be looked at."""
+    seconds: float = 2.0
+    """Between two looks."""
+    once: bool = False
+    """Print it and end."""
+
+    def __post_init__(self) -> None:
+        require(self.seconds > 0, "seconds", self.seconds, "above 0")
+
+
+@dataclass
+class Seen:
+    """What is known of a run now."""
+
+    values: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)  # metric, labels beside `run`
+    curves: dict[tuple[str, tuple[str, ...]], list[float]] = field(default_factory=dict)
+    age: float = math.nan  # seconds since the last step
+
+    def get(self, metric: Metric, *labels: str) -> float:
+        return self.values.get((metric.name, labels), math.nan)
+
+    def all(self, metric: Metric) -> dict[tuple[str, ...], float]:
+        return {labels: value for (name, labels), value in self.values.items() if name == metric.name}
+
+
+CURVES = [(m.LOSS, ("total",)), (m.CHANCE, ("inter",)), (m.ACCURACY, ("inter",)), (m.THROUGHPUT, ())]
+CURVES += [(metric, (side,)) for metric in (m.SIMILARITY, m.EFFECTIVE_RANK) for side in m.SIDES]
+
+
+class Folder:
+    """metrics.jsonl and timing.jsonl of a run on this machine."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.keys = folder, m.by_key()
+
+    def look(self) -> Seen:
+        seen, summary = Seen(), self.folder / SUMMARY
+        if summary.is_file():  # it has ended
+            for name, value in json.loads(summary.read_text()).items():
+                for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    seen.values[name.removeprefix(m.PREFIX), tuple(labels.split())] = number
+        for name in (METRICS, TIMING):
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            rows = list(tail(path))
+            for row in rows:
+                for key, value in row.items():
+                    metric, labels = self.keys.get(key, (None, ()))
+                    if metric and isinstance(value, int | float):
+                        seen.values[metric.name, labels] = value + (key == "step")  # steps that are done
+                        if (metric, labels) in CURVES:
+                            seen.curves.setdefault((metric.name, labels), []).append(value)
+            seen.age = time.time() - path.stat().st_mtime
+        return seen
+
+
+def tail(path: Path) -> Iterator[dict[str, float]]:
+    """The last whole lines."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - HISTORY * LONG))
+        for line in deque(file.read().decode(errors="replace").splitlines(keepends=True), HISTORY):
+            if step_of(line) is not None:
+                yield json.loads(line)
+
+
+class Served:
+    """What nodes serve; numbers that several tell are added up where they count, else the largest holds."""
+
+    def __init__(self, addresses: tuple[str, ...]):
+        self.addresses = addresses
+        self.curves: dict[tuple[str, tuple[str, ...]], deque[float]] = {}
+        self.known = {metric.full_name: metric for metric in m.METRICS}
+
+    def look(self) -> Seen:
+        seen, answered = Seen(), 0
+        for address in self.addresses:
+            url = address if "://" in address else f"http://{address}"
+            try:
+                with urllib.request.urlopen(f"{url.removesuffix('/metrics')}/metrics", timeout=5) as answer:
+                    text = answer.read().decode()
+            except OSError:
+                continue  # of a node that is gone, the others may tell
+            answered += 1
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    metric = self.known.get(sample.name)
+                    if metric:
+                        key = metric.name, tuple(sample.labels.get(name, "") for name in metric.labels)
+                        before = seen.values.get(key)
+                        together = (
+                            sample.value + (before or 0) if metric.kind == COUNTER else max(sample.value, before or 0)
+                        )
+                        seen.values[key] = sample.value if before is None else together
+        if not answered:
+            raise ConfigError(f"no node answers at {', '.join(self.addresses)}")
+        for metric, labels in CURVES:
+            if not math.isnan(value := seen.get(metric, *labels)):
+                self.curves.setdefault((metric.name, labels), deque(maxlen=HISTORY)).append(value)
+        seen.curves = {key: list(values) for key, values in self.curves.items()}
+        seen.age = time.time() - seen.get(m.LAST_STEP)
+        return seen
+
+
+def verdicts(seen: Seen) -> list[str]:
+    """What is wrong, by the limits of the alerts. Comparisons with what is not known are false."""
+    ended = seen.all(m.ENDED)
+    done = seen.get(m.STEP) / seen.get(m.STEPS_PLANNED)
+    early = done <= LIMITS["early"]
+    wrong = []
+    if seen.age > LIMITS["stalled_seconds"] and not ended:
+        wrong.append(f"no step for {seen.age:.0f} s")
+    if seen.get(m.UNSAVED) > LIMITS["unsaved_seconds"]:
+        wrong.append(f"nothing saved for {seen.get(m.UNSAVED):.0f} s")
+    for (side,), rank in seen.all(m.EFFECTIVE_RANK).items():
+        if rank < LIMITS["effective_rank"] and not early:
+            wrong.append(f"embeddings of the {side} fill {rank:.1f} direction(s)")
+    for (side,), gain in seen.all(m.GAIN).items():
+        if not early and gain < LIMITS["gain"] and seen.get(m.SENSITIVITY, side) < LIMITS["gain"]:
+            wrong.append(f"the predictor of the {side} does nothing")
+    if seen.get(m.WORLD) + seen.get(m.SPARES) < seen.get(m.WORLD_TARGET):
+        wrong.append(f"{seen.get(m.WORLD_TARGET) - seen.get(m.WORLD):.0f} processes are missing")
+    if sum(seen.all(m.QUARANTINED).values()) > LIMITS["quarantine"] * seen.get(m.LIMIT):
+        wrong.append("much bad data")
+    return wrong
+
+
+def shown(seen: Seen) -> Text:
+    """Rows of at most 80 columns."""
+    text, wrong = Text(), verdicts(seen)
+    step, planned = seen.get(m.STEP), seen.get(m.STEPS_PLANNED)
+    of = "" if math.isnan(planned) else f" of {planned:.0f} ({step / planned:.0%})"
+    how = " ".join(labels[0] for labels in seen.all(m.ENDED))
+    text.append(
+        f"{how or ('; '.join(wrong) if wrong else 'well')}\n"[:80], "bold green" if how or not wrong else "bold red"
+    )
+    row(text, "step", f"{step:.0f}{of}, the last {seen.age:.0f} s ago")
+    curve(text, seen, "loss", m.LOSS, "total", form="{:.3f}")
+    curve(text, seen, "loss over chance", m.CHANCE, "inter", form="{:.1%}")
+    curve(text, seen, "accuracy", m.ACCURACY, "inter", form="{:.1%}")
+    for side in m.SIDES:
+        curve(text, seen, f"similarity {side}", m.SIMILARITY, side, form="{:.3f}")
+    row(text, "gain, sensitivity", ", ".join(
+        f"{side} {seen.get(m.GAIN, side):.3f} {seen.get(m.SENSITIVITY, side):.3f}" for side in m.SIDES))  # fmt: skip
+    for side in m.SIDES:
+        curve(text, seen, f"effective rank {side}", m.EFFECTIVE_RANK, side, form="{:.1f}")
+    curve(text, seen, "clips/s", m.THROUGHPUT, form="{:.0f}")
+    row(text, "processes", f"{seen.get(m.WORLD):.0f} of {seen.get(m.WORLD_TARGET):.0f}, {seen.get(m.SPARES):.0f} spare, "
+        f"{seen.get(m.ROUNDS):.0f} round(s)")  # fmt: skip
+    spent = [value for (phase, _), value in seen.all(m.PHASE).items() if phase == "data"]
+    every = sum(seen.all(m.PHASE).values())
+    waits = f"{sum(spent) / every:.1%} of the time" if every else "?"
+    row(text, "data", f"waits {waits}, {sum(seen.all(m.QUARANTINED).values()):.0f} in quarantine, "
+        f"{sum(seen.all(m.RETRIES).values()):.0f} retries")  # fmt: skip
+    row(text, "saved", f"step {seen.get(m.SAVED_STEP):.0f}, due for {seen.get(m.UNSAVED):.0f} s, "
+        f"{seen.get(m.FAILED):.0f} failed")  # fmt: skip
+    text.rstrip()
+    return text
+
+
+def row(text: Text, name: str, said: str) -> None:
+    text.append(f"{name:22s} {said}"[:80].replace("nan", "?") + "\n")
+
+
+def curve(text: Text, seen: Seen, name: str, metric: Metric, *labels: str, form: str) -> None:
+    values = seen.curves.get((metric.name, labels), [])
+    if math.isnan(seen.get(metric, *labels)):
+        return
+    row(text, name, f"{form.format(seen.get(metric, *labels)):>9s} {sparkline(values[-46:])}")
+
+
+def sparkline(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
+
+
+def run_top(config: TopConfig) -> None:
+    if not config.where:
+        raise ConfigError("where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one")
+    folder = Path(config.where[0])
+    if len(config.where) == 1 and folder.exists() and not (folder / METRICS).exists():
+        raise ConfigError(f"where: {folder} has no {METRICS}: no run has written there")
+    source = Folder(folder) if folder.exists() else Served(config.where)
+    if config.once:
+        Console(highlight=False).print(shown(source.look()))
+        return
+    with Live(shown(source.look()), auto_refresh=False) as live:
+        while True:
+            time.sleep(config.seconds)
+            live.update(shown(source.look()), refresh=True)
