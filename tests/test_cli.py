@@ -35,6 +35,8 @@ def test_print_config_shows_what_would_run(capsys, command):
         assert settings["processes"] >= 1
     elif command == "diff":
         assert settings == {"one": "", "two": ""}
+    elif command == "top":
+        assert settings == {"where": [], "seconds": 2.0, "once": False}
     else:
         assert settings["model"]["width"] == (64 if command == "smoke" else 768)
 
