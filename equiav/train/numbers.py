@@ -146,9 +146,10 @@ def folder_of(config: RunConfig, ranks: Ranks) -> Path | None:
         return None
     name = hashlib.sha256(str(config.out.absolute()).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"equiav-{os.getuid()}" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
     if folder.parent.stat().st_uid != os.getuid():
         raise NotHere(f"{folder.parent} belongs to somebody else; set TMPDIR to a folder of yours")
+    folder.mkdir(mode=0o700, exist_ok=True)
     if ranks.local_rank == 0:
         beside(folder, config.out.name, config.metrics.port)
     return folder
