@@ -200,7 +200,7 @@ def metrics() -> Iterator[Row]:
         for _ in range(3):
             without.append(run.run(count))
             told.append(run.run(count, act))
-        numbers.end("finished")
+        numbers.board.close()
     yield (
         f"a step told to Prometheus, {SIZE}, batch {BATCHES[0]}",
         f"{min(without) / min(told):.3f}x the samples/s without",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -40,6 +41,7 @@ def curves(url: str, panel: Panel, run: str, begin: float, end: float) -> list[S
             legend = query.legend
             for name, value in one["metric"].items():
                 legend = legend.replace(f"{{{{{name}}}}}", value)
+            legend = re.sub(r"\{\{\w+\}\}", "", legend).strip()
             times, values = zip(*((at - begin, float(value)) for at, value in one["values"]), strict=True)
             found.append((legend, list(times), list(values)))
     return found

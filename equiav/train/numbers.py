@@ -111,6 +111,7 @@ class Numbers:
             if self.checkpoints.saved_step > self._saved:
                 self._saved = self.checkpoints.saved_step
                 board.add(m.SAVES, 1)
+                board.set(m.SAVED_STEP, self._saved)
                 board.set(m.SAVED_TIME, time.time())
                 board.set(m.SAVED_BYTES, self.checkpoints.saved_bytes)
 
