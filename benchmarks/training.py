@@ -17,8 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from equiav.augment import Clips, make_views
-from equiav.commands.plan import PlanConfig, make_plan
 from equiav.config import Config, from_dict, load
+from equiav.model.arithmetic import forward_backward
 from equiav.parallel import Ranks, norm
 from equiav.train import TrainState, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
@@ -92,10 +92,8 @@ def peak_rate() -> float:
 
 def step() -> Iterator[Row]:
     """Views, forward, loss, backward, update, numbers for the log."""
-    peak, counted = (
-        peak_rate(),
-        make_plan(from_dict(PlanConfig, {"model": {"size": SIZE}}, "benchmark")).forward_backward,
-    )
+    config = from_dict(Config, {"model": {"size": SIZE}}, "benchmark")
+    peak, counted = peak_rate(), forward_backward(config.model, config.objective)
     best, rate = BATCHES[0], 0.0
     for batch, settings in itertools.product(BATCHES, ({}, {"compile": True}) if DEVICE == "cuda" else ({},)):
         if DEVICE == "cuda":

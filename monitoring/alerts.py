@@ -153,10 +153,11 @@ ALERTS = (
     ),
     Alert(
         "EquiavRestartStorm",
-        f"max {BY} (increase(equiav_rounds_total[30m])) > 5",
+        f"max {BY} (increase(equiav_rounds_total[30m])) > 5 "
+        f"or changes(max {BY} (equiav_run_began_time_seconds)[30m:15s]) > 5",
         "0m",
         "warning",
-        "a node has begun {{ $value | humanize }} times in 30 minutes",
+        "it has begun {{ $value | humanize }} times in 30 minutes",
         "Each time the steps since the last checkpoint are done again.",
     ),
     Alert(

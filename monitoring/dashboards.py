@@ -253,7 +253,17 @@ KEPT = (
         least=0,
     ),
 )
+COMPUTED = f"{rate(m.CLIPS).expr} * on (namespace, run) {last(m.FLOPS).expr}"
 MACHINES = (
+    Panel("Operations of the model", (Query(COMPUTED, "{{run}}"),), m.FLOPS.why, "flops", least=0),
+    Panel(
+        "Of what the GPUs can do (MFU)",
+        (Query(f"{COMPUTED} / on (namespace, run) {last(m.PEAK).expr}", "{{run}}"),),
+        m.PEAK.why + " On CPUs: empty.",
+        "percentunit",
+        least=0,
+        most=1,
+    ),
     Panel(
         "Memory of a process",
         (Query(f'max by (namespace, run, rank) ({m.MEMORY.full_name}{{,rank=~"$rank"}})', "{{rank}}"),),
@@ -383,8 +393,9 @@ def _variable(d: Any, model: Any, source: Any, name: str, label: str) -> Any:
 
 
 def _restarts(d: Any, model: Any, source: Any) -> Any:
-    expr = f"sum by (namespace, run) (changes({m.ROUNDS.full_name}{{{OF_RUN}}}[1m])) > 0"
-    return d.AnnotationQuery().name("rounds").datasource(source).enable(True).icon_color("orange").expr(expr)
+    began = f"max {BY} ({m.BEGAN.full_name}{{{OF_RUN}}})"  # by whichever node has rank 0
+    expr = f"changes({began}[1m:15s]) > 0"
+    return d.AnnotationQuery().name("restarts").datasource(source).enable(True).icon_color("orange").expr(expr)
 
 
 def _drawn(panel: Panel, source: Any, model: Any) -> Any:

@@ -82,6 +82,11 @@ LAST_STEP = _gauge(
     "When the last step ended, in seconds since 1970.",
     "More than some steps ago: the run stalls. `stalls/` in its folder says which rank, and where.",
 )
+BEGAN = _gauge(
+    "run_began_time_seconds",
+    "When this start of the run began, in seconds since 1970.",
+    "Changes with each restart, whoever made it; the dashboards mark it.",
+)
 ENDED = _gauge(
     "run_ended_time_seconds",
     "When the run ended, in seconds since 1970, by how: finished, asked, failed.",
@@ -212,6 +217,16 @@ PHASE = _counter(
     "data: the loader is too slow. views: it waits for no other rank, so that who has more is slow itself.",
     "phase",
     "rank",
+)
+FLOPS = _gauge(
+    "clip_flops",
+    "Operations of a clip's forward and backward pass, two for each multiply-add; what is recomputed counts once.",
+    "Times the throughput: what the run computes.",
+)
+PEAK = _gauge(
+    "peak_flops_per_second",
+    "What the GPUs that take part can do together, in dense bfloat16, as their maker says; where we know them.",
+    "What the run computes, over this, is its MFU. Steady; where it falls, something holds the GPUs up.",
 )
 
 # ---- what it reads

@@ -1,20 +1,18 @@
-"""`equiav plan`: what a configuration costs, counted from the model itself on the meta device. Needs no GPU."""
+"""`equiav plan`: what a configuration costs, without a GPU."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig, require
 from equiav.model import EquiAV
+from equiav.model.arithmetic import Side, count
 
-TABLE_B = (1, 4, 8, 16)
 FLOAT32, FLOAT64 = 4, 8
 SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every width
 
@@ -37,18 +35,6 @@ class PlanConfig(Config):
 
 
 @dataclass
-class Side:
-    """Multiply-adds of one modality for one sample, forward."""
-
-    encoder: int  # both views
-    predictor: int  # the query of the view and the S of the centroid, key and value once
-    heads: int  # projection heads
-    baseline: int  # the paper's Table B baseline: both views, the view's own query, the heads
-    centroid: dict[int, int] = field(default_factory=dict)  # S -> added for the centroid, given the key and value
-    separate: dict[int, int] = field(default_factory=dict)  # S -> added where key and value are computed again
-
-
-@dataclass
 class Plan:
     parameters: dict[str, int]  # part -> trainable parameters
     audio: Side
@@ -64,20 +50,11 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Counts a model of two blocks to an encoder; every further block costs what the second did."""
+    """Activations and parameters are of two blocks to an encoder; every further block takes what the second did."""
     two, further = replace(config, model=replace(config.model, depth=2)), config.model.depth - 2
+    audio, image = count(config.model, config.objective)
     with torch.device("meta"):
-        model, flops = EquiAV(two.model, two.objective), FlopCounterMode(display=False)
-        with flops:
-            embeddings = model(*_inputs(two, batch=1))
-        forward = flops.get_total_flops() // 2
-        by_module = {name: sum(ops.values()) // 2 for name, ops in flops.get_flop_counts().items()}
-        trained = [z for z in embeddings[:6] if z is not None]
-        with flops:
-            torch.autograd.backward(trained, [torch.empty_like(z) for z in trained])
-        backward = flops.get_total_flops() // 2
-        audio, image = (_count_side(model, name, by_module, two, further) for name in ("audio", "image"))
-    blocks = further * sum(by_module[f"EquiAV.{name}.encoder.blocks.1"] for name in ("audio", "image"))
+        model = EquiAV(two.model, two.objective)
     activations = _activation_bytes(two)
     activations += further * (activations - _activation_bytes(replace(config, model=replace(config.model, depth=1))))
 
@@ -88,18 +65,19 @@ def make_plan(config: PlanConfig) -> Plan:
     total, W, G = sum(parts.values()), config.world_size, config.train.batch_size
     p = min(config.train.micro_batch, G)
     most, fewest = -(-config.train.micro_batches // W), config.train.micro_batches // W  # of a process
+    embeddings = 2 if config.objective.intra == "none" else 6  # of a sample
     gathers = most * (3 if config.train.recompute else 2)
     return Plan(
         parameters=parts,
         audio=audio,
         image=image,
-        forward=forward + blocks,
-        forward_backward=forward + backward + 3 * blocks,  # a product's backward pass is two products
+        forward=audio.forward + image.forward,
+        forward_backward=audio.forward_backward + image.forward_backward,
         local_batch=most * p,
         kept_batch=p if config.train.recompute else most * p,
         activation_bytes=activations,
         state_bytes=total * FLOAT32 * 4,
-        embedding_bytes=len(trained) * (G - fewest * p) * config.model.head_width * FLOAT32,
+        embedding_bytes=embeddings * (G - fewest * p) * config.model.head_width * FLOAT32,
         weight_bytes=total * (gathers * FLOAT32 + FLOAT64) * (W - 1) // W,
     )
 
@@ -111,35 +89,6 @@ def _inputs(config: Config, batch: int) -> list[torch.Tensor | None]:
         inputs.append(torch.empty(batch, m.spectrogram_frames, m.spectrogram_mels) if view else None)
         inputs.append(torch.empty(batch, 3, m.image_size, m.image_size) if view else None)
     return [*inputs, torch.empty(batch, Q, AUDIO_VECTOR), torch.empty(batch, Q, IMAGE_VECTOR)]
-
-
-def _count_side(model: EquiAV, name: str, by_module: dict[str, int], config: Config, further: int) -> Side:
-    branch = model.audio if name == "audio" else model.image
-
-    def part(*names: str) -> int:
-        return sum(by_module.get(f"EquiAV.{name}.{n}", 0) for n in names)
-
-    def predict(queries: int) -> int:
-        """Multiply-adds of the predictor for this many queries, key and value included."""
-        h = torch.empty(1, math.prod(branch.encoder.grid), config.model.width)
-        counter = FlopCounterMode(display=False)
-        with counter:
-            branch.predictor(h, torch.empty(1, queries, AUDIO_VECTOR if name == "audio" else IMAGE_VECTOR))
-        return counter.get_total_flops() // 2
-
-    one = predict(1)
-    query = predict(2) - one  # each further query costs the same
-    encoder = part("encoder") + further * part("encoder.blocks.1")
-    heads = part("intra_head", "inter_head")
-    sizes = sorted({*TABLE_B, config.objective.centroid_size})
-    return Side(
-        encoder=encoder,
-        predictor=part("predictor"),
-        heads=heads,
-        baseline=encoder + one + heads,
-        centroid={S: S * query for S in sizes},
-        separate={S: one + (S - 1) * query for S in sizes},
-    )
 
 
 def _activation_bytes(config: Config) -> int:
@@ -181,8 +130,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _parameter_table(plan: Plan, model: ModelConfig) -> Table:
     table = _table(f"Parameters, {model.size}", "part", "millions")
-    for part, count in plan.parameters.items():
-        table.add_row(part, f"{count / 1e6:.2f}")
+    for part, numbers in plan.parameters.items():
+        table.add_row(part, f"{numbers / 1e6:.2f}")
     table.add_row("all", f"{sum(plan.parameters.values()) / 1e6:.2f}", style="bold")
     return table
 

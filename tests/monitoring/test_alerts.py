@@ -45,6 +45,7 @@ HEALTHY = {
     "unsaved_seconds": constant(0),
     "failed_saves_total": constant(2),
     "rounds_total": constant(4),
+    "run_began_time_seconds": constant(7),
     "world_size": constant(4),
     "spare_processes": constant(0),
     "world_size_target": constant(4),
@@ -59,6 +60,11 @@ def phase(name, *rates):
         f'phase_seconds_total{{phase="{name}",rank="{rank}"}}': rises(rate)
         for rank, rate in zip(RANKS, rates, strict=True)
     }
+
+
+def began(times):
+    """Anew, in the last 30 minutes."""
+    return " ".join(["7x260", *(f"{8 + k}x5" for k in range(times - 1)), f"90x{COUNT}"])
 
 
 # name -> what fires it, and what just does not
@@ -94,7 +100,10 @@ CASES = {
         {'quarantined_samples{reason="image"}': constant(49)},
     ),
 }
-MORE_THAT_FIRE = {"EquiavStraggler": [phase("views", 0.014, 0.014, 0.014, 0.022)]}
+MORE_THAT_FIRE = {
+    "EquiavStraggler": [phase("views", 0.014, 0.014, 0.014, 0.022)],
+    "EquiavRestartStorm": [{"run_began_time_seconds": began(6)}],
+}
 MORE_THAT_ARE_FINE = {
     "EquiavNotLearning": [{'loss_over_chance_ratio{term="inter"}': constant(0.94)}],
     "EquiavCollapsed": [{'effective_rank{modality="image"}': constant(1.9), "step": constant(450)}],
@@ -107,6 +116,7 @@ MORE_THAT_ARE_FINE = {
     ],
     "EquiavSimilarityLow": [{'similarity_ratio{modality="image"}': constant(0.1), "step": constant(1900)}],
     "EquiavStraggler": [phase("views", 0.001, 0.001, 0.001, 0.018)],
+    "EquiavRestartStorm": [{"run_began_time_seconds": began(5)}],
     "EquiavSavesFail": [{"failed_saves_total": f"0+1x8 8x{COUNT}"}],
     "EquiavNotFinite": [{"not_finite_steps_total": f"0+1x8 8x{COUNT}"}],
 }

@@ -23,10 +23,11 @@ from tests.train.test_pretrain import steps
 
 pytestmark = pytest.mark.slow
 STEPS = 300
-EMPTY_HERE = {"GPU memory, most of what there is"}
+EMPTY_HERE = {"GPU memory, most of what there is", "Of what the GPUs can do (MFU)"}
 NOTHING_HERE = {
     "equiav_gpu_memory_peak_bytes",
     "equiav_gpu_memory_bytes",
+    "equiav_peak_flops_per_second",
     "equiav_quarantined_samples",
 }  # no GPU, good data
 

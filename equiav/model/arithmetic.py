@@ -1,0 +1,78 @@
+"""Multiply-adds of one sample, by the sizes of the products it takes. `tests/model/test_arithmetic.py` holds them against what
+torch counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, ModelConfig, ObjectiveConfig
+from equiav.model.predictor import matched_width
+
+TABLE_B = (1, 4, 8, 16)  # sizes of the centroid
+
+
+@dataclass
+class Side:
+    """Of one modality, forward, but for `forward_backward`."""
+
+    encoder: int  # both views
+    predictor: int  # the query of the view and the S of the centroid, key and value once
+    heads: int  # projection heads
+    baseline: int  # the paper's Table B baseline: both views, the view's own query, the heads
+    forward_backward: int
+    centroid: dict[int, int] = field(default_factory=dict)  # S -> added for the centroid, given the key and value
+    separate: dict[int, int] = field(default_factory=dict)  # S -> added where key and value are computed again
+
+    @property
+    def forward(self) -> int:
+        return self.encoder + self.predictor + self.heads
+
+
+def count(model: ModelConfig, objective: ObjectiveConfig) -> tuple[Side, Side]:
+    """-> audio, image"""
+    audio = _side(model, objective, model.audio_grid, model.audio_patch**2, AUDIO_VECTOR)
+    return audio, _side(model, objective, model.image_grid, 3 * model.image_patch**2, IMAGE_VECTOR)
+
+
+def forward_backward(model: ModelConfig, objective: ObjectiveConfig) -> int:
+    return sum(side.forward_backward for side in count(model, objective))
+
+
+def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], patch: int, d_t: int) -> Side:
+    """patch: numbers of one."""
+    N, D = grid[0] * grid[1], m.width
+    views = 2 if objective.needs_augmented else 1
+    patches = views * N * patch * D
+    encoder = patches + views * m.depth * (N * 12 * D * D + 2 * N * N * D)
+    shared, query = _predictor(m, N, d_t)
+    predicted = objective.intra == "equivariant" or objective.inter_on in ("equivariant", "centroid")
+    queries = 1 + objective.sampled if predicted else 0
+    head = D * m.head_hidden + m.head_hidden**2 + m.head_hidden * m.head_width
+    # Of what goes into the intra-modal head, two are compared with a third, `gain`, and where there is one a fourth.
+    heads = 1 + (objective.intra != "none") * (3 + (objective.intra == "equivariant" and objective.sampled > 0))
+    predictor = (queries > 0) * shared + queries * query
+    # A product's backward pass is two products; but no gradient goes to pictures and vectors.
+    inputs = patches + queries * d_t * m.aug_width
+    sizes = sorted({*TABLE_B, objective.centroid_size})
+    return Side(
+        encoder=encoder,
+        predictor=predictor,
+        heads=heads * head,
+        baseline=encoder + shared + query + heads * head,
+        forward_backward=3 * (encoder + predictor + heads * head) - inputs,
+        centroid={S: S * query for S in sizes},
+        separate={S: shared + S * query for S in sizes},
+    )
+
+
+def _predictor(m: ModelConfig, N: int, d_t: int) -> tuple[int, int]:
+    """-> once for a clip, for each vector"""
+    D, A = m.width, m.aug_width
+    encode_t = d_t * A + 2 * A * A
+    if m.predictor == "attention":
+        inner = m.predictor_width or 64 * m.predictor_heads
+        return 2 * N * D * inner, encode_t + A * inner + 2 * N * inner + inner * D + 8 * D * D
+    width = m.predictor_width or matched_width(m.predictor, m)
+    if m.predictor == "linear":
+        return 0, encode_t + (D + A) * width + width * D
+    return 0, encode_t + A * 2 * D * width + 2 * D * width

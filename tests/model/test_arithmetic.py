@@ -1,0 +1,42 @@
+"""The arithmetic is what torch counts, whatever the sizes and the ablation."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from equiav.model import EquiAV
+from equiav.model.arithmetic import count, forward_backward
+
+
+def counted(config):
+    """Of the forward pass, of both."""
+    m, Q = config.model, 1 + config.objective.sampled
+    audio, image = (1, m.spectrogram_frames, m.spectrogram_mels), (1, 3, m.image_size, m.image_size)
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+        model, flops = EquiAV(m, config.objective), FlopCounterMode(display=False)
+        augmented = config.objective.needs_augmented
+        views = [torch.empty(shape) if there else None for there in (True, augmented) for shape in (audio, image)]
+        with flops:
+            embeddings = model(*views, torch.empty(1, Q, 24), torch.empty(1, Q, 18))
+            forward = flops.get_total_flops() // 2
+            sum(z.sum() for z in embeddings[:6] if z is not None).backward()
+    return forward, flops.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("predictor", ["attention", "linear", "hypernet"])
+def test_sizes_and_predictors(make_config, depth, predictor):
+    check(make_config(model={"depth": depth, "predictor": predictor, "aug_width": 48, "head_width": 40}))
+
+
+@pytest.mark.parametrize("inter_on", ["original", "augmented", "equivariant", "centroid"])
+@pytest.mark.parametrize("intra", ["equivariant", "invariant", "none"])
+def test_ablations(make_config, intra, inter_on):
+    check(make_config(objective={"intra": intra, "inter_on": inter_on, "centroid_size": 5}))
+
+
+def check(config):
+    forward, both = counted(config)
+    assert sum(side.forward for side in count(config.model, config.objective)) == forward
+    assert forward_backward(config.model, config.objective) == both
