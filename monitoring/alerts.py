@@ -58,6 +58,10 @@ def after(share: float) -> str:
     return f"and {ON} equiav:progress_ratio > {share}"
 
 
+COLLAPSED = f"min {BY} (equiav_effective_rank) < {LIMITS['effective_rank']}"
+APART = f"unless {ON} {COLLAPSED}"  # which has its own alert, and all this with it
+
+
 ALERTS = (
     Alert(
         "EquiavStalled",
@@ -85,7 +89,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavNotLearning",
-        f'min {BY} (equiav_loss_over_chance_ratio{{term="inter"}}) > 0.95 {after(0.2)}',
+        f'min {BY} (equiav_loss_over_chance_ratio{{term="inter"}}) > 0.95 {after(0.2)} {APART}',
         "30m",
         "warning",
         "the inter-modal loss is at {{ $value | humanizePercentage }} of what guessing gives",
@@ -93,7 +97,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavCollapsed",
-        f"min {BY} (equiav_effective_rank) < {LIMITS['effective_rank']} {after(LIMITS['early'])}",
+        f"{COLLAPSED} {after(LIMITS['early'])}",
         "15m",
         "critical",
         "the embeddings fill {{ $value | humanize }} direction(s)",
@@ -102,7 +106,7 @@ ALERTS = (
     Alert(
         "EquiavPredictorIdentity",
         f"(max by (namespace, run, modality) (equiav_gain_ratio) < {LIMITS['gain']}) and on (namespace, run, modality) "
-        f"(max by (namespace, run, modality) (equiav_sensitivity_ratio) < {LIMITS['gain']}) {after(LIMITS['early'])}",
+        f"(max by (namespace, run, modality) (equiav_sensitivity_ratio) < {LIMITS['gain']}) {after(LIMITS['early'])} {APART}",
         "15m",
         "warning",
         "the predictor of the {{ $labels.modality }} gains {{ $value | humanize }} over predicting nothing",
@@ -128,7 +132,7 @@ ALERTS = (
         "EquiavStraggler",
         'sum by (namespace, run, rank) (rate(equiav_phase_seconds_total{phase="views"}[5m])) > 0.02 and '
         'sum by (namespace, run, rank) (rate(equiav_phase_seconds_total{phase="views"}[5m])) > on (namespace, run) '
-        "group_left () 1.5 * quantile by (namespace, run) (0.5, "
+        "group_left () 1.5 * quantile by (namespace, run) (0.25, "
         'sum by (namespace, run, rank) (rate(equiav_phase_seconds_total{phase="views"}[5m])))',
         "10m",
         "warning",

@@ -8,7 +8,7 @@ import yaml
 
 from monitoring import alerts, dashboards
 
-FOLDER = Path(__file__).parents[1] / "k8s" / "optional" / "monitoring"
+FOLDER = Path(__file__).parents[1] / "k8s"
 HEAD = "# Written by `python -m monitoring.manifests` from monitoring/.\n"
 
 
@@ -21,8 +21,8 @@ def texts() -> dict[str, str]:
     """File there -> its content."""
     pages = {f"{uid}.json": (dashboards.FOLDER / f"{uid}.json").read_text() for uid in dashboards.PAGES}
     made = {
-        "alerts.yaml": config_map("prometheus-alerts", {"alerts.yaml": alerts.text()}),
-        "dashboards.yaml": config_map("grafana-dashboards", pages),
+        "90-alerts.yaml": config_map("prometheus-alerts", {"alerts.yaml": alerts.text()}),
+        "94-dashboards.yaml": config_map("grafana-dashboards", pages),
     }
     return {name: HEAD + yaml.safe_dump(one, sort_keys=False, width=10**6) for name, one in made.items()}
 

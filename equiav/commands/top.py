@@ -167,9 +167,8 @@ def shown(seen: Seen) -> Text:
     step, planned = seen.get(m.STEP), seen.get(m.STEPS_PLANNED)
     of = "" if math.isnan(planned) else f" of {planned:.0f} ({step / planned:.0%})"
     how = " ".join(labels[0] for labels in seen.all(m.ENDED))
-    text.append(
-        f"{how or ('; '.join(wrong) if wrong else 'well')}\n"[:80], "bold green" if how or not wrong else "bold red"
-    )
+    well = how in ("finished", "asked") or not (how or wrong)
+    text.append(f"{how or '; '.join(wrong) or 'well'}\n"[:80], "bold green" if well else "bold red")
     row(text, "step", f"{step:.0f}{of}, the last {seen.age:.0f} s ago")
     curve(text, seen, "loss", m.LOSS, "total", form="{:.3f}")
     curve(text, seen, "loss over chance", m.CHANCE, "inter", form="{:.1%}")
@@ -181,6 +180,9 @@ def shown(seen: Seen) -> Text:
     for side in m.SIDES:
         curve(text, seen, f"effective rank {side}", m.EFFECTIVE_RANK, side, form="{:.1f}")
     curve(text, seen, "clips/s", m.THROUGHPUT, form="{:.0f}")
+    mfu = seen.get(m.THROUGHPUT) * seen.get(m.FLOPS) / seen.get(m.PEAK)
+    if not math.isnan(mfu):
+        row(text, "MFU", f"{mfu:9.1%}")
     row(text, "processes", f"{seen.get(m.WORLD):.0f} of {seen.get(m.WORLD_TARGET):.0f}, {seen.get(m.SPARES):.0f} spare, "
         f"{seen.get(m.ROUNDS):.0f} round(s)")  # fmt: skip
     spent = [value for (phase, _), value in seen.all(m.PHASE).items() if phase == "data"]

@@ -48,8 +48,9 @@ class Cluster:
     def up(self):
         """Returns once every node is ready."""
         self._network()
-        released = f"docker.io/library/equiav:{version('equiav')}"  # what manifests name that are applied as they are
-        write_image(self.folder / "equiav.tar", [IMAGE, released], image_settings())
+        # What manifests name that are applied as they are.
+        released = [f"docker.io/library/equiav:{version('equiav')}", "docker.io/prom/prometheus:v3.5.0"]
+        write_image(self.folder / "equiav.tar", [IMAGE, *released], image_settings())
         write_image(self.folder / "pause.tar", [PAUSE], {"Entrypoint": ["/busybox", "sleep", "1000000000"]})
         self._control_plane()
         for number in range(len(self.nodes)):
@@ -372,7 +373,7 @@ def remove_cgroups(name):
 def mounted():
     """Into every container, read-only, at the path that they have here: the environment refers to the checkout by it."""
     checkout = [ROOT / name for name in ("equiav", "streaming", "launch", "monitoring", "tests")]
-    paths = [Path("/usr"), Path(sys.base_prefix), Path(sys.prefix), *checkout]
+    paths = [Path("/usr"), Path(sys.base_prefix), Path(sys.prefix), binaries.program("prometheus").parent, *checkout]
     return [path for path in paths if path.exists() and (path == Path("/usr") or not path.is_relative_to("/usr"))]
 
 
@@ -385,7 +386,8 @@ def container_settings():
 
 
 def image_settings():
-    path = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    ours = f"{sys.prefix}/bin:{binaries.program('prometheus').parent}"
+    path = f"{ours}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {
         "Env": [f"PATH={path}", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1"],
         "User": "10001:10001",

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -13,6 +14,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+
+from monitoring.alerts import ALERTS
+from tests.train.ranks import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -112,6 +116,53 @@ def test_the_demonstration_trains(kubectl, applied):
     folder = store_folder(kubectl) / "demo" / "checkpoints"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 120
     assert (folder / "model" / "config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def prometheus(kubectl, applied):
+    """-> what it answers to a path, through `kubectl port-forward`"""
+    rolled = ("-n", NAMESPACE, "rollout", "status", "deployment/prometheus", "--timeout=120s")
+    assert "successfully rolled out" in kubectl(*rolled, check=False), kubectl("-n", NAMESPACE, "describe", "pods")
+    port = free_port()
+    forward = subprocess.Popen(
+        [
+            "kubectl",
+            "--kubeconfig",
+            kubectl.kubeconfig,
+            "-n",
+            NAMESPACE,
+            "port-forward",
+            "service/prometheus",
+            f"{port}:9090",
+        ]
+    )
+
+    def ask(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    yield ask
+    forward.kill()
+
+
+def test_prometheus_finds_the_pods_and_has_the_alerts(kubectl, prometheus):
+    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
+    steps = "query?query=max%20by(namespace,run)(max_over_time(equiav_step%5B1h%5D))"
+
+    def scraped():
+        with suppress(OSError):
+            return prometheus(steps)["result"]
+
+    (found,) = until(scraped, 60, trouble(kubectl, "prometheus"))
+    assert found["metric"] == {"namespace": NAMESPACE, "run": "demo"}
+    assert found["value"][1] == "120"  # the last step, too
+    pods = prometheus("query?query=count(count%20by(pod)(last_over_time(up%7Bjob=%22equiav%22%7D%5B1h%5D)))")["result"]
+    assert pods[0]["value"][1] in "123"  # of the demonstration alone, one for each pod that has run
+    (group,) = prometheus("rules")["groups"]
+    assert len([rule for rule in group["rules"] if rule["type"] == "alerting"]) == len(ALERTS)
+    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
+    firing = [one["labels"]["alertname"] for one in prometheus("alerts")["alerts"] if one["state"] == "firing"]
+    assert firing == []
 
 
 class Attacked:

@@ -121,6 +121,11 @@ MORE_THAT_ARE_FINE = {
     "EquiavNotFinite": [{"not_finite_steps_total": f"0+1x8 8x{COUNT}"}],
 }
 
+# In a collapse, what follows from it calls nobody beside it.
+COLLAPSED = {'effective_rank{modality="image"}': constant(1.9), "step": constant(5000)}
+NEARLY_COLLAPSED = {'effective_rank{modality="image"}': constant(2.1)}
+WITHIN_IT = ("EquiavNotLearning", "EquiavPredictorIdentity")
+
 
 def case(firing, changed, ended=False):
     """firing: names of the alerts that are expected to, at the end of the hour and a half."""
@@ -154,6 +159,8 @@ def of(alert):
         case([], fine),
         *(case([alert], changed) for changed in MORE_THAT_FIRE.get(alert, ())),
         *(case([], changed) for changed in MORE_THAT_ARE_FINE.get(alert, ())),
+        *(case(["EquiavCollapsed"], fires | COLLAPSED) for _ in range(alert in WITHIN_IT)),
+        *(case([alert], fires | NEARLY_COLLAPSED) for _ in range(alert in WITHIN_IT)),
     ]
 
 

@@ -1,9 +1,12 @@
 """The pages, and that Prometheus has something to show for each of their panels."""
 
 import json
+import os
 import re
+import subprocess
 
 import pytest
+import yaml
 
 from monitoring import dashboards, manifests
 from monitoring.alerts import ALERTS, RECORDS
@@ -42,3 +45,23 @@ def test_every_metric_is_to_be_seen_and_nothing_else():
 @pytest.mark.parametrize("name", manifests.texts())
 def test_the_manifests_have_them(name):
     assert (manifests.FOLDER / name).read_text() == manifests.texts()[name], "run `python -m monitoring.manifests`"
+
+
+@pytest.mark.parametrize("given", [{}, {"PASSWORD": "mine $x"}])
+def test_grafana_has_a_password_of_its_own(given, tmp_path):
+    """What its container does before Grafana's own program, whose place `env` takes here."""
+    objects = yaml.safe_load_all((manifests.FOLDER / "95-grafana.yaml").read_text())
+    (deployment,) = (one for one in objects if one["kind"] == "Deployment")
+    *shell, script = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
+    script = script.replace("/var/lib/grafana", str(tmp_path)).replace("/run.sh", "env")
+    told = []
+    for _ in range(2):  # the second time, the container has begun again
+        done = subprocess.run(
+            [*shell, script], env={"PATH": os.environ["PATH"], **given}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        variables = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        told += re.findall("^password of admin: (.*)$", done.stdout, re.MULTILINE)
+        assert variables["GF_SECURITY_ADMIN_PASSWORD"] == (given.get("PASSWORD") or told[0])
+    assert len(set(told)) == (0 if given else 1)
+    assert given or len(told[0]) == 20

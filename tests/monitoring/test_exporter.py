@@ -3,12 +3,14 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -235,3 +237,37 @@ def test_the_end_waits_for_two_scrapes_of_who_asks(server):
         assert not waiting.done()
         get(server)
         waiting.result(timeout=5)
+
+
+UNCACHED = """
+import sys, time
+from pathlib import Path
+from monitoring import exporter
+exporter.FRESH = 0
+print(exporter.serve(Path(sys.argv[1]), "run", 0).server_address[1], flush=True)
+time.sleep(600)
+"""
+
+
+def test_hours_of_scrapes_leave_it_as_it_is(tmp_path):
+    """Of a run that restarts now and then: as many series, as much memory."""
+    exporter = subprocess.Popen([sys.executable, "-c", UNCACHED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    port = int(exporter.stdout.readline())
+    series, memory = set(), []
+    for start in range(20):
+        boards = [Board(tmp_path, f"rank-{rank}-{start}", rank) for rank in range(2)]
+        for board in boards:
+            for metric in m.METRICS:
+                for labels in set(metric.logged.values()) or {tuple("x" for name in metric.labels if name != "rank")}:
+                    board.observe(metric, 0.3) if metric.kind == m.HISTOGRAM else board.set(metric, start, *labels)
+            board.close()
+        for _ in range(60):  # a quarter of an hour
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+            series.add(tuple(line.rpartition(" ")[0] for line in lines if not line.startswith("#")))
+        memory.append(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{exporter.pid}/status").read_text())[1]))
+    kill(exporter)
+    assert len(series) == 1
+    assert 50 < len(series.pop()) < 150
+    assert memory[-1] - memory[3] < 1024, memory  # kB, after the first hour

@@ -1,13 +1,9 @@
 """A real run of two nodes, with a worker killed and a node lost, and a real Prometheus that watches it."""
 
-import json
 import os
 import re
 import signal
-import subprocess
 import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from monitoring.dashboards import panels
 from monitoring.metrics import COUNTER, METRICS
 from monitoring.picture import draw, filled
 from tests.launch.nodes import Nodes
+from tests.monitoring.prometheus import Prometheus
 from tests.train.ranks import free_port
 from tests.train.test_pretrain import steps
 
@@ -32,32 +29,6 @@ NOTHING_HERE = {
 }  # no GPU, good data
 
 
-class Prometheus:
-    def __init__(self, folder, ports):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        rules = folder / "alerts.yaml"
-        rules.write_text(alerts.text().replace("interval: 15s", "interval: 1s"))
-        targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
-        jobs = [{"job_name": "equiav", "static_configs": targets}]
-        settings = {"global": {"scrape_interval": "1s", "evaluation_interval": "1s"}, "rule_files": [str(rules)]}
-        (folder / "prometheus.yaml").write_text(yaml.safe_dump({**settings, "scrape_configs": jobs}))
-        command = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
-        log = (folder / "prometheus.log").open("wb")
-        self.process = subprocess.Popen(
-            [*command, f"--web.listen-address=127.0.0.1:{self.port}"], stdout=log, stderr=log
-        )
-
-    def ask(self, query, at=None):
-        values = {"query": query, **({"time": at} if at else {})}
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(values)}", timeout=10) as answer:
-            return json.load(answer)["data"]["result"]
-
-    def end(self):
-        self.process.terminate()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def watched(run_config, tmp_path_factory):
     """-> Prometheus, when it began, when it ended"""
@@ -68,7 +39,7 @@ def watched(run_config, tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     nodes = Nodes(folder / "config.yaml", folder / "out", port=free_port())
     nodes.metrics = free_port()
-    prometheus = Prometheus(folder, [nodes.metrics, nodes.metrics + 1])
+    prometheus = Prometheus(folder, [nodes.metrics, nodes.metrics + 1], alerts.text())
     begun = time.time()
     try:
         nodes.start(0)
