@@ -1,47 +1,167 @@
-"""Model weights on disk: a folder with `model.safetensors` and `config.json`."""
+"""Model weights on disk: our folder of `model.safetensors` and `config.json`, and checkpoints that others have published."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import pickle
+import re
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from equiav.config import ConfigError, ModelSettings, from_dict, to_dict
 from equiav.model import EquiAV
+from equiav.model.importers import CheckpointError, Format, Imported, detect, import_state, own_state, strip
+from streaming import Store
+from streaming.store import Missing
+
+WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 def save_model(folder: Path, weights: Mapping[str, Tensor], settings: ModelSettings) -> None:
     """Weights, and what it takes to use them. `config.json` is written last: where it stands, its weights are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    safetensors.torch.save_file(
-        {name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors"
-    )
+    (folder / SETTINGS).unlink(missing_ok=True)
+    safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
     content = {f.name: getattr(settings, f.name) for f in dataclasses.fields(ModelSettings)}
-    temporary = folder / "config.json.part"
+    temporary = folder / f"{SETTINGS}.part"
     temporary.write_text(json.dumps(to_dict(ModelSettings(**content)), indent=2) + "\n")
-    temporary.replace(folder / "config.json")
+    temporary.replace(folder / SETTINGS)
 
 
 def load_model(folder: Path) -> tuple[EquiAV, ModelSettings]:
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: no {name} there; expected a model folder as `equiav import` writes it")
-    source = str(folder / "config.json")
-    try:
-        settings = from_dict(ModelSettings, json.loads((folder / "config.json").read_text()), source)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source}: not valid JSON: {error}") from None
+    state, settings = read_folder(folder)
     with torch.device("meta"):
         model = EquiAV(settings.model, settings.objective)
     try:
-        state = safetensors.torch.load_file(folder / "model.safetensors")
         model.load_state_dict(state, assign=True)
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{folder / 'model.safetensors'}: does not hold the weights of {source}: {error}") from None
+    except RuntimeError as error:
+        raise ConfigError(f"{folder / WEIGHTS}: does not hold the weights of {folder / SETTINGS}: {error}") from None
     return model.eval(), settings
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
+    for name in (SETTINGS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: no {name} there; expected a model folder as `equiav import` writes it")
+    source = str(folder / SETTINGS)
+    try:
+        settings = from_dict(ModelSettings, json.loads((folder / SETTINGS).read_text()), source)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}") from None
+    try:
+        return safetensors.torch.load_file(folder / WEIGHTS), settings
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{folder / WEIGHTS}: does not hold the weights of {source}: {error}") from None
+
+
+def initial_weights(source: str, settings: ModelSettings, seed: int, patience: float = 600.0) -> Imported:
+    """What a run begins with: from a model folder (ours, also that within a run's folder) or a published checkpoint, on this
+    machine or in a store. `settings` are the run's own."""
+    with tempfile.TemporaryDirectory(prefix="equiav-") as folder:
+        try:
+            path = bring(source, Path(folder), patience) if "://" in source else Path(source).expanduser()
+            if (path / "model" / SETTINGS).is_file():
+                path = path / "model"
+            if path.is_dir():
+                state, theirs = read_folder(path)
+                imported = own_state(state, initial_model(settings, seed))
+            else:
+                kind, imported = from_checkpoint(path, settings, seed)
+                theirs = settings_of(kind, settings)
+        except (ConfigError, CheckpointError) as error:
+            raise ConfigError(f"init: {str(error).replace(folder, source)}") from None
+    predicts = any(".predictor." in name for name in imported.state.keys() - imported.fresh.keys())
+    if predicts and theirs.augment.variant != settings.augment.variant:
+        raise ConfigError(
+            f"init: the predictors of {source} were trained with the vectors of augment.variant={theirs.augment.variant}, "
+            f"this run draws those of {settings.augment.variant}; set augment.variant={theirs.augment.variant}"
+        )
+    return imported
+
+
+def bring(url: str, folder: Path, patience: float) -> Path:
+    """From a store to this machine -> the file, or the folder that has a model's files."""
+    if url.endswith((".pth", ".pt")):
+        where, _, name = url.rpartition("/")
+        names = [name]
+    else:
+        where, names = url, [SETTINGS, WEIGHTS]
+    store = Store(where, patience)
+    if names[0] == SETTINGS and not store.exists(SETTINGS):
+        store = Store(f"{where}/model", patience)
+    for name in names:
+        try:
+            (folder / name).write_bytes(store.read(name))
+        except Missing:
+            raise ConfigError(
+                f"{store.url}/{name} does not exist; expected a model folder, a run's checkpoints, or a .pth file"
+            ) from None
+    return folder / names[0] if len(names) == 1 else folder
+
+
+def initial_model(settings: ModelSettings, seed: int) -> EquiAV:
+    with torch.device("meta"):
+        model = EquiAV(settings.model, settings.objective)
+    model.to_empty(device="cpu").init_weights(seed)
+    return model
+
+
+def from_checkpoint(path: Path, settings: ModelSettings, seed: int, kind: str = "auto") -> tuple[Format, Imported]:
+    state, beside = strip(read_checkpoint(path))
+    found: Format = detect(state) if kind == "auto" else kind  # type: ignore[assignment]
+    imported = import_state(state, found, initial_model(settings, seed))
+    imported.ignored |= dict.fromkeys(beside, "stands beside the weights: the state of a training program")
+    return found, imported
+
+
+def settings_of(kind: Format, settings: ModelSettings) -> ModelSettings:
+    """With what a checkpoint was trained: the predictor of the released EquiAV knows the vectors of that program only."""
+    if kind != "equiav":
+        return settings
+    return dataclasses.replace(settings, augment=dataclasses.replace(settings.augment, variant="released"))
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain values alone. Nothing in it is run, and its checksums hold."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, expected a .pth file")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path} is empty")
+    archive = zipfile.is_zipfile(path)
+    try:
+        damaged = zipfile.ZipFile(path).testzip() if archive else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from None
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: {damaged} in it has not its checksum; fetch it again")
+    try:
+        with safe_globals(
+            [argparse.Namespace]
+        ):  # the arguments of a training program, as MAE keeps them: a bare holder
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            what = f"holds an object of class {named[1]}, which is not read: it could run code. Save its state_dict() alone"
+        elif archive:
+            what = f"is an archive without a checkpoint in it: {plain(error)}"
+        else:
+            what = "was not written by torch.save"
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint of plain tensors: {what}") from None
+
+
+def plain(error: BaseException) -> str:
+    """The first line, without a terminal's colours."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

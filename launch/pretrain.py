@@ -95,7 +95,7 @@ def pretrain(
     program = ["launch.node", f"--run={name}", "--nodes", f"{least}:{most}", "--workers", str(workers)]
     folder = run.checkpoint.url or str(Path(run.out) / "checkpoints")
     program += ["--folder", folder]
-    paths = {"out": folder, "data": run.stream.url}
+    paths = {"out": folder, "data": run.stream.url} | ({"init": run.init} if run.init else {})
     program += ["--metrics-port", str(metrics_port)] if metrics_port else []
     program = [*map(literal, program), "--index", macros.replica_id, "--", "pretrain"]
     return app(name, program, nodes=(least, most), settings=to_yaml(run),

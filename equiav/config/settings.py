@@ -428,6 +428,9 @@ class RunConfig(Config):
 
     out: Path = Path("runs/pretrain")
     """Folder of metrics.jsonl, timing.jsonl, quarantine.jsonl, config.yaml, starts.jsonl, summary.json and the trained model."""
+    init: str = ""
+    """Weights to begin with: a model folder (of `equiav import` or of a run), or a checkpoint of MAE, CAV-MAE or EquiAV (.pth);
+    s3://..., or any other that fsspec reads, too. Read before the first step only. Empty: drawn from the seed."""
     resume: Literal["auto", "never", "anyway"] = "auto"
     """never: an error where `checkpoint.url` holds checkpoints. anyway: begins at step 0 where it holds none that can be used;
     those that cannot are set aside."""
@@ -445,6 +448,7 @@ ROUNDING = ("device", "train.micro_batch", "train.compile")
 
 WITHOUT_EFFECT = (
     "out",
+    "init",  # on a run that has begun
     "resume",
     "log_samples",
     "stall_seconds",

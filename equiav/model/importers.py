@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from equiav.model.equiav import EquiAV
@@ -27,9 +28,18 @@ class Imported:
     state: dict[str, Tensor]  # the full state dict of our model
     used: list[str] = field(default_factory=list)  # keys of the source
     ignored: dict[str, str] = field(default_factory=dict)  # key of the source -> why
-    fresh: list[str] = field(
-        default_factory=list
-    )  # our keys that the source says nothing of: initialised from the seed
+    fresh: dict[str, str] = field(default_factory=dict)  # our key that has its initial value -> why
+
+    def account(self) -> list[str]:
+        """Lines for a reader."""
+        lines = [f"used     {len(self.used):4d} tensors"]
+        for word, listed in (("ignored", self.ignored), ("initial", self.fresh)):
+            for reason in dict.fromkeys(listed.values()):
+                keys = [key for key, why in listed.items() if why == reason]
+                lines.append(
+                    f"{word:8s} {len(keys):4d} tensors: {reason} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
+                )
+        return lines
 
 
 Change = Callable[[Tensor], Tensor]
@@ -80,15 +90,14 @@ def strip(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
 def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Imported:
     """`model` gives names and shapes, and the initial values of what the source does not have; it is not changed."""
     ours = model.state_dict()
-    rules = {"equiav": _equiav_rules, "cavmae": _cavmae_rules, "mae": _mae_rules}[kind](model)
+    rules = {"equiav": _equiav_rules, "cavmae": _cavmae_rules, "mae": _mae_rules}[kind](model, state)
     result = Imported(state={})
     for key, tensor in state.items():
         found = _apply(rules, key)
         if isinstance(found, str):
             result.ignored[key] = found
             continue
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{key}: holds values that are not finite")
+        require_plain(key, tensor)
         for target, change in found.items():
             if target not in ours:
                 raise CheckpointError(
@@ -116,14 +125,50 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
     for name, value in ours.items():
         if name not in result.state:
             result.state[name] = value.clone()
-            result.fresh.append(name)
+            result.fresh[name] = (
+                "norm of the augmented view: 1 and 0" if "norm_aug" in name else "not in the checkpoint"
+            )
     return result
+
+
+def own_state(state: Mapping[str, Tensor], model: EquiAV) -> Imported:
+    """Of a model of ours. Its encoders have to fit; predictors and heads are taken where they do."""
+    ours, result = model.state_dict(), Imported(state={})
+    for name, value in ours.items():
+        found = state.get(name)
+        if found is not None and found.shape == value.shape:
+            require_plain(name, found)
+            result.state[name] = found.to(value.dtype)
+            result.used.append(name)
+            continue
+        why = (
+            "not in that model" if found is None else f"of shape {tuple(found.shape)} there, {tuple(value.shape)} here"
+        )
+        if ".encoder." in name:
+            raise CheckpointError(f"{name} is {why}; choose the model.size (and input sizes) of that model")
+        result.state[name], result.fresh[name] = value.clone(), why
+    result.ignored |= {name: "not in this model" for name in state if name not in ours}
+    return result
+
+
+def require_plain(key: str, tensor: Tensor) -> None:
+    """Real numbers, all of them there."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_floating_point():
+        kind = str(tensor.layout).removeprefix("torch.")
+        kind = "without data (on meta)" if tensor.device.type == "meta" else f"{kind}, {tensor.dtype}"
+        raise CheckpointError(f"{key}: is {kind}, expected a dense tensor of floating-point numbers")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{key}: holds values that are not finite")
 
 
 REQUIRED: dict[Format, tuple[str, ...]] = {
     "equiav": ("audio.", "image."),
-    "cavmae": ("audio.encoder.", "image.encoder."),
-    "mae": tuple(f"{side}.encoder.{part}" for side in SIDE.values() for part in ("blocks.", "patch_embed.", "norm")),
+    "cavmae": tuple(
+        f"{side}.encoder.{part}"
+        for side in SIDE.values()
+        for part in ("blocks.", "patch_embed.", "norm.", "modality", "positions")
+    ),
+    "mae": tuple(f"{side}.encoder.{part}" for side in SIDE.values() for part in ("blocks.", "patch_embed.", "norm.")),
 }
 """What a source must fill, by the beginning of our names."""
 
@@ -163,7 +208,7 @@ def _one_channel(weight: Tensor) -> Tensor:
     return weight.double().sum(dim=1, keepdim=True).to(weight.dtype)
 
 
-def _equiav_rules(model: EquiAV) -> list[Rule]:
+def _equiav_rules(model: EquiAV, state: Mapping[str, Tensor]) -> list[Rule]:
     head = {"fc1": 0, "norm1": 1, "fc2": 3, "norm2": 4, "fc3": 6, "norm3": 7}
 
     def to_head(match: re.Match[str]) -> Use:
@@ -197,9 +242,9 @@ def _equiav_rules(model: EquiAV) -> list[Rule]:
     ]
 
 
-def _cavmae_rules(model: EquiAV) -> list[Rule]:
+def _cavmae_rules(model: EquiAV, state: Mapping[str, Tensor]) -> list[Rule]:
     end = r"(?P<rest>weight|bias)"
-    last = model.config.depth - 1  # the shared block comes after the modality's own
+    own = len({key.split(".")[1] for key in state if key.startswith("blocks_a.")})  # before the shared ones
 
     def shared(match: re.Match[str]) -> Use | str:
         n, rest = match.groups()
@@ -207,8 +252,8 @@ def _cavmae_rules(model: EquiAV) -> list[Rule]:
             return "norm of the joint audio-visual stream, which EquiAV does not have"
         side = re.match(r"(norm[12])_([av])\.(.*)", rest)
         if side:
-            return {f"{SIDE[side[2]]}.encoder.blocks.{last + int(n)}.{side[1]}.{side[3]}": _same}
-        return {f"{m}.encoder.blocks.{last + int(n)}.{rest}": _same for m in SIDE.values()}
+            return {f"{SIDE[side[2]]}.encoder.blocks.{own + int(n)}.{side[1]}.{side[3]}": _same}
+        return {f"{m}.encoder.blocks.{own + int(n)}.{rest}": _same for m in SIDE.values()}
 
     return [
         (rf"patch_embed_(?P<m>a|v)\.proj\.{end}", _to("{m}.encoder.patch_embed.{rest}")),
@@ -220,14 +265,14 @@ def _cavmae_rules(model: EquiAV) -> list[Rule]:
             _ignore("dead weight: CAV-MAE calls it in the shared block only"),
         ),
         (r"blocks_u\.(\d+)\.((?:attn\.(?:qkv|proj)|mlp\.fc[12]|norm[12](?:_[av])?)\.(?:weight|bias))", shared),
-        (rf"norm_(?P<m>a|v)\.{end}", _to("{m}.encoder.norm.{rest}", "{m}.encoder.norm_aug.{rest}")),
+        (rf"norm_(?P<m>a|v)\.{end}", _to("{m}.encoder.norm.{rest}")),
         (r"norm\.(weight|bias)", _ignore("norm of the joint audio-visual stream, which EquiAV does not have")),
         (r"(decoder_.*|mask_token)", _ignore("the masked autoencoder's decoder")),
         (r"mlp_head\..*", _ignore("a classifier of fine-tuning")),
     ]
 
 
-def _mae_rules(model: EquiAV) -> list[Rule]:
+def _mae_rules(model: EquiAV, state: Mapping[str, Tensor]) -> list[Rule]:
     end = r"(?P<rest>weight|bias)"
     image_tokens = math.prod(model.config.image_grid)
 
@@ -247,10 +292,7 @@ def _mae_rules(model: EquiAV) -> list[Rule]:
         (r"patch_embed\.proj\.weight", patch),
         (r"patch_embed\.proj\.bias", both("patch_embed.bias")),
         (rf"blocks\.(?P<n>\d+)\.{BLOCK}", both("blocks.{n}.{rest}")),
-        (
-            rf"norm\.{end}",
-            _to(*(f"{m}.encoder.{norm}.{{rest}}" for m in SIDE.values() for norm in ("norm", "norm_aug"))),
-        ),
+        (rf"norm\.{end}", both("norm.{rest}")),
         (r"pos_embed", positions),
         (r"cls_token", _ignore("EquiAV's encoders have no class token")),
         (r"(decoder_.*|mask_token)", _ignore("the masked autoencoder's decoder")),

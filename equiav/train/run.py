@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from xxhash import xxh3_128
 
 from equiav.augment import Clips
 from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
-from equiav.parallel import Ranks
+from equiav.parallel import Ranks, slab
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
 from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
 from equiav.train.numbers import SUMMARY, Numbers
 from equiav.train.watch import PHASES, Watch
+from equiav.weights import initial_weights
 from streaming import (
     Bad,
     CacheError,
@@ -38,6 +40,8 @@ from streaming import (
     Loader,
     Quarantine,
     Stats,
+    Store,
+    StoreError,
     TooManyBadSamples,
 )
 from streaming.store import Denied
@@ -92,6 +96,7 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
     patience = max(config.stream.patience, c.patience)
     with loader, checkpoints:
         found = find(config, checkpoints, state, loader, quarantine)
+        began_with = found.get("init", {}) if found else begin_with(config, ranks, state, tell) if config.init else {}
         if first:
             how = "is finished" if state.step == config.train.steps else "goes on" if found else "begins"
             spares = f" and {ranks.spares} spare(s)" if ranks.spares else ""
@@ -114,7 +119,9 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                 numbers.begin(environment())
             how = ""  # it goes on elsewhere, or again
             try:
-                ended = train(config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, numbers, show)
+                ended = train(
+                    config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, numbers, show, began_with
+                )
                 how = "finished" if state.step == config.train.steps else "asked"
             except BaseException as error:
                 how = "failed" if remedy(error) == "never" else ""
@@ -141,6 +148,11 @@ def find(
                 f"resume is never, and {url} holds a checkpoint of step {manifest['step']}; choose another folder"
             )
         refused, otherwise = differences(config, manifest["config"])
+        before = manifest.get("init", {}).get("from", "")
+        if (
+            config.init and named(config.init) != before
+        ):  # what it began with is not needed again, nor has it to be said
+            refused.append(f"init is {named(config.init)}, was {before or 'empty'}")
         if refused:
             raise ConfigError(
                 f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or begin a "
@@ -168,6 +180,45 @@ def find(
     return found
 
 
+def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -> dict[str, str]:
+    """Weights from elsewhere, into the state -> what is to be remembered of them."""
+    imported, problem = None, ""
+    try:
+        imported = initial_weights(config.init, config, config.seed, config.checkpoint.patience)
+    except (ConfigError, StoreError) as error:
+        problem = str(error)
+    digest = digest_of(imported.state) if imported else ""
+    for rank, (wrong, other) in enumerate(ranks.objects((problem, digest))):
+        if wrong:
+            raise ConfigError(wrong if rank == ranks.rank or not digest else f"rank {rank}: {wrong}")
+        if other != digest:
+            raise ConfigError(f"init: rank {rank} finds other weights at {config.init} than rank {ranks.rank}")
+    assert imported
+    with torch.no_grad():
+        for name, x in state.model.state_dict().items():
+            own = slab(x, ranks)
+            rows = (
+                imported.state[name] if x.dim() == 0 else imported.state[name][own.first : own.first + len(own.local)]
+            )
+            own.local.copy_(rows)
+    if ranks.rank == 0:
+        tell("\n  ".join([f"begins with the weights of {named(config.init)}", *imported.account()]))
+    return {"from": named(config.init), "digest": digest}
+
+
+def named(source: str) -> str:
+    """Without a password."""
+    return Store(source).url if "://" in source else source
+
+
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = xxh3_128()
+    for name, x in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def train(
     config: RunConfig,
     ranks: Ranks,
@@ -180,6 +231,7 @@ def train(
     log: Log | None,
     numbers: Numbers,
     show: Show,
+    began_with: dict[str, str],
 ) -> Ending | None:
     """The steps, and what happens beside them. -> what it ends with before its last step."""
     saves = Saves(config.checkpoint, checkpoints, state.step)
@@ -245,6 +297,7 @@ def train(
             "stream": loader.state(state.step),
             "quarantine": quarantine.state(),
             "config": shown(config, loader, checkpoints),
+            "init": began_with,
             **environment(),
         }
         checkpoints.save(state, about, log.since(checkpoints.saved_step) if log else (0, b""))
@@ -423,6 +476,7 @@ def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loade
 def shown(config: RunConfig, loader: Loader, checkpoints: Checkpoints) -> dict[str, Any]:
     """The settings, less any password in a URL."""
     values = to_dict(config)
+    values["init"] = named(config.init)
     values["stream"]["url"] = loader.dataset.store.url
     if config.checkpoint.url:
         values["checkpoint"]["url"] = checkpoints.store.url

@@ -1,5 +1,6 @@
 """Published layouts, built here at a small size: every key accounted for, values where they belong."""
 
+import argparse
 import json
 import re
 
@@ -141,7 +142,10 @@ def test_every_key_is_accounted_for(tmp_path, kind):
         assert not imported.fresh
         assert all(re.search(r"norm[12]_[av]", key) for key in imported.ignored)
     else:
-        assert not [name for name in imported.fresh if re.search(r"blocks|patch_embed|norm_aug|encoder\.norm", name)]
+        assert not [name for name in imported.fresh if re.search(r"blocks|patch_embed|encoder\.norm\.", name)]
+        for side in ("audio", "image"):  # as EquiAV's own program leaves it
+            assert torch.equal(model.state_dict()[f"{side}.encoder.norm_aug.weight"], torch.ones(D))
+            assert imported.fresh[f"{side}.encoder.norm_aug.bias"] == "norm of the augmented view: 1 and 0"
 
 
 def test_released_values_land_where_the_program_uses_them(tmp_path):
@@ -184,7 +188,20 @@ def test_cavmae_shared_block_becomes_each_encoders_last(tmp_path):
         assert torch.equal(state[f"{last}.attn.qkv.weight"], source["blocks_u.0.attn.qkv.weight"])
         assert torch.equal(state[f"{last}.norm1.weight"], source[f"blocks_u.0.norm1_{m}.weight"])
         assert torch.equal(state[f"{last}.norm2.bias"], source[f"blocks_u.0.norm2_{m}.bias"])
-        assert torch.equal(state[f"{side}.encoder.norm_aug.weight"], source[f"norm_{m}.weight"])
+        assert torch.equal(state[f"{side}.encoder.norm.weight"], source[f"norm_{m}.weight"])
+
+
+def test_cavmae_with_two_shared_blocks(tmp_path):
+    checkpoint = cavmae_layout()
+    for key in [key for key in checkpoint if re.match(rf"module\.blocks_[av]\.{DEPTH - 2}\.", key)]:
+        del checkpoint[key]
+    checkpoint |= {
+        key.replace("blocks_u.0", "blocks_u.1"): 2 * x for key, x in checkpoint.items() if "blocks_u.0" in key
+    }
+    state = run(tmp_path, checkpoint)[0].state_dict()
+    for side, n in (("audio", 0), ("image", 1)):
+        ours = state[f"{side}.encoder.blocks.{DEPTH - 2 + n}.mlp.fc1.weight"]
+        assert torch.equal(ours, checkpoint[f"module.blocks_u.{n}.mlp.fc1.weight"])
 
 
 def test_mae_initialises_both_encoders_and_the_seed_the_rest(tmp_path):
@@ -414,15 +431,65 @@ class Code:
         return print, ("this must never run",)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", Code()])
-def test_files_that_are_not_plain_tensors_are_refused(tmp_path, capsys, content):
+def with_norm(tensor):
+    return {"model": {**mae_layout()["model"], "norm.weight": tensor}}
+
+
+class Holder:
+    """Of somebody's program."""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"not a checkpoint", "was not written by torch.save"),
+        ({"x": Code()}, "holds an object of class print, which is not read"),
+        ({"model": mae_layout(), "args": Holder()}, r"class tests.model.test_importers.Holder, which is not read"),
+        (with_norm(torch.eye(3).to_sparse()), "norm.weight: is sparse_coo, torch.float32, expected a dense tensor"),
+        (with_norm(torch.empty(3, device="meta")), r"norm.weight: is without data \(on meta\)"),
+        (with_norm(torch.ones(3, dtype=torch.complex64)), "norm.weight: is strided, torch.complex64"),
+    ],
+)
+def test_files_that_are_not_plain_tensors_are_refused(tmp_path, capsys, content, said):
     if isinstance(content, bytes):
         (tmp_path / "source.pth").write_bytes(content)
     else:
-        torch.save({"x": content}, tmp_path / "source.pth")
-    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint of plain tensors"):
+        torch.save(content, tmp_path / "source.pth")
+    with pytest.raises(CheckpointError, match=said) as raised:
         import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=SMALL))
+    assert "\x1b" not in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert "never run" not in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    torch.save(mae_layout(), tmp_path / "source.pth")
+    whole = (tmp_path / "source.pth").read_bytes()
+    for place in (len(whole) // 3, len(whole) // 2):
+        (tmp_path / "source.pth").write_bytes(whole[:place] + bytes(64) + whole[place + 64 :])
+        with pytest.raises(CheckpointError, match=r"is damaged: .* has not its checksum; fetch it again"):
+            import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=SMALL))
+    (tmp_path / "source.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError):
+        import_checkpoint(ImportConfig(checkpoint=tmp_path / "source.pth", out=tmp_path / "out", model=SMALL))
+
+
+def test_what_training_programs_leave_beside_the_model(tmp_path):
+    """MAE keeps its arguments; releases of torch before 1.6 wrote another format."""
+    arguments = argparse.Namespace(lr=1e-3, model="mae_vit_base_patch16")
+    reference = run(tmp_path, mae_layout())[2].state
+    _, _, imported = run(tmp_path, {**mae_layout(), "args": arguments, "epoch": 800})
+    assert imported.ignored["args"] == "stands beside the weights: the state of a training program"
+    torch.save(mae_layout(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    _, _, old = import_checkpoint(ImportConfig(checkpoint=tmp_path / "old.pth", out=tmp_path / "out", model=SMALL))
+    for state in (imported.state, old.state):
+        assert all(torch.equal(state[name], x) for name, x in reference.items())
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder, expected a \.pth file"):
+        import_checkpoint(ImportConfig(checkpoint=tmp_path, out=tmp_path / "out", model=SMALL))
 
 
 def test_command_writes_a_model_that_loads_to_the_same_outputs(tmp_path, capsys):
