@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import importlib
 import importlib.metadata
@@ -74,13 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: equiav <command> [--help] [--config NAME_OR_PATH] [--print-config] [--section.field value ...]\n")
         for name, listed in COMMANDS.items():
             print(f"  {name:8s} {listed.what}")
+        recipes = sorted(path.stem for path in (Path(__file__).parent / "config" / "recipes").glob("*.yaml"))
+        print(f"\nrecipes, for --config: {', '.join(recipes)}")
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     if command == "--version":
         print(importlib.metadata.version("equiav"))
         return 0
     if command not in COMMANDS:
-        text = f"no command {command!r}; the commands are {', '.join(COMMANDS)}"
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        text = f"no command {command!r}; {hint}"
         print(f"equiav: {text}", file=sys.stderr)
         _tell_agent(text, "never")
         return 2

@@ -24,7 +24,9 @@ def test_help_lists_the_commands(capsys):
 
 def test_unknown_command_is_named(capsys):
     assert cli.main(["pretrian"]) == 2
-    assert "no command 'pretrian'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "equiav: no command 'pretrian'; did you mean pretrain?\n"
+    assert cli.main(["zzz"]) == 2
+    assert "the commands are smoke, pretrain" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -1,15 +1,17 @@
 """How settings are read. Later over earlier: their defaults, a YAML file (`--config NAME_OR_PATH`), and the command line
-(`--section.field value`). `model.size` names a set of model defaults that sits below all three.
+(`--section.field value`). `model.size` names a set of model defaults that sits below all three. What all of them say together
+is checked, once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
+import types
 import typing
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,38 +27,116 @@ T = typing.TypeVar("T")
 
 def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None) -> tuple[T, bool]:
     """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML."""
-    common = argparse.ArgumentParser(prog=f"equiav {command}", add_help=False, allow_abbrev=False)
-    common.add_argument("--config", default=recipe)
-    common.add_argument("--print-config", action="store_true")
-    common.add_argument("--model.size", dest="size", default=None)
-    known, _ = common.parse_known_args(argv)
-    rest = _without(argv, "--config", values=1)
-    rest = _without(rest, "--print-config", values=0)
-    values, source = read_yaml(known.config) if known.config else ({}, "defaults")
-    default = from_dict(cls, values, source, size=known.size)
+    given = read_line(cls, argv)
+    name, show = given.pop("config", recipe), bool(given.pop("print_config", False))
+    values, source = read_yaml(name) if name else ({}, "defaults")
+    if given.pop("help", False):
+        explain(cls, command, from_dict(cls, values, source))
+    for path, value in given.items():
+        *sections, field = path.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                break  # `from_dict` will say so
+        else:
+            place[field] = value
+    return from_dict(cls, values, source, given), show
+
+
+def explain(cls: type, command: str, default: Any) -> None:
+    """`--help`: prints, and ends."""
     footer = "also: --config NAME_OR_PATH (a recipe or YAML file), --print-config (show the resolved settings and stop)"
-    config = tyro.cli(
-        cls,
-        prog=f"equiav {command}",
-        description=f"{cls.__doc__}\n\n{footer}",
-        default=default,
-        args=rest,
-        use_underscores=True,
+    described = f"{cls.__doc__}\n\n{footer}\nrecipes: {', '.join(recipe_names())}"
+    tyro.cli(
+        cls, prog=f"equiav {command}", description=described, default=default, args=["--help"], use_underscores=True
     )
-    return config, known.print_config
 
 
-def _without(argv: list[str], flag: str, values: int) -> list[str]:
-    """argv less `flag` and its values, in both spellings (`--flag value`, `--flag=value`)."""
-    kept, skip = [], 0
-    for word in argv:
-        if skip:
-            skip -= 1
-        elif word == flag:
-            skip = values
-        elif not word.startswith(flag + "="):
-            kept.append(word)
-    return kept
+# ---- the command line
+
+OF_ALL = {"config": str, "print_config": bool, "help": bool}
+
+
+def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
+    """argv -> dotted name: what was given for it, in the type of that setting where it can be one."""
+    options, places = OF_ALL | dict(_options(cls)), list(_places(cls))
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or _number(word):
+            if not places:
+                raise ConfigError(f"{word!r} is not expected; settings are given as --section.field value")
+            kind = options[places[0]]
+            if typing.get_origin(kind) is tuple:  # of any length
+                given.setdefault(places[0], []).append(word)
+            else:
+                given[places.pop(0)] = _value(word, kind)
+            continue
+        name, equals, value = word.removeprefix("-h" if word == "-h" else "--").partition("=")
+        name = (name or "help").replace("-", "_")
+        off = name.rpartition(".")[2].startswith("no_") and name not in options
+        name = name.replace("no_", "", 1) if off else name
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
+            raise ConfigError(f"there is no --{name}; {hint}")
+        kind = options[name]
+        if kind is bool:
+            if equals and value.lower() not in ("true", "false"):
+                raise ConfigError(f"--{name}: found {value!r}, expected true or false")
+            given[name] = (value.lower() == "true" if equals else True) != off
+            continue
+        count = len(typing.get_args(kind)) if typing.get_origin(kind) is tuple else 1
+        parts = [value] if equals else []
+        while len(parts) < count and words and (not words[0].startswith("-") or _number(words[0])):
+            parts.append(words.pop(0))
+        if len(parts) < count:
+            wanted = "a value" if count == 1 else f"{count} values"
+            raise ConfigError(f"--{name} {' '.join(parts)}".rstrip() + f": expected {wanted}")
+        kinds = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+        read = [_value(part, of) for part, of in zip(parts, kinds, strict=True)]
+        given[name] = read if typing.get_origin(kind) is tuple else read[0]
+    return given
+
+
+def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _options(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def _places(cls: type) -> Iterator[str]:
+    """Settings that are given by their place."""
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if tyro.conf.Positional in getattr(kind, "__metadata__", ()):
+            yield name
+
+
+def _number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(text: str, kind: Any) -> Any:
+    """As text where it is none of that kind: the check of all settings will say so."""
+    if isinstance(kind, types.UnionType):  # PATH | None
+        kind = typing.get_args(kind)[0]
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
+
+
+# ---- YAML
 
 
 def recipe_names() -> list[str]:
@@ -77,15 +157,18 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
     elif Path(name_or_path).is_file():
         source = name_or_path
         try:
-            text = Path(source).read_text("utf-8")
+            text = Path(source).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ConfigError(f"--config {source}: byte {error.start} is no UTF-8; save it as UTF-8") from None
     else:
         raise ConfigError(f"--config {name_or_path}: no such file, and the recipes are {', '.join(recipe_names())}")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Strict)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{source}{place}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{source}: expected settings (`section:` then `field: value`), found {type(values).__name__}"
@@ -93,23 +176,45 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
     return values, source
 
 
-def from_dict(cls: type[T], values: dict[str, Any], source: str, size: str | None = None) -> T:
-    """`values` as a config of class `cls`, strictly: unknown names and wrong types are errors that name the field."""
+class Strict(yaml.SafeLoader):
+    """Names are text, and each stands once: YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                found = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list"
+                raise yaml.MarkedYAMLError(problem=f"a name is {found}, expected text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# ---- both together
+
+
+def from_dict(cls: type[T], values: dict[str, Any], source: str, given: Collection[str] = ()) -> T:
+    """`values` as a config of class `cls`, strictly: unknown names and wrong types are errors that name the field. `given`: those
+    that come from the command line, the others from `source`."""
     sections = typing.get_type_hints(cls)
     values = {name: {} if value is None else value for name, value in values.items()}  # `model:` with nothing below it
-    model = values.get("model", {})
-    if "model" in sections and isinstance(model, dict):
-        size = size or model.get("size", "vit_b16")
+    for name, value in values.items():
+        if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
+            raise ConfigError(f"{source}: {name}: found {value!r}, expected its settings (`field: value`)")
+    if "model" in sections:
+        model = values.get("model", {})
+        size = model.get("size", "vit_b16")
         if size not in SIZES:
-            raise ConfigError(f"{source}: model.size is {size!r}, expected one of {', '.join(SIZES)}")
-        values = {**values, "model": {**model, "size": size}}
+            where = "" if "model.size" in given else f"{source}: "
+            raise ConfigError(f"{where}model.size is {size!r}, expected one of {', '.join(SIZES)}")
+        values["model"] = {**model, "size": size}
         for section in SIZES[size].keys() & sections.keys():
-            if isinstance(values.setdefault(section, {}), dict):
-                values[section] = {**SIZES[size][section], **values[section]}
+            values[section] = {**SIZES[size][section], **values.get(section, {})}
     try:
         return _converter().structure(values, cls)
     except cattrs.BaseValidationError as error:
-        raise ConfigError("\n".join(_explain(error, source, path=""))) from None
+        raise ConfigError("\n".join(_explain(error, source, "", values, given))) from None
 
 
 def _converter() -> cattrs.Converter:
@@ -133,7 +238,9 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
-def _explain(error: BaseException, source: str, path: str, kind: Any = None) -> list[str]:
+def _explain(
+    error: BaseException, source: str, path: str, values: Any, given: Collection[str], kind: Any = None
+) -> list[str]:
     """One line for each thing wrong in a cattrs error tree."""
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
         names = [f.name for f in dataclasses.fields(error.cl)]
@@ -145,16 +252,27 @@ def _explain(error: BaseException, source: str, path: str, kind: Any = None) -> 
         return lines
     if isinstance(error, cattrs.ClassValidationError):
         known, rest = error.group_exceptions()
-        lines = [line for e in rest for line in _explain(e, source, path)]
+        lines = [line for e in rest for line in _explain(e, source, path, values, given)]
         for e, note in known:
             nested = isinstance(e, cattrs.ClassValidationError)
-            lines += _explain(e, source, f"{path}{note.name}" + ("." if nested else ""), note.type)
+            value = values.get(note.name) if isinstance(values, dict) else None
+            lines += _explain(e, source, f"{path}{note.name}" + ("." if nested else ""), value, given, note.type)
         return lines
-    if isinstance(error, ConfigError):
-        return [f"{source}: {error}"]
-    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-    found = str(error) if str(error).startswith("found") else f"cannot read it ({error})"
-    return [f"{source}: {path}: {found}, expected {expected}"]
+    if isinstance(error, ConfigError):  # it begins with the setting's name
+        name = str(error).split()[0]
+        inside = isinstance(values, dict) and name.removeprefix(path) in values and name not in given
+        return [f"{source}: {error}" if inside else str(error)]
+    where = f"--{path}" if path in given else f"{source}: {path}"
+    return [f"{where}: found {values!r}, expected {_expected(kind)}"]
+
+
+def _expected(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        return f"{len(kinds)} values, each {_expected(kinds[0])}"
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

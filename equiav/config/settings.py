@@ -442,6 +442,10 @@ class RunConfig(Config):
     log_samples: bool = False
     """Write the ids of every step's samples to samples-RANK.jsonl, each line with the token of the start (starts.jsonl)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 or more")
+
 
 ROUNDING = ("device", "train.micro_batch", "train.compile")
 """Settings that a run may change on its way: its numbers are rounded otherwise from there on."""

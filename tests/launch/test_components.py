@@ -124,7 +124,7 @@ def test_arguments_arrive_as_they_were_typed(tmp_path):
         (["--nodes", "2"], "data: no dataset is named"),
         (["--data", "s3://a/b"], "out: no folder is named"),
         ([*RUN, "--config", "nope"], "--config nope: no such file, and the recipes are audioset2m, smoke"),
-        ([*RUN, "--", "--train.lrr", "1"], "Unrecognized"),
+        ([*RUN, "--", "--train.lrr", "1"], "there is no --train.lrr; did you mean --train.lr?"),
         ([*RUN, "--", "--train.lr", "-1"], "train.lr_start"),
         ([*RUN, "--memory", "much"], "memory is 'much'"),
         ([*RUN, "--scratch", "9Q"], "scratch is '9Q'"),
