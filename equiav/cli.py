@@ -62,6 +62,14 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> the status with which to end."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # while it imports, too
+        print("\nequiav: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # An agent that is killed would leave it behind, training beside those that take its place. First of all: imports
@@ -101,8 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from equiav.model.importers import CheckpointError
     from equiav.train.run import remedy
     from streaming import CacheError, CacheGone, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples
+    from streaming.dataset import NoDataset
+    from streaming.store import NoStore
 
-    mistakes = (ConfigError, CheckpointError, CacheError)
+    mistakes = (ConfigError, CheckpointError, CacheError, NoDataset, NoStore)
     troubles = (FloatingPointError, BadClipError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples)
     try:
         return _run(command, rest)
@@ -115,13 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, or not ours
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
-    except SystemExit as error:  # of the parser, which has said why
-        if error.code and error.code != 143:
-            _tell_agent("the command line is wrong; the log of this process says how", "never")
-        raise
-    except KeyboardInterrupt:
-        print(f"\nequiav {command}: interrupted", file=sys.stderr)
-        return 130
 
 
 def _tell_agent(text: str, remedy: str) -> None:

@@ -30,6 +30,10 @@ class DatasetError(ValueError):
     """A dataset cannot be used as it is; the message names it and says what to do."""
 
 
+class NoDataset(DatasetError):  # noqa: N818
+    """There is none at that place."""
+
+
 class Shard(NamedTuple):
     """A line of the index."""
 
@@ -101,7 +105,7 @@ class Dataset:
                 for start in range(0, size, PIECE):
                     file.write(store.read(INDEX, start, min(start + PIECE, size)))
             except Missing as error:
-                raise DatasetError(
+                raise NoDataset(
                     f"{url} holds no dataset: {error}. `equiav pack` writes one; `equiav index` makes "
                     "the index of shards that are there already"
                 ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import random
 import re
@@ -28,10 +29,12 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+log = logging.getLogger(__name__)  # to stderr, unless the program says otherwise
 FIRST_DELAY, LONGEST_DELAY = 0.05, 10.0  # seconds between attempts
 ATTEMPT, SLOWEST = 30.0, 1e6  # seconds that the first attempt may take, beside those for its bytes at so many a second
 UNUSUAL, SHORTEST = 10, 2.0  # times as long as is usual, and seconds, after which a read is asked for again
 UNKNOWN = 10.0  # seconds instead, beside those for its bytes, until some reads have shown what is usual
+SAY, SAY_AGAIN = 2.0, 30.0  # seconds without an answer, after which it is said
 SAME = 3  # requests for the same bytes at a time
 USER = re.compile(r"://([^/]*|[^/:]*:.*)@")  # who asks, with a password, which may have a slash in it
 OVERHEAD = 256 << 10  # bytes that a store could send while it begins to answer
@@ -39,6 +42,10 @@ OVERHEAD = 256 << 10  # bytes that a store could send while it begins to answer
 
 class StoreError(OSError):
     """The store cannot be used; the message names the URL, what it answered and what to check."""
+
+
+class NoStore(StoreError):  # noqa: N818
+    """The address is none."""
 
 
 class NoAnswer(StoreError):  # noqa: N818
@@ -68,6 +75,9 @@ class Store:
         self.counts: Counter[str] = Counter()  # requests (retries and hedged are of them), retries, hedged, bytes
         self._pace: deque[float] = deque(maxlen=64)  # seconds for a byte, of the last reads
         self._lock = threading.Lock()
+        self._said = float("-inf")  # when a store that does not answer was told of
+        if re.fullmatch(r"[\w+.-]+:/*", url):
+            raise NoStore(f"{url} names no bucket, expected {url.rstrip('/')}//BUCKET/NAME")
         protocol = get_protocol(url)
         options = dict(self.options)
         if protocol in ("s3", "s3a"):
@@ -87,7 +97,7 @@ class Store:
         try:
             self.fs, self.root = url_to_fs(self.address, **options)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{self.url}: {self._clean(error)}") from None
+            raise NoStore(f"{self.url}: {self._clean(error)}") from None
         if protocol in ("s3", "s3a"):
             self.fs.retries = 1
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -276,7 +286,8 @@ class Store:
                 return attempt(min(limit, left))
             except StoreError:
                 raise
-            except Exception as error:
+            except Exception as raised:
+                error = _hidden(raised)
                 self._judge(url, error)
                 pause = delay * random.uniform(0.5, 1.0)
                 left = begun + self.patience - time.monotonic() - pause
@@ -285,10 +296,26 @@ class Store:
                         f"{url}: no answer for {time.monotonic() - begun:.0f} s (patience); the last was "
                         f"{type(error).__name__}: {self._clean(error)}"
                     ) from None
+                self._tell(url, time.monotonic() - begun, error)
             with self._lock:
                 self.counts["retries"] += 1
             time.sleep(pause)
             delay, limit = min(2 * delay, LONGEST_DELAY), 2 * limit
+
+    def _tell(self, url: str, seconds: float, error: Exception) -> None:
+        """Of many requests that wait, one says so now and then."""
+        with self._lock:
+            if seconds < SAY or time.monotonic() < self._said + SAY_AGAIN:
+                return
+            self._said = time.monotonic()
+        what = f"{type(error).__name__}: {self._clean(error)}" if str(error) else type(error).__name__
+        log.warning(
+            "%s: no answer for %.0f s (%s); it is asked again until %.0f s (patience)",
+            url,
+            seconds,
+            what,
+            self.patience,
+        )
 
     def _clean(self, error: BaseException) -> str:
         """What a foreign error says, without the password of the address."""
@@ -329,8 +356,17 @@ class Store:
         kind = type(error).__module__.split(".")[0]
         if kind == "botocore" and not isinstance(error, _passing()):
             raise StoreError(f"{url}: the client of the store refuses its settings: {said}") from None
+        if isinstance(error, ValueError) and "endpoint" in said.lower():
+            raise NoStore(f"{url}: {said}; AWS_ENDPOINT_URL is http://HOST:PORT or https://HOST") from None
         if not isinstance(error, OSError) and kind not in ("botocore", "aiobotocore", "aiohttp", "asyncio", "fsspec"):
             raise error
+
+
+def _hidden(error: Exception) -> Exception:
+    """What fsspec calls missing, whatever happened on the way there."""
+    cause = error.__cause__
+    foreign = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if foreign and isinstance(cause, Exception) else error
 
 
 def _passing() -> tuple[type[Exception], ...]:

@@ -28,7 +28,7 @@ from equiav.config import ConfigError, DataConfig, require
 from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
 from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store
-from streaming.dataset import index_shard, verify_shard, write_index
+from streaming.dataset import NoDataset, index_shard, verify_shard, write_index
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
@@ -115,6 +115,11 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
     if not config.in_order:
         items = [items[k] for k in permutation(config.seed, len(items)).tolist()]
     store = Store(config.to, options=options)
+    if store.local:
+        try:
+            Path(store.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"to: {config.to} cannot be made ({error}); name a folder that can be written") from None
     with _bar(console) as progress:
         bar = progress.add_task("packing", total=len(items), note="")
 
@@ -167,7 +172,7 @@ def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> Non
     console, store = Console(), Store(config.url, options=options)
     names = [name for name in store.list() if name.endswith(".tar")]
     if not names:
-        raise DatasetError(f"{config.url} has no shards: no file there ends in .tar")
+        raise NoDataset(f"{config.url} has no shards: no file there ends in .tar")
     shards = _each(console, "indexing", names, lambda name: index_shard(store, name), config.processes)
     write_index(store, shards)
     console.print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}", highlight=False)

@@ -44,12 +44,12 @@ from streaming import (
     StoreError,
     TooManyBadSamples,
 )
-from streaming.store import Denied
+from streaming.store import Denied, NoStore
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
 TELLS = dict(zip(PHASES, ("save", "data"), strict=False))  # of the watch's phases, those that are told as such
-FINAL = (ConfigError, DatasetError, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
+FINAL = (ConfigError, DatasetError, NoStore, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
 

@@ -1,0 +1,121 @@
+"""Mistakes of a first hour: each gets one line that names what, where, and what to do. To add one, add a row."""
+
+import os
+
+import pytest
+
+from equiav import cli
+
+FILES = {
+    "file": "x",
+    "one.mp4": "no video",
+    "numbers.yaml": "1: {a: 2}\n",
+    "list.yaml": "train: [1, 2]\n",
+    "twice.yaml": "train: {steps: 5}\ntrain: {lr: 1.0e-3}\n",
+    "nested.yaml": "train: {steps: {a: 1}}\n",
+    "ten.yaml": "train: {steps: 10}\n",
+    "others/a.wmv": "x",
+}
+NOTHING_IN = "`equiav pack` writes one; `equiav index` makes the index of shards that are there already"
+
+# what is typed -> what is said
+MISTAKES = {
+    "smok": "equiav: no command 'smok'; did you mean smoke?",
+    "pretrain": "stream.url is not set, expected the folder of a packed dataset; `equiav pack` makes one",
+    "pretrain --stream.url nowhere": NOTHING_IN,
+    "pretrain --stream.url s3://": "s3:// names no bucket, expected s3://BUCKET/NAME",
+    "pretrain --stream.url zz://b/x": "zz://b/x: Protocol not known: zz",
+    "pretrain --stream.url nowhere --out file": "out: file cannot be made",
+    "pretrain --stream.url nowhere --out /proc/x/y": "set a folder that can be written",
+    "pretrain --config nowhere.yaml": "no such file, and the recipes are audioset2m, smoke",
+    "pretrain --config others": "no such file, and the recipes are audioset2m, smoke",
+    "pretrain --config bytes.yaml": "--config bytes.yaml: byte 2 is no UTF-8; save it as UTF-8",
+    "pretrain --config zero.yaml": "zero.yaml: not valid YAML: unacceptable character #x0000",
+    "pretrain --config numbers.yaml": "numbers.yaml, line 1: not valid YAML: a name is '1', expected text",
+    "pretrain --config list.yaml": "list.yaml: train: found [1, 2], expected its settings (`field: value`)",
+    "pretrain --config twice.yaml": "twice.yaml, line 2: not valid YAML: train stands there twice",
+    "pretrain --config nested.yaml": "nested.yaml: train.steps: found {'a': 1}, expected an integer",
+    "pretrain --config ten.yaml": "train.warmup_steps is 14790, expected 0 to train.steps=10",
+    "pretrain --stall_seconds nan": "--stall_seconds: found nan, expected a finite number",
+    "pretrain --stall_seconds -1": "stall_seconds is -1.0, expected 0 or more",
+    "pretrain --train.lr nan": "--train.lr: found nan, expected a finite number",
+    "pretrain --train.lr x": "--train.lr: found 'x', expected a finite number",
+    "pretrain --train.lr": "--train.lr: expected a value",
+    "pretrain --train.betas 0.9": "--train.betas 0.9: expected 2 values",
+    "pretrain --train.betas 0.9 0.95 0.99": "'0.99' is not expected; settings are given as --section.field value",
+    "pretrain --train.lrr 1": "there is no --train.lrr; did you mean --train.lr?",
+    "pretrain --train.steps 1.5": "--train.steps: found '1.5', expected an integer",
+    "pretrain --model.size huge": "model.size is 'huge', expected one of tiny, vit_s16, vit_b16, vit_l16",
+    "pretrain --stream.max_bad 2": "stream.max_bad is 2.0, expected a share",
+    "pretrain --seed -1": "seed is -1, expected 0 to 2^63 - 1",
+    "pretrain --init nowhere.pth --stream.url nowhere": NOTHING_IN,
+    "pack": "source is not given, expected what to pack: a folder, a list, or synthetic:COUNT",
+    "pack nowhere --to out": "source is nowhere, expected a folder, a file, or synthetic:COUNT; this path does not exist",
+    "pack others --to out": "source others has no video files",
+    "pack synthetic:x --to out": "source is synthetic:x, expected synthetic:COUNT with a positive number",
+    "pack synthetic:4": "to is not set, expected the folder to pack into (--to s3://bucket/name)",
+    "pack synthetic:4 --to s3://": "s3:// names no bucket, expected s3://BUCKET/NAME",
+    "pack synthetic:4 --to file": "to: file cannot be made",
+    "index": "url is not given, expected the folder of the shards",
+    "index nowhere": "nowhere has no shards: no file there ends in .tar",
+    "verify others": NOTHING_IN,
+    "plan --world_size 0": "world_size is 0, expected 1 to 8, the micro-batches in a step",
+    "top": "where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one",
+    "top others": "where: others has no metrics.jsonl: no run has written there",
+    "top localhost:1": "no node answers at localhost:1",
+    "diff a": "two runs are needed: equiav diff RUN RUN",
+    "diff a b": "a: neither a run's folder (config.yaml) nor one of checkpoints (step-...) is there",
+    "import": "no checkpoint named; expected `equiav import CHECKPOINT --out FOLDER`",
+    "import nowhere.pth": "nowhere.pth: no such file",
+    "import others": "others is a folder, expected a .pth file",
+    "import one.mp4": "not a PyTorch checkpoint of plain tensors: was not written by torch.save",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "bytes.yaml").write_bytes(b"a:\xff\n")
+    (tmp_path / "zero.yaml").write_bytes(b"a: \x00\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(typed, here, capsys):
+    before = set(os.listdir())
+    assert cli.main(typed.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert MISTAKES[typed] in line
+    assert line.startswith("equiav")
+    assert set(os.listdir()) <= before | {"runs", "out"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [("http://127.0.0.1:1", "EndpointConnectionError"), ("http://nowhere.invalid", "EndpointConnectionError")],
+)
+def test_a_store_that_does_not_answer_is_said_while_it_is_asked(endpoint, said, here, capsys, caplog, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", endpoint)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert cli.main(["pretrain", "--stream.url", "s3://clips/x", "--stream.patience", "6"]) == 1
+    (first, *_) = (record.getMessage() for record in caplog.records if record.name == "streaming.store")
+    assert first.startswith("s3://clips/x/index: no answer for ")
+    assert said in first
+    assert "it is asked again until 6 s (patience)" in first
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "s3://clips/x/index: no answer for" in line
+
+
+def test_an_endpoint_without_a_scheme(here, capsys, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", "localhost:9000")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert cli.main(["pretrain", "--stream.url", "s3://clips/x"]) == 2
+    assert "AWS_ENDPOINT_URL is http://HOST:PORT or https://HOST" in capsys.readouterr().err
+
+
+def test_a_refused_http_store_is_not_missing(here, capsys):
+    assert cli.main(["pretrain", "--stream.url", "http://127.0.0.1:1/x", "--stream.patience", "1"]) == 1
+    assert "http://127.0.0.1:1/x/index: no answer for" in capsys.readouterr().err
