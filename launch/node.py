@@ -101,8 +101,9 @@ def told(node: Node) -> Iterator[Board]:
     try:
         yield board
     except Ended as ended:
-        if ended.final and node.index == 0:
-            board.set(metrics.ENDED, time.time(), "failed")
+        asked_to = ended.status in (TERMINATED, 128 + signal.SIGINT)
+        if node.index == 0 and (ended.final or asked_to):
+            board.set(metrics.ENDED, time.time(), "asked" if asked_to else "failed")
         raise
     finally:
         board.close()

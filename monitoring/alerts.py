@@ -15,7 +15,7 @@ FILE = Path(__file__).parent / "alerts.yaml"
 RUNBOOK = "docs/operations.md#"
 BY = "by (namespace, run)"
 ON = "on (namespace, run)"
-PAST = "2h"  # for so long a run that says nothing more is remembered
+PAST = "24h"  # for so long a run that says nothing more is remembered
 
 # Beyond which something is wrong, here and in `equiav top`. early: a share of the run, before which little is to be expected.
 LIMITS = {
@@ -27,13 +27,27 @@ LIMITS = {
     "early": 0.05,
 }
 
-# The last step is of whichever pod had rank 0. A run lives if it has not ended since.
+
+def past(metric: str) -> str:
+    return f"max {BY} (max_over_time({metric}[{PAST}]))"
+
+
+def lately(metric: str) -> str:
+    """Rank 0 tells it, and is away for a moment when the run restarts: no reason to begin to wait anew."""
+    return f"last_over_time({metric}[5m])"
+
+
+# When a run last did something: a step, or a start. It is over if it has ended since. What it did is told by whichever pod had
+# rank 0.
+STEPPED, BEGAN = past("equiav_last_step_time_seconds"), past("equiav_run_began_time_seconds")
 RECORDS = {
-    "equiav:last_step_time_seconds": f"max {BY} (max_over_time(equiav_last_step_time_seconds[{PAST}]))",
-    "equiav:ended_time_seconds": f"max {BY} (max_over_time(equiav_run_ended_time_seconds[{PAST}]))",
-    "equiav:live": f"equiav:last_step_time_seconds unless {ON} (equiav:ended_time_seconds >= equiav:last_step_time_seconds)",
-    "equiav:progress_ratio": f"max {BY} (equiav_step) / max {BY} (equiav_steps_planned)",
+    "equiav:moved_time_seconds": f"({STEPPED} >= {ON} {BEGAN}) or {BEGAN} or {STEPPED}",
+    "equiav:ended_time_seconds": past("equiav_run_ended_time_seconds"),
+    "equiav:over": f"equiav:ended_time_seconds unless {ON} (equiav:moved_time_seconds > {ON} equiav:ended_time_seconds)",
+    "equiav:live": f"equiav:moved_time_seconds unless {ON} equiav:over",
+    "equiav:progress_ratio": f"max {BY} ({lately('equiav_step')}) / max {BY} ({lately('equiav_steps_planned')})",
 }
+THERE = f"(count {BY} (equiav_rounds_total) or count {BY} (equiav_phase_seconds_total))"  # a node, or a run by hand
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Alert:
     """critical: the run is lost, or works in vain. warning: it costs time, or may come to that."""
     summary: str
     meaning: str
+    of_live: bool = True
+    """Of no run that is over."""
 
     @property
     def anchor(self) -> str:
@@ -58,26 +74,54 @@ def after(share: float) -> str:
     return f"and {ON} equiav:progress_ratio > {share}"
 
 
-COLLAPSED = f"min {BY} (equiav_effective_rank) < {LIMITS['effective_rank']}"
-APART = f"unless {ON} {COLLAPSED}"  # which has its own alert, and all this with it
+# N clips have N directions at most.
+COLLAPSED = (
+    f"min {BY} ({lately('equiav_effective_rank')}) < {LIMITS['effective_rank']} "
+    f"and {ON} max {BY} (max_over_time(equiav_batch_clips[5m])) > 7"
+)
+APART = f"unless {ON} ({COLLAPSED})"  # which has its own alert, and all this with it
+
+FAILED = past('equiav_run_ended_time_seconds{how="failed"}')
+INTER = 'equiav_loss_over_chance_ratio{term="inter"}'
+OF_SIDE = "by (namespace, run, modality)"
 
 
 ALERTS = (
     Alert(
+        "EquiavFailed",
+        f"{FAILED} unless {ON} (equiav:moved_time_seconds > {ON} {FAILED})",
+        "0m",
+        "critical",
+        "it has ended for good, before its last step",
+        "No restart mends it. The log's last line says why: a setting, bad data, a loss that is not finite.",
+        of_live=False,
+    ),
+    Alert(
         "EquiavStalled",
-        f"(time() - equiav:live > {LIMITS['stalled_seconds']}) and {ON} count {BY} (equiav_clips_total)",
+        f"(time() - equiav:live > {LIMITS['stalled_seconds']}) and {ON} {THERE}",
         "1m",
         "critical",
         "no step for {{ $value | humanizeDuration }}",
-        "Its nodes are there, and no step ends. It restarts by itself after stall_seconds; this has not helped.",
+        "Its nodes are there, and no step ends. It restarts by itself after stall_seconds, and what a store may take.",
+        of_live=False,
     ),
     Alert(
         "EquiavAbsent",
-        f"equiav:live unless {ON} count {BY} (equiav_clips_total)",
+        f"equiav:live unless {ON} {THERE}",
         "5m",
         "critical",
         "no node of it can be reached",
         "Its pods are gone or cannot be scraped, and it has not said that it ended.",
+        of_live=False,
+    ),
+    Alert(
+        "EquiavNotBegun",
+        f"count {BY} (equiav_world_size_target) unless {ON} equiav:live",
+        "15m",
+        "warning",
+        "its nodes are there and wait",
+        "Fewer nodes than MIN, or each start fails before its first step.",
+        of_live=False,
     ),
     Alert(
         "EquiavNotFinite",
@@ -89,7 +133,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavNotLearning",
-        f'min {BY} (equiav_loss_over_chance_ratio{{term="inter"}}) > 0.95 {after(0.2)} {APART}',
+        f"min {BY} ({lately(INTER)}) > 0.95 {after(0.2)} {APART}",
         "30m",
         "warning",
         "the inter-modal loss is at {{ $value | humanizePercentage }} of what guessing gives",
@@ -105,8 +149,9 @@ ALERTS = (
     ),
     Alert(
         "EquiavPredictorIdentity",
-        f"(max by (namespace, run, modality) (equiav_gain_ratio) < {LIMITS['gain']}) and on (namespace, run, modality) "
-        f"(max by (namespace, run, modality) (equiav_sensitivity_ratio) < {LIMITS['gain']}) {after(LIMITS['early'])} {APART}",
+        # How sensitive it is, not every objective can tell.
+        f"((max {OF_SIDE} ({lately('equiav_gain_ratio')}) < {LIMITS['gain']}) unless on (namespace, run, modality) "
+        f"(max {OF_SIDE} ({lately('equiav_sensitivity_ratio')}) >= {LIMITS['gain']})) {after(LIMITS['early'])} {APART}",
         "15m",
         "warning",
         "the predictor of the {{ $labels.modality }} gains {{ $value | humanize }} over predicting nothing",
@@ -114,7 +159,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavSimilarityLow",
-        f"(min {BY} (equiav_similarity_ratio) < 0.5) {after(0.2)}",
+        f"(min {BY} ({lately('equiav_similarity_ratio')}) < 0.5) {after(0.2)}",
         "30m",
         "warning",
         "predicted embeddings have a cosine of {{ $value | humanize }} with those of the augmented views",
@@ -162,7 +207,7 @@ ALERTS = (
         "0m",
         "warning",
         "it has begun {{ $value | humanize }} times in 30 minutes",
-        "Each time the steps since the last checkpoint are done again.",
+        "Each time some seconds are lost and, if a worker or a node was, the steps since the last checkpoint.",
     ),
     Alert(
         "EquiavWorldShrunk",
@@ -174,7 +219,8 @@ ALERTS = (
     ),
     Alert(
         "EquiavQuarantine",
-        f"sum {BY} (equiav_quarantined_samples) / max {BY} (equiav_quarantine_limit_samples) > {LIMITS['quarantine']}",
+        f"sum {BY} (max by (namespace, run, reason) (equiav_quarantined_samples)) "
+        f"/ max {BY} (equiav_quarantine_limit_samples) > {LIMITS['quarantine']}",
         "0m",
         "warning",
         "bad samples are at {{ $value | humanizePercentage }} of what stream.max_bad allows",
@@ -188,7 +234,9 @@ def rules() -> dict[str, Any]:
     alerts = [
         {
             "alert": alert.name,
-            "expr": alert.expr if "equiav:live" in alert.expr else f"({alert.expr}) and {ON} equiav:live",
+            "expr": alert.expr
+            if "equiav:" in alert.expr.split(" and ")[0]
+            else f"({alert.expr}) unless {ON} equiav:over",
             "for": alert.wait,
             "labels": {"severity": alert.severity},
             "annotations": {

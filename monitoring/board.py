@@ -28,7 +28,7 @@ class Board:
         """name: of this process among those that share the folder. rank: the value of that label."""
         self.values: dict[Key, Any] = {}
         self._rank, self._tell = () if rank is None else (str(rank),), tell
-        self._about: dict[str, Any] = {"pid": os.getpid(), "start": started(os.getpid()), "began": time.time()}
+        self._about: dict[str, Any] = {"pid": os.getpid(), "start": started(os.getpid()), "began": since_boot()}
         self._ended, self._looked, self._thread = threading.Event(), 0.0, None
         if folder:
             self._path = folder / f"{name}-{os.getpid()}-{self._about['start']}.json"
@@ -72,10 +72,9 @@ class Board:
         return metric.name, labels + self._rank if metric.per_rank else labels
 
     def _keep_writing(self) -> None:
-        said = False
+        said = ended = False
         while True:
-            ended = self._ended.wait(SECONDS)
-            about = {**self._about, "ended": time.time() if ended else 0}
+            about = {**self._about, "ended": since_boot() if ended else 0}
             try:
                 self._path.parent.mkdir(mode=0o700, exist_ok=True)  # an exporter that ends takes it along
                 write(self._path, {**about, "values": [[*key, value] for key, value in dict(self.values).items()]})
@@ -87,6 +86,7 @@ class Board:
                     said = True
             if ended:
                 return
+            ended = self._ended.wait(SECONDS)
 
 
 def write(path: Path, content: Any, indent: int | None = None) -> None:
@@ -94,6 +94,11 @@ def write(path: Path, content: Any, indent: int | None = None) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=indent))
     part.replace(path)
+
+
+def since_boot() -> float:
+    """Seconds, by a clock that nobody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def started(pid: int) -> int:

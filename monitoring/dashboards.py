@@ -15,7 +15,8 @@ from monitoring import metrics as m
 from monitoring.metrics import Metric
 
 FOLDER = Path(__file__).parent / "dashboards"
-OF_RUN = 'namespace=~"$namespace",run=~"$run"'
+# What a page shows, by its variables: one run, or all of some namespaces.
+CHOSEN = {"equiav-run": 'namespace=~"$namespace",run="$run"', "equiav-fleet": 'namespace=~"$namespace"'}
 BY = "by (namespace, run)"
 
 
@@ -366,18 +367,16 @@ def dashboard(uid: str) -> Any:
     for name, label in (("namespace", "namespace"), ("run", "run"), ("rank", "rank")):
         if uid == "equiav-run" or name == "namespace":
             page.with_variable(_variable(d, model, source, name, label))
-    page.annotation(_restarts(d, model, source))
+    page.annotation(_restarts(d, source, CHOSEN[uid]))
     for row, listed in rows.items():
         page.with_row(d.Row(row))
         for panel in listed:
-            page.with_panel(_drawn(panel, source, model))
+            page.with_panel(_drawn(panel, source, model, CHOSEN[uid]))
     return page.build()
 
 
 def _variable(d: Any, model: Any, source: Any, name: str, label: str) -> Any:
-    chosen = {"namespace": "", "run": '{namespace=~"$namespace"}', "rank": '{namespace=~"$namespace",run=~"$run"}'}[
-        name
-    ]
+    chosen = {"namespace": "", "run": '{namespace=~"$namespace"}', "rank": '{namespace=~"$namespace",run="$run"}'}[name]
     of = m.READY if name == "rank" else m.STEP
     query = f"label_values({of.full_name}{chosen}, {label})"
     made = (
@@ -392,13 +391,13 @@ def _variable(d: Any, model: Any, source: Any, name: str, label: str) -> Any:
     return made.include_all(True).all_value(".*").multi(True).current(model.VariableOption(text="All", value="$__all"))
 
 
-def _restarts(d: Any, model: Any, source: Any) -> Any:
-    began = f"max {BY} ({m.BEGAN.full_name}{{{OF_RUN}}})"  # by whichever node has rank 0
+def _restarts(d: Any, source: Any, chosen: str) -> Any:
+    began = f"max {BY} ({m.BEGAN.full_name}{{{chosen}}})"  # by whichever node has rank 0
     expr = f"changes({began}[1m:15s]) > 0"
     return d.AnnotationQuery().name("restarts").datasource(source).enable(True).icon_color("orange").expr(expr)
 
 
-def _drawn(panel: Panel, source: Any, model: Any) -> Any:
+def _drawn(panel: Panel, source: Any, model: Any, chosen: str) -> Any:
     from grafana_foundation_sdk.builders import common, prometheus, stat, timeseries
     from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
     from grafana_foundation_sdk.models.common import GraphThresholdsStyleMode
@@ -418,7 +417,7 @@ def _drawn(panel: Panel, source: Any, model: Any) -> Any:
         if value is not None:
             bound(value)
     for k, query in enumerate(panel.queries):
-        target = prometheus.Dataquery().expr(query.of(OF_RUN)).legend_format(query.legend).ref_id(chr(ord("A") + k))
+        target = prometheus.Dataquery().expr(query.of(chosen)).legend_format(query.legend).ref_id(chr(ord("A") + k))
         made.with_target(target)
     return made
 

@@ -40,18 +40,27 @@ AT_ONCE = 16  # scrapes
 FRESH = 0.5  # seconds for which an answer is given again
 LONGEST = 100  # characters of a label's value
 MOST_VALUES = 20  # of a label that data can fill
-LINGER, SCRAPES = 40.0, 2  # after the end: until so many scrapes, or seconds
-SCRAPED = 150.0  # seconds without a scrape, after which nobody is waited for
+SCRAPES = 2  # after the end, of each who asks
+ONCE, LEAST = 16.0, 5.0  # seconds between two scrapes of who has asked once; that anybody is waited for
+REQUEST = 10.0  # seconds for all of a request
 
 
 class Told(NamedTuple):
     """What a process has told."""
 
     path: Path
-    began: float
-    ended: float  # 0: it has not said so
+    began: float  # seconds since the machine was started
+    ended: float  # as well; 0: it has not said so
     alive: bool
     values: dict[Key, Any]
+
+
+class Scrapes(NamedTuple):
+    """Of one who asks."""
+
+    count: int
+    last: float  # time.monotonic()
+    interval: float  # seconds; 0: there was one only
 
 
 class Exporter:
@@ -78,7 +87,9 @@ class Exporter:
         """What is to be served."""
         everyone = self._told()
         last = max((told.began for told in everyone), default=0.0)
-        shown = [told for told in everyone if told.alive or told.ended > last]
+        here = {role(told.path) for told in everyone if told.alive}
+        # What has ended is to be seen until somebody begins, and never beside who has its place.
+        shown = [told for told in everyone if told.alive or (told.ended > last and role(told.path) not in here)]
         sums: dict[Key, Any] = defaultdict(float) | self._before(everyone)
         found: dict[Key, Any] = {}
         for told in everyone:
@@ -117,21 +128,21 @@ class Exporter:
 
     def _told(self) -> list[Told]:
         found = []
-        for path in sorted(self.folder.glob("*-*.json")):
-            try:
+        for path in self.folder.glob("*-*.json"):
+            # It may have become part of `before`; what is no file of ours costs nobody the others.
+            with suppress(OSError, ValueError, KeyError, TypeError):
                 content = json.loads(path.read_text())
                 values = {(name, tuple(labels)): value for name, labels, value in content["values"] if name in KINDS}
                 alive = not content["ended"] and started(content["pid"]) == content["start"]
-                found.append(Told(path, content["began"], content["ended"], alive, values))
-            except FileNotFoundError:  # it has become part of `before`
-                continue
-        return found
+                found.append(Told(path, float(content["began"]), float(content["ended"]), alive, values))
+        return sorted(found, key=lambda told: told.began)
 
     def _before(self, everyone: list[Told]) -> dict[Key, Any]:
         """Sums of processes whose files are gone. Many that have ended become one file: it has the names of those that are in
         it, so that whatever happens meanwhile, none counts twice. Takes them out of `everyone`."""
-        path = self.folder / "before.json"
-        content = json.loads(path.read_text()) if path.exists() else {"names": [], "values": []}
+        path, content = self.folder / "before.json", {"names": [], "values": []}
+        with suppress(OSError, ValueError):
+            content = json.loads(path.read_text())
         sums: dict[Key, Any] = {(name, tuple(labels)): value for name, labels, value in content["values"]}
         last = max((told.began for told in everyone), default=0.0)
         everyone[:] = [told for told in everyone if told.path.name not in content["names"]]
@@ -142,15 +153,21 @@ class Exporter:
                     if KINDS[key[0]] in (COUNTER, HISTOGRAM):
                         sums[key] = added(sums.get(key, 0.0), value)
             names = [told.path.name for told in gone]
-            write(path, {"names": names, "values": [[*key, value] for key, value in sums.items()]})
-            for told in gone:
-                told.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk: they stay as they are
+                write(path, {"names": names, "values": [[*key, value] for key, value in sums.items()]})
+                for told in gone:
+                    told.path.unlink(missing_ok=True)
             everyone[:] = [told for told in everyone if told not in gone]
         return sums
 
 
 KINDS = {metric.name: metric.kind for metric in METRICS}
 RANKED = {metric.name: metric.per_rank for metric in METRICS}
+
+
+def role(path: Path) -> str:
+    """rank-0-PID-START.json -> rank-0"""
+    return path.name.rsplit("-", 2)[0]
 
 
 def added(one: Any, other: Any) -> Any:
@@ -171,7 +188,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, port: int, answer: Callable[[], bytes]):
-        self.answer, self.scrapes, self.scraped = answer, 0, float("-inf")
+        self.answer = answer
+        self.scrapes: dict[str, Scrapes] = {}  # by who asks
         self._free = threading.Semaphore(AT_ONCE)
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         super().__init__(("", port), Handler)
@@ -194,21 +212,38 @@ class Server(ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        late = threading.Timer(REQUEST, self.leave, [request])
+        late.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            late.cancel()
             self._free.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, or spoke no HTTP: nothing that anybody has to mend."""
+    def leave(self, request: socket.socket) -> None:
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def served(self, who: str) -> None:
+        count, last, _ = self.scrapes.get(who, (0, time.monotonic(), 0.0))
+        if len(self.scrapes) < 1000:
+            self.scrapes[who] = Scrapes(count + 1, time.monotonic(), time.monotonic() - last)
 
     def linger(self, until: Callable[[], bool] = lambda: False) -> None:
-        """After the end of a run: until Prometheus has its last numbers, where one asks at all."""
+        """After the end of a run: until everybody who asks has its last numbers."""
         time.sleep(2 * FRESH)  # an answer from before the end is still given
-        first, deadline = self.scrapes, time.monotonic() + LINGER
-        while self.scrapes < first + SCRAPES and time.monotonic() < deadline and not until():
-            if time.monotonic() - self.scraped > SCRAPED:
-                return
+        before, begun = dict(self.scrapes), time.monotonic()
+        patience = {
+            who: max(2.5 * (asked.interval or ONCE), LEAST)
+            for who, asked in before.items()
+            if begun - asked.last < max(2.5 * asked.interval, ONCE)
+        }
+
+        def waits(who: str) -> bool:
+            missing = self.scrapes[who].count < before[who].count + SCRAPES
+            return missing and time.monotonic() < begun + patience[who]
+
+        while any(map(waits, patience)) and not until():
             time.sleep(0.1)
 
 
@@ -226,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        self.server.scrapes, self.server.scraped = self.server.scrapes + 1, time.monotonic()
+        self.server.served(f"{self.client_address[0]} {self.headers.get('User-Agent', '')}"[:LONGEST])
 
     def version_string(self) -> str:
         return "equiav"
@@ -244,10 +279,16 @@ def serve(folder: Path, run: str, port: int) -> Server | str:
         return f"port {port} {how}: no metrics are served. Choose another (metrics.port; 0: none)"
 
 
-def beside(folder: Path, run: str, port: int) -> None:
-    """In a process of its own, which outlives this one for as long as others of the run come; or there is one already."""
+def beside(folder: Path, run: str, port: int, tell: Callable[[str], None]) -> None:
+    """In a process of its own, which outlives this one for as long as others of the run come; it waits for its turn where there
+    is one already."""
+    with suppress(OSError, ValueError):
+        before = int((folder / "port").read_text())
+        if before != port:
+            tell(f"metrics of an earlier start are still served at port {before}; those of this one follow there")
     command = [sys.executable, "-m", "monitoring.exporter", "--folder", str(folder), "--run", run, "--port", str(port)]
-    subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen(command, start_new_session=True, **silent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -256,16 +297,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True, help="value of the label `run`")
     parser.add_argument("--port", type=int, default=PORT)
     given = parser.parse_args(argv)
+    exporter = Exporter(given.folder, given.run)
     lock = os.open(given.folder / "exporter", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return 0  # there is one
+    while True:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(1)  # there is one, which may be about to end
+        if not exporter.alive():
+            return 0
     server = serve(given.folder, given.run, given.port)
     if isinstance(server, str):
         print(f"equiav: {server}", file=sys.stderr)
         return 1
-    exporter = Exporter(given.folder, given.run)
+    (given.folder / "port").write_text(str(given.port))
     while True:
         time.sleep(1)
         if exporter.alive():

@@ -213,7 +213,7 @@ BATCH = _gauge(
 PHASE = _counter(
     "phase_seconds",
     "Seconds by what this rank did: waited for data, made views, computed the model with its "
-    "loss and gradients, updated the weights, saved, other.",
+    "loss and gradients, updated the weights, saved.",
     "data: the loader is too slow. views: it waits for no other rank, so that who has more is slow itself.",
     "phase",
     "rank",

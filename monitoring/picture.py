@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from monitoring.dashboards import PAGES, Panel, Query
+from monitoring.dashboards import CHOSEN, PAGES, Panel, Query
 
 Series = tuple[str, list[float], list[float]]  # legend, times, values
 BYTES, PERCENT, DATE = "bytes", "percentunit", "dateTimeAsIso"
@@ -25,19 +25,19 @@ def ask(url: str, query: str, begin: float, end: float, step: float) -> list[dic
         return json.load(answer)["data"]["result"]
 
 
-def filled(query: Query, run: str, interval: str) -> str:
-    """With what Grafana puts in place of its variables."""
-    text = query.of('namespace=~"$namespace",run=~"$run"')
+def filled(query: Query, uid: str, run: str, interval: str) -> str:
+    """With what Grafana puts in place of a page's variables."""
+    text = query.of(CHOSEN[uid])
     for name, value in {"$__rate_interval": interval, "$namespace": ".*", "$rank": ".*", "$run": run}.items():
         text = text.replace(name, value)
     return text
 
 
-def curves(url: str, panel: Panel, run: str, begin: float, end: float) -> list[Series]:
+def curves(url: str, uid: str, panel: Panel, run: str, begin: float, end: float) -> list[Series]:
     step = max(1.0, (end - begin) / 200)
     found = []
     for query in panel.queries:
-        for one in ask(url, filled(query, run, f"{max(15, 4 * step):.0f}s"), begin, end, step):
+        for one in ask(url, filled(query, uid, run, f"{max(15, 4 * step):.0f}s"), begin, end, step):
             legend = query.legend
             for name, value in one["metric"].items():
                 legend = legend.replace(f"{{{{{name}}}}}", value)
@@ -65,7 +65,7 @@ def draw(url: str, uid: str, run: str, begin: float, end: float, path: str) -> l
         column = 0
         for panel in line:
             axes = figure.add_subplot(grid[place, column : column + panel.width])
-            found = curves(url, panel, run, begin, end)
+            found = curves(url, uid, panel, run, begin, end)
             (number if panel.number else plot)(axes, panel, found)
             axes.set_title(f"{row}  {panel.title}" if not column else panel.title, fontsize=9, loc="left")
             empty += [] if found else [panel.title]

@@ -62,7 +62,7 @@ MISTAKES = {
     "plan --world_size 0": "world_size is 0, expected 1 to 8, the micro-batches in a step",
     "top": "where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one",
     "top others": "where: others has no metrics.jsonl: no run has written there",
-    "top localhost:1": "no node answers at localhost:1",
+    "top localhost:1": "no node answers at localhost:1: ",
     "diff a": "two runs are needed: equiav diff RUN RUN",
     "diff a b": "a: neither a run's folder (config.yaml) nor one of checkpoints (step-...) is there",
     "import": "no checkpoint named; expected `equiav import CHECKPOINT --out FOLDER`",

@@ -8,10 +8,13 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import tyro
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
@@ -70,9 +73,14 @@ class Folder:
         self.folder, self.keys = folder, m.by_key()
 
     def look(self) -> Seen:
-        seen, summary = Seen(), self.folder / SUMMARY
+        seen, summary, ended = Seen(), self.folder / SUMMARY, {}
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            planned = yaml.safe_load((self.folder / "config.yaml").read_text())["train"]["steps"]
+            seen.values[m.STEPS_PLANNED.name, ()] = float(planned)
         if summary.is_file():  # it has ended
-            for name, value in json.loads(summary.read_text()).items():
+            with suppress(ValueError):  # it is being written
+                ended = json.loads(summary.read_text())
+            for name, value in ended.items():
                 for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
                     seen.values[name.removeprefix(m.PREFIX), tuple(labels.split())] = number
         for name in (METRICS, TIMING):
@@ -109,16 +117,17 @@ class Served:
         self.known = {metric.full_name: metric for metric in m.METRICS}
 
     def look(self) -> Seen:
-        seen, answered = Seen(), 0
+        seen, answered, problems = Seen(), 0, []
         for address in self.addresses:
             url = address if "://" in address else f"http://{address}"
             try:
                 with urllib.request.urlopen(f"{url.removesuffix('/metrics')}/metrics", timeout=5) as answer:
-                    text = answer.read().decode()
-            except OSError:
+                    families = list(text_string_to_metric_families(answer.read().decode()))
+            except (OSError, HTTPException, ValueError) as error:
+                problems.append(f"{address}: {error}")
                 continue  # of a node that is gone, the others may tell
             answered += 1
-            for family in text_string_to_metric_families(text):
+            for family in families:
                 for sample in family.samples:
                     metric = self.known.get(sample.name)
                     if metric:
@@ -129,7 +138,7 @@ class Served:
                         )
                         seen.values[key] = sample.value if before is None else together
         if not answered:
-            raise ConfigError(f"no node answers at {', '.join(self.addresses)}")
+            raise ConfigError(f"where: there is no such folder, and no node answers at {'; '.join(problems)}")
         for metric, labels in CURVES:
             if not math.isnan(value := seen.get(metric, *labels)):
                 self.curves.setdefault((metric.name, labels), deque(maxlen=HISTORY)).append(value)
@@ -140,25 +149,31 @@ class Served:
 
 def verdicts(seen: Seen) -> list[str]:
     """What is wrong, by the limits of the alerts. Comparisons with what is not known are false."""
-    ended = seen.all(m.ENDED)
+    ended = over(seen)
     done = seen.get(m.STEP) / seen.get(m.STEPS_PLANNED)
-    early = done <= LIMITS["early"]
+    early = not done > LIMITS["early"]  # where it is not known, too
     wrong = []
     if seen.age > LIMITS["stalled_seconds"] and not ended:
         wrong.append(f"no step for {seen.age:.0f} s")
     if seen.get(m.UNSAVED) > LIMITS["unsaved_seconds"]:
         wrong.append(f"nothing saved for {seen.get(m.UNSAVED):.0f} s")
     for (side,), rank in seen.all(m.EFFECTIVE_RANK).items():
-        if rank < LIMITS["effective_rank"] and not early:
+        if rank < LIMITS["effective_rank"] and not early and not seen.get(m.BATCH) < 8:
             wrong.append(f"embeddings of the {side} fill {rank:.1f} direction(s)")
     for (side,), gain in seen.all(m.GAIN).items():
         if not early and gain < LIMITS["gain"] and seen.get(m.SENSITIVITY, side) < LIMITS["gain"]:
             wrong.append(f"the predictor of the {side} does nothing")
     if seen.get(m.WORLD) + seen.get(m.SPARES) < seen.get(m.WORLD_TARGET):
-        wrong.append(f"{seen.get(m.WORLD_TARGET) - seen.get(m.WORLD):.0f} processes are missing")
+        wrong.append(f"{seen.get(m.WORLD_TARGET) - seen.get(m.WORLD) - seen.get(m.SPARES):.0f} processes are missing")
     if sum(seen.all(m.QUARANTINED).values()) > LIMITS["quarantine"] * seen.get(m.LIMIT):
         wrong.append("much bad data")
     return wrong
+
+
+def over(seen: Seen) -> str:
+    """How it has ended, unless it has gone on since."""
+    ends = {labels[0]: when for labels, when in seen.all(m.ENDED).items() if not when < seen.get(m.LAST_STEP)}
+    return max(ends, key=lambda how: ends[how], default="")
 
 
 def shown(seen: Seen) -> Text:
@@ -166,9 +181,11 @@ def shown(seen: Seen) -> Text:
     text, wrong = Text(), verdicts(seen)
     step, planned = seen.get(m.STEP), seen.get(m.STEPS_PLANNED)
     of = "" if math.isnan(planned) else f" of {planned:.0f} ({step / planned:.0%})"
-    how = " ".join(labels[0] for labels in seen.all(m.ENDED))
+    how = over(seen)
+    if math.isnan(step):
+        wrong.insert(0, "no step yet")
     well = how in ("finished", "asked") or not (how or wrong)
-    text.append(f"{how or '; '.join(wrong) or 'well'}\n"[:80], "bold green" if well else "bold red")
+    text.append(f"{how or '; '.join(wrong) or 'well'}"[:80] + "\n", "bold green" if well else "bold red")
     row(text, "step", f"{step:.0f}{of}, the last {seen.age:.0f} s ago")
     curve(text, seen, "loss", m.LOSS, "total", form="{:.3f}")
     curve(text, seen, "loss over chance", m.CHANCE, "inter", form="{:.1%}")
@@ -212,15 +229,19 @@ def sparkline(values: list[float]) -> str:
     if not finite:
         return ""
     low, high = min(finite), max(finite)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
+    scale = (len(BARS) - 1) / (high - low) if 0 < high - low < math.inf else 0.0
+    return "".join(
+        BARS[round((value - low) * scale) if scale else 0] if math.isfinite(value) else "!" for value in values
+    )
 
 
 def run_top(config: TopConfig) -> None:
     if not config.where:
         raise ConfigError("where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one")
     folder = Path(config.where[0])
-    if len(config.where) == 1 and folder.exists() and not (folder / METRICS).exists():
+    if len(config.where) > 1 and any(Path(where).is_dir() for where in config.where):
+        raise ConfigError("where: expected one folder, or one HOST:PORT for each node")
+    if folder.exists() and not (folder / METRICS).exists():
         raise ConfigError(f"where: {folder} has no {METRICS}: no run has written there")
     source = Folder(folder) if folder.exists() else Served(config.where)
     if config.once:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import resource
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-from equiav.config import NotHere, RunConfig
+from equiav.config import RunConfig
 from equiav.model.arithmetic import forward_backward
+from equiav.objective import weights_at
 from equiav.parallel import Ranks
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.loop import Metrics
@@ -50,8 +52,8 @@ class Numbers:
         tell: Callable[[str], None],
     ):
         self.config, self.ranks, self.loader = config, ranks, loader
-        self.checkpoints, self.quarantine = checkpoints, quarantine
-        self.board = Board(folder_of(config, ranks), f"rank-{ranks.rank}", ranks.rank, tell)
+        self.checkpoints, self.quarantine, self.tell = checkpoints, quarantine, tell
+        self.board = Board(folder_of(config, ranks, tell), f"rank-{ranks.rank}", ranks.rank, tell)
         self._first = ranks.rank == 0
         self._begun = started(os.getpid()) / os.sysconf("SC_CLK_TCK")  # on the clock of CLOCK_BOOTTIME
         self._sums: dict[tuple[m.Metric, tuple[str, ...]], float] = {}
@@ -86,11 +88,14 @@ class Numbers:
             board.add(m.STARTING, time.clock_gettime(time.CLOCK_BOOTTIME) - self._begun)
         self._steps += 1
         if self._first:
+            weights = weights_at(step, self.config.train.steps, self.config.objective)
+            trained = dict(zip(m.TERMS, weights, strict=True))
             for key, value in {**metrics, **timing, "step": step + 1}.items():
                 metric, labels = KEYS[key]
-                board.set(metric, value, *labels)
+                if metric is not m.EFFECTIVE_RANK or trained["inter"]:  # of a head that nothing trains it says nothing
+                    board.set(metric, value, *labels)
             for term, candidates in self.candidates(metrics["clips"]).items():
-                if f"loss_{term}" in metrics and candidates > 1:
+                if f"loss_{term}" in metrics and candidates > 1 and trained[term]:
                     board.set(m.CHANCE, metrics[f"loss_{term}"] / math.log(candidates), term)
             board.set(m.LAST_STEP, time.time())
             board.add(m.STEPS, 1)
@@ -135,11 +140,14 @@ class Numbers:
         self.board.add(metric, value - self.board.value(metric))
 
     def end(self, how: str) -> None:
-        """how: finished, asked, failed; empty: it has not."""
+        """how: finished, asked, failed; empty: it goes on elsewhere, or again."""
+        if how == "asked" and "EQUIAV_NODE" in os.environ:
+            how = ""  # for a node that has come, it may be: the node's program knows who was asked
         if self._first:
             self._look(max(0, int(self.board.value(m.STEP)) - 1))
             if how:
                 self.board.set(m.ENDED, time.time(), how)
+            if how and (self._steps or not (self.config.out / SUMMARY).exists()):
                 self._sum_up()
         self.board.close()
 
@@ -151,23 +159,33 @@ class Numbers:
             if found and not metric.per_rank and metric.kind != m.HISTOGRAM:
                 by_label = {" ".join(labels): value for labels, value in found.items()}
                 numbers[metric.full_name] = by_label if metric.labels else found[()]
-        write(self.config.out / SUMMARY, numbers, indent=1)
+        try:
+            write(self.config.out / SUMMARY, numbers, indent=1)
+        except OSError as error:
+            self.tell(f"{SUMMARY} cannot be written: {error}")
 
 
-def folder_of(config: RunConfig, ranks: Ranks) -> Path | None:
-    """Where the processes of this node write. Their launcher serves it; where it does not, the first of them sees to it."""
+def folder_of(config: RunConfig, ranks: Ranks, tell: Callable[[str], None]) -> Path | None:
+    """Where the processes of this node write. Their launcher serves it; where it does not, the first of them sees to it. What
+    goes wrong here costs the numbers, not the run."""
     if folder := os.environ.get(FOLDER):
         return Path(folder)
     if not config.metrics.port:
         return None
     name = hashlib.sha256(str(config.out.absolute()).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"equiav-{os.getuid()}" / name
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    if folder.parent.stat().st_uid != os.getuid():
-        raise NotHere(f"{folder.parent} belongs to somebody else; set TMPDIR to a folder of yours")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if ranks.local_rank == 0:
-        beside(folder, config.out.name, config.metrics.port)
+    ours = Path(tempfile.gettempdir()) / f"equiav-{os.getuid()}"
+    folder = ours / name
+    try:
+        ours.mkdir(mode=0o700, exist_ok=True)
+        about = ours.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+            raise PermissionError(f"{ours} is not a folder of yours alone; remove it, or set TMPDIR")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if ranks.local_rank == 0:
+            beside(folder, config.out.name, config.metrics.port, tell)
+    except OSError as error:
+        tell(f"no metrics are served: {error}")
+        return None
     return folder
 
 

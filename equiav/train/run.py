@@ -124,7 +124,8 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                 )
                 how = "finished" if state.step == config.train.steps else "asked"
             except BaseException as error:
-                how = "failed" if remedy(error) == "never" else ""
+                lost = remedy(error) == "never" and not isinstance(error, Superseded)  # the one after it goes on
+                how = "failed" if lost else ""
                 raise
             finally:
                 watch.end()

@@ -1,13 +1,16 @@
 """`equiav top`: from a run's folder and from what nodes serve, for runs that are well and others."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
+from threading import Thread
 
 import pytest
 
 from equiav.commands.top import Folder, Seen, Served, shown, sparkline, verdicts
+from equiav.config import ConfigError
 from monitoring import metrics as m
 from monitoring.board import SECONDS, Board
 from monitoring.exporter import Server, serve
@@ -85,7 +88,8 @@ def test_curves():
     assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
     assert sparkline([3, float("nan"), 3]) == "▁!▁"
     assert sparkline([]) == ""
-    assert shown(Seen()).plain.startswith("well")
+    assert sparkline([-1e308, 1e308]) == "▁▁"
+    assert shown(Seen()).plain.startswith("no step yet\n")
 
 
 @pytest.mark.parametrize(
@@ -98,3 +102,46 @@ def test_what_is_no_run_is_said(where, said, tmp_path):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_young_run_is_not_judged(tmp_path):
+    folder(tmp_path, steps=15, effective_rank_image=1.2)
+    (tmp_path / "config.yaml").write_text("train: {steps: 1000}\n")
+    assert shown(Folder(tmp_path).look()).plain.startswith("well\n")
+    (tmp_path / "config.yaml").unlink()  # nobody knows how long it is to be
+    assert shown(Folder(tmp_path).look()).plain.startswith("well\n")
+
+
+def test_an_end_counts_until_it_goes_on(tmp_path):
+    seen = Folder(folder(tmp_path)).look()
+    seen.values |= {(m.LAST_STEP.name, ()): 100.0, (m.ENDED.name, ("failed",)): 101.0}
+    text = shown(seen)
+    assert text.plain.startswith("failed\n")
+    assert text.spans[0].style == "bold red"
+    seen.values[m.ENDED.name, ("failed",)] = 99.0
+    assert shown(seen).plain.startswith("well\n")
+    (tmp_path / "summary.json").write_text("{")
+    assert Folder(tmp_path).look().get(m.STEP) == 90
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.0 200 OK\r\n\r\n<html>", b"HTTP/1.0 200 OK\r\n\r\n\xff"]
+)
+def test_what_is_no_node_is_said(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answers():
+            one, _ = server.accept()
+            one.recv(1000)
+            one.sendall(answer)
+            one.close()
+
+        Thread(target=answers).start()
+        with pytest.raises(ConfigError, match=r"no node answers at 127\.0\.0\.1:"):
+            Served((f"127.0.0.1:{server.getsockname()[1]}",)).look()
+
+
+@pytest.mark.parametrize("where", ["foo:bar", "a b:9108", "http://[::1:9108"])
+def test_what_is_no_address_is_said(where):
+    with pytest.raises(ConfigError, match="there is no such folder, and no node answers at "):
+        Served((where,)).look()

@@ -13,7 +13,7 @@ from tests.train.ranks import free_port
 
 class Prometheus:
     def __init__(self, folder, ports, rules):
-        self.port = free_port()
+        self.port, self.ports = free_port(), ports
         self.url = f"http://127.0.0.1:{self.port}"
         (folder / "alerts.yaml").write_text(rules.replace("interval: 15s", "interval: 1s"))
         targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]

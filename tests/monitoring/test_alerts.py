@@ -29,6 +29,7 @@ HEALTHY = {
     "step": constant(5000),
     "steps_planned": constant(10000),
     "clips_total": rises(30),
+    "batch_clips": constant(256),
     'loss_over_chance_ratio{term="inter"}': constant(0.5),
     'loss_over_chance_ratio{term="intra_audio"}': constant(0.99),
     "not_finite_steps_total": constant(3),
@@ -52,7 +53,7 @@ HEALTHY = {
     'quarantined_samples{reason="image"}': constant(10),
     "quarantine_limit_samples": constant(100),
 }
-RANKS = range(4)
+RANKS, SIDES = range(4), ("audio", "image")
 
 
 def phase(name, *rates):
@@ -69,6 +70,11 @@ def began(times):
 
 # name -> what fires it, and what just does not
 CASES = {
+    "EquiavFailed": (
+        {'run_ended_time_seconds{how="failed"}': constant(MINUTES * 60), "world_size_target": "4x200"},
+        {'run_ended_time_seconds{how="failed"}': constant(100)},
+    ),
+    "EquiavNotBegun": ({**dict.fromkeys(HEALTHY), "world_size_target": constant(4)}, {}),
     "EquiavStalled": ({"last_step_time_seconds": rises(1, -320)}, {"last_step_time_seconds": rises(1, -290)}),
     "EquiavAbsent": ({name: f"{values.split('x')[0]}x200" for name, values in HEALTHY.items()}, {}),
     "EquiavNotFinite": ({"not_finite_steps_total": rises(1 / 600)}, {}),
@@ -77,7 +83,7 @@ CASES = {
         {'loss_over_chance_ratio{term="inter"}': constant(0.97), "step": constant(1900)},
     ),
     "EquiavCollapsed": (
-        {'effective_rank{modality="image"}': constant(1.9), "step": constant(550)},
+        {'effective_rank{modality="image"}': constant(1.9), "step": constant(550), "batch_clips": constant(8)},
         {'effective_rank{modality="image"}': constant(2.1)},
     ),
     "EquiavPredictorIdentity": (
@@ -103,10 +109,20 @@ CASES = {
 MORE_THAT_FIRE = {
     "EquiavStraggler": [phase("views", 0.014, 0.014, 0.014, 0.022)],
     "EquiavRestartStorm": [{"run_began_time_seconds": began(6)}],
+    # Rank 0 is away for a moment, again and again.
+    "EquiavCollapsed": [{'effective_rank{modality="image"}': " ".join(["1.9x46 _x6"] * 7)}],
+    # How sensitive the predictor is cannot be told of every objective.
+    "EquiavPredictorIdentity": [
+        {'gain_ratio{modality="audio"}': constant(0.0048)}
+        | {f'sensitivity_ratio{{modality="{side}"}}': None for side in SIDES}
+    ],
 }
 MORE_THAT_ARE_FINE = {
     "EquiavNotLearning": [{'loss_over_chance_ratio{term="inter"}': constant(0.94)}],
-    "EquiavCollapsed": [{'effective_rank{modality="image"}': constant(1.9), "step": constant(450)}],
+    "EquiavCollapsed": [
+        {'effective_rank{modality="image"}': constant(1.9), "step": constant(450)},
+        {'effective_rank{modality="image"}': constant(1.9), "batch_clips": constant(7)},
+    ],
     "EquiavPredictorIdentity": [
         {'gain_ratio{modality="audio"}': constant(0.0048), 'sensitivity_ratio{modality="audio"}': constant(0.0052)},
         {'gain_ratio{modality="audio"}': constant(0.0052), 'sensitivity_ratio{modality="audio"}': constant(0.0048)},
@@ -140,7 +156,7 @@ def case(firing, changed, ended=False):
 
     return {
         "interval": f"{INTERVAL}s",
-        "input_series": [{"series": name(key), "values": values} for key, values in told.items()],
+        "input_series": [{"series": name(key), "values": values} for key, values in told.items() if values],
         "promql_expr_test": [
             {
                 "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
@@ -151,11 +167,16 @@ def case(firing, changed, ended=False):
     }
 
 
+ALONE = ("EquiavAbsent",)
+
+
 def of(alert):
     fires, fine = CASES[alert]
+    if alert in ("EquiavFailed", "EquiavNotBegun"):
+        return [case([alert], fires), case([], fine)]
     return [
         case([alert], fires),
-        case([], fires, ended=True),
+        case([] if alert in ALONE else ["EquiavNotBegun"], fires, ended=True),  # its nodes are there still
         case([], fine),
         *(case([alert], changed) for changed in MORE_THAT_FIRE.get(alert, ())),
         *(case([], changed) for changed in MORE_THAT_ARE_FINE.get(alert, ())),
@@ -210,6 +231,16 @@ def test_a_wrong_expression_is_caught(alert, tmp_path):
         assert judge(tmp_path, cases, rules), wrong
         tried += 1
     assert tried
+
+
+def test_what_fails_before_its_first_step_calls_too(tmp_path):
+    nothing = dict.fromkeys(HEALTHY)
+    storm = {**nothing, "rounds_total": rises(20 / 1800), "world_size_target": constant(4)}
+    assert judge(tmp_path, [case(["EquiavNotBegun", "EquiavRestartStorm"], storm)]) == ""
+    begun = {**nothing, "run_began_time_seconds": constant(100), "rounds_total": constant(1)}
+    assert judge(tmp_path, [case(["EquiavStalled"], begun)]) == ""
+    refused = {**nothing, 'run_ended_time_seconds{how="failed"}': constant(100)}
+    assert judge(tmp_path, [case(["EquiavFailed"], refused)]) == ""
 
 
 def test_each_refers_to_what_is_told_and_to_what_is_to_be_done():

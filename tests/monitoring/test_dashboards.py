@@ -33,6 +33,19 @@ def test_the_files_are_what_the_code_makes(uid):
         assert "{}" not in panel["targets"][0]["expr"]
 
 
+@pytest.mark.parametrize("uid", PAGES)
+def test_a_page_has_the_variables_that_it_uses(uid):
+    page = json.loads((dashboards.FOLDER / f"{uid}.json").read_text())
+    there = {variable["name"]: variable for variable in page["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]+)", json.dumps([page["panels"], page["annotations"]])))
+    assert used == set(there)
+    for (
+        name,
+        variable,
+    ) in there.items():  # Grafana escapes a value for a regular expression only where there may be several
+        assert bool(variable.get("multi")) == (f'{name}=~\\"${name}' in json.dumps(page))
+
+
 def test_every_metric_is_to_be_seen_and_nothing_else():
     known = {name for metric in METRICS for name in series(metric)}
     shown = names(query.expr for _, _, panel in panels() for query in panel.queries)

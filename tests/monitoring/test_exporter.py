@@ -271,3 +271,69 @@ def test_hours_of_scrapes_leave_it_as_it_is(tmp_path):
     assert len(series) == 1
     assert 50 < len(series.pop()) < 150
     assert memory[-1] - memory[3] < 1024, memory  # kB, after the first hour
+
+
+def test_a_file_that_is_none_of_ours_costs_nobody_the_others(tmp_path):
+    exporter = Exporter(tmp_path, "run")
+    board = Board(tmp_path, "rank-0", 0)
+    board.set(m.STEP, 5)
+    for name, content in {"x-1.json": '{"pid": 1', "y-2-3.json": "[]", "z-4.json": '{"pid": 1, "values": 3}'}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "u-1.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder-1.json").mkdir()
+    (tmp_path / "before.json").write_text("{")
+    time.sleep(1.5 * SECONDS)
+    assert value(exporter, m.STEP) == 5
+    assert exporter.alive()
+    board.close()
+
+
+def test_a_start_that_was_superseded_is_not_seen_beside_the_one_that_goes_on(tmp_path):
+    exporter = Exporter(tmp_path, "run")
+    old = Board(tmp_path, "rank-0", 0)
+    old.set(m.STEP, 5)
+    old.set(m.ENDED, 1.0, "failed")
+    living = process(tmp_path)  # begins later, and the old one ends after that
+    old.close()
+    (path,) = (path for path in tmp_path.glob("rank-0-*.json") if f"-{os.getpid()}-" in path.name)
+    assert json.loads(path.read_text())["ended"]
+    assert value(exporter, m.ENDED, "failed") is None
+    assert value(exporter, m.MEMORY, "0") == 100
+    kill(living)
+
+
+def test_everybody_who_asks_has_the_end(server):
+    """Prometheus beside somebody who looks every second."""
+
+    def ask(who):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+        connection.request("GET", "/metrics", headers={"User-Agent": who})
+        connection.getresponse().read()
+
+    ask("prometheus")
+    time.sleep(2)
+    ask("prometheus")
+    ask("top")
+    ask("top")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.linger)
+        time.sleep(1.5)
+        for _ in range(3):
+            ask("top")
+        ask("prometheus")
+        time.sleep(0.5)
+        assert not waiting.done()
+        ask("prometheus")
+        waiting.result(timeout=2)
+
+
+def test_who_asks_drop_by_drop_is_left(server):
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.server_address[1])) as one:
+        try:
+            while time.monotonic() < begun + 30:
+                one.sendall(b"G")
+                time.sleep(0.5)
+        except OSError:
+            return
+    raise AssertionError("it is served for ever")
