@@ -58,7 +58,7 @@ class Told(NamedTuple):
 class Scrapes(NamedTuple):
     """Of one who asks."""
 
-    count: int
+    number: int
     last: float  # time.monotonic()
     interval: float  # seconds; 0: there was one only
 
@@ -225,9 +225,9 @@ class Server(ThreadingHTTPServer):
             request.shutdown(socket.SHUT_RDWR)
 
     def served(self, who: str) -> None:
-        count, last, _ = self.scrapes.get(who, (0, time.monotonic(), 0.0))
+        number, last, _ = self.scrapes.get(who, (0, time.monotonic(), 0.0))
         if len(self.scrapes) < 1000:
-            self.scrapes[who] = Scrapes(count + 1, time.monotonic(), time.monotonic() - last)
+            self.scrapes[who] = Scrapes(number + 1, time.monotonic(), time.monotonic() - last)
 
     def linger(self, until: Callable[[], bool] = lambda: False) -> None:
         """After the end of a run: until everybody who asks has its last numbers."""
@@ -240,7 +240,7 @@ class Server(ThreadingHTTPServer):
         }
 
         def waits(who: str) -> bool:
-            missing = self.scrapes[who].count < before[who].count + SCRAPES
+            missing = self.scrapes[who].number < before[who].number + SCRAPES
             return missing and time.monotonic() < begun + patience[who]
 
         while any(map(waits, patience)) and not until():
@@ -287,8 +287,8 @@ def beside(folder: Path, run: str, port: int, tell: Callable[[str], None]) -> No
         if before != port:
             tell(f"metrics of an earlier start are still served at port {before}; those of this one follow there")
     command = [sys.executable, "-m", "monitoring.exporter", "--folder", str(folder), "--run", run, "--port", str(port)]
-    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen(command, start_new_session=True, **silent)
+    nowhere = subprocess.DEVNULL  # who reads this process's words waits for no other
+    subprocess.Popen(command, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
 
 
 def main(argv: list[str] | None = None) -> int:

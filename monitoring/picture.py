@@ -129,9 +129,11 @@ def main() -> None:
     parser.add_argument("url", help="of Prometheus, such as http://localhost:9090")
     parser.add_argument("png")
     parser.add_argument("--page", choices=PAGES, default="equiav-run")
-    parser.add_argument("--run", default=".*", help="a regular expression")
+    parser.add_argument("--run", default="", help="its name, for the page of one run")
     parser.add_argument("--minutes", type=float, default=60.0)
     given = parser.parse_args()
+    if given.page == "equiav-run" and not given.run:
+        parser.error("--run: which run is it to be?")
     end = time.time()
     empty = draw(given.url, given.page, given.run, end - 60 * given.minutes, end, given.png)
     print(f"{given.png}; empty: {', '.join(empty) or 'none'}")

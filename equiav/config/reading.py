@@ -105,7 +105,7 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
 
 def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _options(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, kind

@@ -89,7 +89,7 @@ class Numbers:
         self._steps += 1
         if self._first:
             weights = weights_at(step, self.config.train.steps, self.config.objective)
-            trained = dict(zip(m.TERMS, weights, strict=True))
+            trained: dict[str, float] = dict(zip(m.TERMS, weights, strict=True))
             for key, value in {**metrics, **timing, "step": step + 1}.items():
                 metric, labels = KEYS[key]
                 if metric is not m.EFFECTIVE_RANK or trained["inter"]:  # of a head that nothing trains it says nothing
