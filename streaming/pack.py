@@ -26,6 +26,7 @@ from streaming.store import Store
 
 RECORDS = "packing"  # folder of what is finished, removed at the end
 REJECTED = "rejected.jsonl"
+PACKED = "packed.json"  # of what it was made
 BLOCK = tarfile.BLOCKSIZE
 
 Item = tuple[str, Any]  # the sample's key, and whatever `encode` makes its members of
@@ -82,9 +83,12 @@ def pack(
     plan = f"{RECORDS}/plan.json"
     begun = json.loads(store.read(plan)) if store.exists(plan) else None
     if store.exists(INDEX):
-        if begun != {"items": len(items), "digest": digest}:
-            raise DatasetError(f"{store.url} already holds a dataset; remove it, or pack into another folder")
-        return _clear_up(store, len(items))  # it was killed after the index
+        packed = json.loads(store.read(PACKED)) if store.exists(PACKED) else begun
+        if packed != {"items": len(items), "digest": digest}:
+            raise DatasetError(
+                f"{store.url} already holds a dataset, of other items or settings; remove it, or pack into another folder"
+            )
+        return _clear_up(store, len(items))  # it was killed after the index, or is finished
     if begun and begun != {"items": len(items), "digest": digest}:
         raise DatasetError(
             f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
@@ -120,6 +124,7 @@ def pack(
     store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     if not shards:
         raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
+    store.write(PACKED, json.dumps({"items": len(items), "digest": digest}).encode())
     write_index(store, shards)
     return _clear_up(store, len(items))
 
@@ -143,12 +148,18 @@ def _check_keys(items: Sequence[Item]) -> None:
     if not items:
         raise DatasetError("there is nothing to pack")
     seen: dict[str, Any] = {}
+    twice: list[str] = []
     for key, content in items:
         if "." in key.rpartition("/")[2] or not key.rpartition("/")[2]:
             raise DatasetError(f"key {key!r} cannot name a sample: its last part is empty or has a dot")
         if key in seen:
-            raise DatasetError(f"key {key!r} comes twice, for {seen[key]} and for {content}")
+            twice.append(f"{key!r} for {seen[key]} and for {content}")
         seen[key] = content
+    if twice:
+        more = f", and {len(twice) - 10} more" if len(twice) > 10 else ""
+        raise DatasetError(
+            f"{len(twice)} key(s) come twice: {'; '.join(twice[:10])}{more}. Give each clip a name of its own"
+        )
 
 
 class _Packer:

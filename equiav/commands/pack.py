@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -25,14 +27,15 @@ from rich.progress import (
 from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, require
-from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
+from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, cut, list_frames, list_videos
 from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store
-from streaming.dataset import NoDataset, index_shard, verify_shard, write_index
+from streaming.dataset import INDEX, NoDataset, index_shard, verify_shard, write_index
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
 
+PASSED_OVER = "passed-over.jsonl"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -52,6 +55,10 @@ class PackConfig:
     """Of the JPEGs, 1 to 100."""
     audio: Literal["wav", "flac"] = "wav"
     """flac takes about half the space, and ten times as long to decode."""
+    clip_seconds: float = 0.0
+    """Cut longer videos into clips of this length. 0: a video is a clip."""
+    clip_overlap: float = 0.0
+    """Seconds that neighbouring clips of a video share."""
     max_seconds: float = 30.0
     """Longer clips are rejected: training hears only the beginning, and frames from later would not belong to it."""
     keep_frozen: bool = False
@@ -74,6 +81,20 @@ class PackConfig:
     def __post_init__(self) -> None:
         for name in ("frames", "short_side", "shard_samples", "processes", "max_seconds", "timeout"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.clip_seconds >= 0, "clip_seconds", self.clip_seconds, "0 or more")
+        if self.clip_seconds:
+            require(
+                self.data.min_seconds <= self.clip_seconds <= self.max_seconds,
+                "clip_seconds",
+                self.clip_seconds,
+                f"data.min_seconds={self.data.min_seconds} to max_seconds={self.max_seconds}",
+            )
+        require(
+            0 <= self.clip_overlap < (self.clip_seconds or math.inf),
+            "clip_overlap",
+            self.clip_overlap,
+            "0 to below clip_seconds",
+        )
         require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
         require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
 
@@ -111,7 +132,7 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         config.keep_frozen,
         config.data,
     )
-    items, encode = open_source(config, shape)
+    items, encode, passed_over = open_source(config, shape)
     if not config.in_order:
         items = [items[k] for k in permutation(config.seed, len(items)).tolist()]
     store = Store(config.to, options=options)
@@ -120,6 +141,7 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             Path(store.root).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"to: {config.to} cannot be made ({error}); name a folder that can be written") from None
+    finished = store.exists(INDEX)
     with _bar(console) as progress:
         bar = progress.add_task("packing", total=len(items), note="")
 
@@ -139,32 +161,48 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             report=report,
         )
         report(done)
+    if passed_over:
+        store.write(
+            PASSED_OVER, "".join(json.dumps({"path": p, "why": w}) + "\n" for p, w in passed_over.items()).encode()
+        )
     kept = len(items) - done.rejected.total()
     console.print(
-        f"{kept} of {len(items)} clips in {done.shards} shards, {done.bytes / 2**20:,.1f} MiB, at {config.to}",
+        f"{kept} of {len(items)} clips in {done.shards} shards, {done.bytes / 2**20:,.1f} MiB, at {config.to}"
+        + (": it was finished before, nothing was done" if finished else ""),
         highlight=False,
+        soft_wrap=True,
     )
     for reason, count in done.rejected.most_common():
-        console.print(f"  rejected: {count} {reason}", highlight=False)
+        console.print(f"  rejected: {count} {reason}", highlight=False, soft_wrap=True)
     if done.rejected:
-        console.print(f"  each with its reason in {config.to.rstrip('/')}/{REJECTED}", highlight=False)
+        console.print(f"  each with its reason in {config.to.rstrip('/')}/{REJECTED}", highlight=False, soft_wrap=True)
+    for why, count in Counter(passed_over.values()).most_common():
+        console.print(f"  passed over: {count}, {why} ({PASSED_OVER} names them)", highlight=False, soft_wrap=True)
 
 
-def open_source(config: PackConfig, shape: Shape) -> tuple[list[Item], Callable[[Any], dict[str, bytes]]]:
+def open_source(
+    config: PackConfig, shape: Shape
+) -> tuple[list[Item], Callable[[Any], dict[str, bytes]], dict[str, str]]:
+    """-> what to pack, what makes a sample of each, and path -> why, of files that are none of it."""
     kind, _, count = config.source.partition(":")
     if kind == "synthetic":
         require(count.isdigit() and int(count) > 0, "source", config.source, "synthetic:COUNT with a positive number")
         world = World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate)
-        return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape)
+        return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape), {}
     source = Path(config.source).expanduser()
     require(source.exists(), "source", config.source, "a folder, a file, or synthetic:COUNT; this path does not exist")
     if source.suffix == ".json":
-        return list_frames(source), EncodeFrames(shape)
+        return list_frames(source), EncodeFrames(shape), {}
     try:
         import av  # noqa: F401
     except ModuleNotFoundError:
         raise ConfigError("av is not installed; `pip install 'equiav[prep]'` brings it") from None
-    return list_videos(source), EncodeVideo(shape)
+    videos, other = list_videos(source)
+    return (
+        cut(videos, config.clip_seconds, config.clip_overlap) if config.clip_seconds else videos,
+        EncodeVideo(shape),
+        other,
+    )
 
 
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
@@ -175,7 +213,11 @@ def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> Non
         raise NoDataset(f"{config.url} has no shards: no file there ends in .tar")
     shards = _each(console, "indexing", names, lambda name: index_shard(store, name), config.processes)
     write_index(store, shards)
-    console.print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}", highlight=False)
+    console.print(
+        f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> None:
@@ -185,13 +227,16 @@ def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> N
     found = _each(console, "verifying", list(dataset), lambda shard: verify_shard(store, shard), config.processes)
     problems = [problem for of_shard in found for problem in of_shard]
     for p in problems:
-        console.print(f"{p['shard']}{', sample ' + p['key'] if p['key'] else ''}: {p['reason']}", highlight=False)
+        console.print(
+            f"{p['shard']}{', sample ' + p['key'] if p['key'] else ''}: {p['reason']}", highlight=False, soft_wrap=True
+        )
     if problems:
         kinds = Counter("damaged samples" if p["key"] else "damaged shards" for p in problems)
         raise DatasetError(f"{config.url}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
     console.print(
         f"{dataset.samples} samples in {len(dataset)} shards, {dataset.bytes:,} bytes: every byte is as the index says",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,14 @@ from equiav.data.clips import ENCODE_AUDIO, BadClipError, check_audio, decode_fr
 from equiav.data.synthetic import World
 from streaming import BadSample
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".3gp")
-STILL = 2  # frames whose values differ by no more than this everywhere are the same picture
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv",
+          ".asf", ".ogv", ".vob", ".mxf")  # fmt: skip
+# Frames whose values differ by no more than this everywhere are the same picture: what a codec makes of one differs by up to 10.
+STILL = 12
+APART = 0.8  # picture and sound belong together if the shorter is so much of the longer, or within a second
+
+Found = list[tuple[str, Any]]  # key, and what a clip is made of
+Span = tuple[str, float, float]  # of a video: path, seconds from its beginning at which the clip begins and ends
 
 
 @dataclass(frozen=True)
@@ -33,24 +44,81 @@ class Shape:
     data: DataConfig
 
 
-def list_videos(source: Path) -> list[tuple[str, str]]:
-    """A folder (searched through), or a text file with a path a line -> (key, path) of each video."""
-    if source.is_dir():
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEOS)
-        if not paths:
-            raise ConfigError(f"source {source} has no video files ({', '.join(VIDEOS)})")
-        return [(_key(str(path.relative_to(source).with_suffix(""))), str(path)) for path in paths]
-    lines = [line.strip() for line in source.read_text().splitlines()]
-    paths = [source.parent / line for line in lines if line and not line.startswith("#")]
-    if not paths:
-        raise ConfigError(f"source {source} lists no videos")
-    return [(_key(path.with_suffix("").name), str(path)) for path in paths]
+def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
+    """A folder (searched through), or a text file with a path a line -> (key, path) of each video; and path -> why, of what else
+    the folder has."""
+    if not source.is_dir():
+        lines = [line.strip() for line in source.read_text("utf-8-sig").splitlines()]
+        named = [line for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise ConfigError(f"source {source} lists no videos")
+        return list(_keys([Path(name) for name in named], [str(source.parent / name) for name in named])), {}
+    taken, other = [], {}
+    for folder, folders, files in os.walk(source):
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                other[os.path.join(folder, name)] = "a linked folder"
+        for name in files:
+            ending = Path(name).suffix.lower()
+            if ending in VIDEOS:
+                taken.append(Path(folder, name))
+            else:
+                other[os.path.join(folder, name)] = f"its name ends in {ending}" if ending else "its name has no ending"
+    if not taken:
+        passed = f"; {len(other)} other file(s) are there, such as {min(other)}" if other else ""
+        raise ConfigError(f"source {source} has no video files ({', '.join(VIDEOS)}){passed}")
+    taken.sort()
+    return list(_keys([path.relative_to(source) for path in taken], map(str, taken), whole=True)), other
+
+
+def _keys(names: Sequence[Path], contents: Iterable[Any], whole: bool = False) -> Iterator[tuple[str, Any]]:
+    """A name for each, of its own: short where that suffices, else with its folders, else with its ending. `whole`: always with
+    its folders."""
+    forms = [
+        lambda name: _key(str(name.with_suffix("")) if whole else name.with_suffix("").name),
+        lambda name: _key(str(name.with_suffix("")).lstrip("/")),
+        lambda name: _key(str(name).lstrip("/")),
+    ]
+    keys = [forms[0](name) for name in names]
+    for form in forms[1:]:
+        often = {key for key, count in Counter(keys).items() if count > 1}
+        keys = [form(name) if key in often else key for name, key in zip(names, keys, strict=True)]
+    return zip(keys, contents, strict=True)
+
+
+def cut(found: Found, seconds: float, overlap: float) -> Found:
+    """Videos -> clips of so many seconds, each with the time of its beginning in its name. A rest that is shorter than half is
+    left out, and so is nothing else: a video that is not longer is one clip."""
+    with ThreadPoolExecutor(16) as pool:
+        lengths = list(pool.map(length_of, [path for _, path in found]))
+    clips: Found = []
+    for (key, path), length in zip(found, lengths, strict=True):
+        if length <= seconds * 1.05:  # or not known: whoever reads it will say why
+            clips.append((key, path))
+            continue
+        for k in count():
+            begin = k * (seconds - overlap)
+            if k and begin + seconds / 2 > length:
+                break
+            clips.append((f"{key}-{round(1000 * begin):09d}", (path, begin, min(begin + seconds, length))))
+    return clips
+
+
+def length_of(path: str) -> float:
+    """Seconds; 0: not known."""
+    import av.error
+
+    try:
+        with av.open(path) as file:
+            return (file.duration or 0) / av.time_base
+    except (av.error.FFmpegError, OSError, ValueError):
+        return 0.0
 
 
 def list_frames(source: Path) -> list[tuple[str, dict[str, Any]]]:
     """A CAV-MAE or EquiAV list: {"data": [{"video_id", "wav", "video_path", "labels"}]} -> (key, entry)."""
     try:
-        entries = json.loads(source.read_text())["data"]
+        entries = json.loads(source.read_text("utf-8-sig"))["data"]
         return [
             (_key(entry["video_id"]), {k: entry[k] for k in ("video_id", "wav", "video_path", "labels")})
             for entry in entries
@@ -103,20 +171,27 @@ class EncodeFrames:
 
 
 class EncodeVideo:
+    """A video, or a span of one."""
+
     def __init__(self, shape: Shape):
         self.shape = shape
 
-    def __call__(self, path: str) -> dict[str, bytes]:
-        audio = read_audio(path, self.shape)
+    def __call__(self, content: str | Span) -> dict[str, bytes]:
+        path, *span = (content,) if isinstance(content, str) else content
+        audio = read_audio(path, self.shape, *span)
         seconds = len(audio) / self.shape.data.sample_rate
-        frames, times = read_frames(path, self.shape)
+        frames, times, length = read_frames(path, self.shape, *span)
+        if min(seconds, length) < min(APART * max(seconds, length), max(seconds, length) - 1):
+            raise BadSample("lengths differ", f"{path} has {length:.1f} s of picture and {seconds:.1f} s of sound")
         _check_motion(frames, self.shape)
-        about = {"source": Path(path).name, "seconds": round(seconds, 3), "frame_seconds": times}
+        about: dict[str, Any] = {"source": Path(path).name, "seconds": round(seconds, 3), "frame_seconds": times}
+        if span:
+            about["begin_seconds"] = round(span[0], 3)
         return _members([encode_frame(frame, self.shape.quality) for frame in frames], audio, about, self.shape)
 
 
-def read_audio(path: str, shape: Shape) -> np.ndarray:
-    """The first sound stream of a file -> (L,) int16, mono, at data.sample_rate; checked."""
+def read_audio(path: str, shape: Shape, begin: float = 0.0, end: float = math.inf) -> np.ndarray:
+    """The first sound stream of a file, or what it has from begin to end -> (L,) int16, mono, at data.sample_rate; checked."""
     import av.error
 
     try:
@@ -124,19 +199,31 @@ def read_audio(path: str, shape: Shape) -> np.ndarray:
             if not file.streams.audio:
                 raise BadSample("no sound", f"{path} has no audio stream")
             to_mono = av.AudioResampler(format="s16", layout="mono", rate=shape.data.sample_rate)
-            parts = [part.to_ndarray()[0] for frame in file.decode(audio=0) for part in to_mono.resample(frame)]
+            parts, at = [], None
+            origin = (file.streams.audio[0].start_time or 0) * (file.streams.audio[0].time_base or 0)
+            if begin:
+                file.seek(int((begin + origin) * av.time_base))
+            for frame in file.decode(audio=0):
+                if frame.time is not None and frame.time - origin > end:
+                    break
+                at = (frame.time or 0) - origin if at is None else at
+                parts += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
             parts += [part.to_ndarray()[0] for part in to_mono.resample(None)]
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadSample):
             raise
         raise BadSample("missing" if isinstance(error, FileNotFoundError) else "corrupt", f"{path}: {error}") from None
     audio = np.concatenate(parts) if parts else np.empty(0, np.int16)
+    if end < math.inf:
+        first = round((begin - (at or 0)) * shape.data.sample_rate)
+        audio = audio[max(0, first) : max(0, first + round((end - begin) * shape.data.sample_rate))]
     seconds = len(audio) / shape.data.sample_rate
     if seconds < shape.data.min_seconds:
         raise BadSample("too short", f"{path} has {seconds:.2f} s of sound, data.min_seconds={shape.data.min_seconds}")
     if seconds > shape.max_seconds:
         raise BadSample(
-            "too long", f"{path} has {seconds:.1f} s of sound, max_seconds={shape.max_seconds}; cut it into clips"
+            "too long",
+            f"{path} has {seconds:.1f} s of sound, max_seconds={shape.max_seconds}; --clip_seconds 10 cuts it",
         )
     try:
         return check_audio(audio, shape.data.sample_rate, path, shape.data)
@@ -144,8 +231,11 @@ def read_audio(path: str, shape: Shape) -> np.ndarray:
         raise BadSample("silent", str(error)) from None
 
 
-def read_frames(path: str, shape: Shape) -> tuple[list[np.ndarray], list[float]]:
-    """Frames from the middles of equal parts of a video -> (H, W, 3) uint8 each, and their times in seconds."""
+def read_frames(
+    path: str, shape: Shape, begin: float = 0.0, end: float = math.inf
+) -> tuple[list[np.ndarray], list[float], float]:
+    """Frames from the middles of equal parts of a video, or of what it has from begin to end -> (H, W, 3) uint8 each, their times
+    in seconds from begin, and the length in seconds."""
     import av.error
 
     try:
@@ -154,17 +244,27 @@ def read_frames(path: str, shape: Shape) -> tuple[list[np.ndarray], list[float]]
                 raise BadSample("no picture", f"{path} has no video stream")
             stream = file.streams.video[0]
             aspect = stream.sample_aspect_ratio
-            times = [float(packet.pts * packet.time_base) for packet in file.demux(stream) if packet.pts is not None]
-            if not times:
-                raise BadSample("corrupt", f"{path}: the video stream is empty")
-            first, length = min(times), max(times) - min(times)
+            if end < math.inf:
+                first = float((stream.start_time or 0) * (stream.time_base or 0)) + begin
+                length = min(end, float((stream.duration or 0) * (stream.time_base or 0)) or end) - begin
+            else:
+                times = [
+                    float(packet.pts * packet.time_base) for packet in file.demux(stream) if packet.pts is not None
+                ]
+                if not times:
+                    raise BadSample("corrupt", f"{path}: the video stream is empty")
+                first, length = min(times), max(times) - min(times)
+            if length <= 0 and end < math.inf:
+                raise BadSample("lengths differ", f"{path} has no picture from {begin:.1f} s on")
             wanted = [first + length * (k + 0.5) / shape.frames for k in range(shape.frames)]
             nearest: list[Any] = [None] * shape.frames
-            file.seek(0)
+            file.seek(int(first * av.time_base) if begin else 0)
             for frame in file.decode(stream):
                 for k, at in enumerate(wanted):
                     if nearest[k] is None or abs(frame.time - at) < abs(nearest[k].time - at):
                         nearest[k] = frame
+                if frame.time > first + length + 1:
+                    break
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadSample):
             raise
@@ -172,7 +272,8 @@ def read_frames(path: str, shape: Shape) -> tuple[list[np.ndarray], list[float]]
     for frame, at in zip(nearest, wanted, strict=True):
         if frame is None or abs(frame.time - at) > max(length / shape.frames, 0.5):
             raise BadSample("corrupt", f"{path}: nothing can be decoded near {at:.2f} s")
-    return [_picture(frame, aspect, shape.short_side) for frame in nearest], [round(frame.time, 3) for frame in nearest]
+    seconds = [round(frame.time - (first if end < math.inf else 0), 3) for frame in nearest]
+    return [_picture(frame, aspect, shape.short_side) for frame in nearest], seconds, length
 
 
 def _picture(frame: Any, aspect: Any, short_side: int) -> np.ndarray:

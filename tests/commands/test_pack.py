@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +202,73 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "7 of 7 clips in 2 shards" in printed
     assert "rejected:" not in printed
-    with pytest.raises(DatasetError, match="already holds a dataset"):
-        run_pack(config)
+    run_pack(config)
+    assert "7 of 7 clips in 2 shards" in (again := capsys.readouterr().out)
+    assert "it was finished before, nothing was done" in again
+    with pytest.raises(DatasetError, match="already holds a dataset, of other items or settings"):
+        run_pack(replace(config, quality=30))
+
+
+def test_a_long_video_is_cut_into_clips(tmp_path, capsys):
+    """Picture and sound of a clip are of the same time, and its name says which."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "long.mp4", seconds=17.0, video="libx264", fps=10)
+    write_video(tmp_path / "videos" / "short.mp4", seconds=3.0)
+    settings = {"frames": 4, "short_side": 32, "processes": 1, "in_order": True, "clip_seconds": 5.0}
+    run_pack(PackConfig(str(tmp_path / "videos"), str(tmp_path / "clips"), **settings))
+    samples = read_plainly(tmp_path / "clips")
+    assert list(samples) == ["long-000000000", "long-000005000", "long-000010000", "short"]  # a rest of 2 s is left out
+    for k, key in enumerate(list(samples)[:3]):
+        about = json.loads(samples[key]["json"])
+        assert about["begin_seconds"] == 5 * k
+        assert np.allclose(about["frame_seconds"], (np.arange(4) + 0.5) * 5 / 4, atol=0.11)
+        times = [17 * time_of(decode_frame(samples[key][f"{n}.jpg"], key)) for n in range(4)]
+        assert np.allclose(times, 5 * k + (np.arange(4) + 0.5) * 5 / 4, atol=0.4)
+        assert abs(len(decode_wav(samples[key]["wav"], key, DataConfig())) - 5 * 16000) <= 16
+    settings |= {"clip_overlap": 2.5}
+    run_pack(PackConfig(str(tmp_path / "videos"), str(tmp_path / "more"), **settings))
+    begins = [json.loads(members["json"]).get("begin_seconds") for members in read_plainly(tmp_path / "more").values()]
+    assert begins == [0, 2.5, 5, 7.5, 10, 12.5, None]
+
+
+def test_the_sound_of_a_clip_is_of_its_time(tmp_path):
+    """A tone that changes at 6 s is heard where it is."""
+    rate = 44100
+    tone = np.concatenate([tones(6.0, rate, (440, 440)), tones(6.0, rate, (1500, 1500))], axis=1)
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mkv", seconds=12.0, audio=tone)
+    run_pack(
+        PackConfig(
+            str(tmp_path / "videos"), str(tmp_path / "clips"), frames=2, short_side=32, processes=1, clip_seconds=4.0
+        )
+    )
+    samples = read_plainly(tmp_path / "clips")
+    sound = {key: decode_wav(members["wav"], key, DataConfig()) for key, members in samples.items()}
+    assert np.allclose(peaks(sound["a-000000000"], 16000, 1), [440], atol=2)
+    assert np.allclose(peaks(sound["a-000008000"], 16000, 1), [1500], atol=2)
+    middle = sound["a-000004000"]
+    assert np.allclose(peaks(middle[: 2 * 16000 - 800], 16000, 1), [440], atol=3)
+    assert np.allclose(peaks(middle[2 * 16000 + 800 :], 16000, 1), [1500], atol=3)
+
+
+def test_every_file_of_a_folder_is_packed_rejected_or_named(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    (folder / "a").mkdir(parents=True)
+    (folder / "b").mkdir()
+    for name in ("x.mp4", "x.mkv", "a/clip.mp4", "b/clip.mp4", "y.wmv"):
+        write_video(folder / name, **({"video": "wmv2", "sound": "ac3"} if name.endswith("wmv") else {}))
+    (folder / "notes.txt").write_text("x")
+    (folder / "no_ending").write_text("x")
+    (folder / "linked").symlink_to(tmp_path)
+    run_pack(PackConfig(str(folder), str(tmp_path / "clips"), frames=2, short_side=32, processes=1))
+    assert sorted(read_plainly(tmp_path / "clips")) == ["a/clip", "b/clip", "x_mkv", "x_mp4", "y"]
+    named = map(json.loads, (tmp_path / "clips" / "passed-over.jsonl").read_text().splitlines())
+    assert {Path(line["path"]).name: line["why"] for line in named} == {
+        "notes.txt": "its name ends in .txt",
+        "no_ending": "its name has no ending",
+        "linked": "a linked folder",
+    }
+    assert "passed over: 1, a linked folder (passed-over.jsonl names them)" in capsys.readouterr().out
 
 
 # ---- what is refused
@@ -219,6 +285,8 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
         ({"timeout": 0.0}, r"timeout is 0\.0"),
         ({"quality": 101}, "quality is 101, expected 1 to 100"),
         ({"quality": 0}, "quality is 0, expected 1 to 100"),
+        ({"clip_seconds": 0.5}, r"clip_seconds is 0\.5, expected data\.min_seconds=1\.0 to max_seconds=30\.0"),
+        ({"clip_seconds": 5.0, "clip_overlap": 5.0}, r"clip_overlap is 5\.0, expected 0 to below clip_seconds"),
         ({"max_shard_bytes": 1000}, "max_shard_bytes is 1000, expected 65536 or more"),
     ],
 )
@@ -257,8 +325,8 @@ def test_a_folder_without_shards_or_without_an_index_is_named(tmp_path):
         (["pack"], 2, "source is not given"),
         (["pack", "synthetic:3"], 2, "to is not set"),
         (["pack", "nowhere", "--to", "x"], 2, "source is nowhere, expected a folder, a file, or synthetic:COUNT"),
-        (["index", "."], 1, "no shards"),
-        (["verify", "."], 1, "holds no dataset"),
+        (["index", "."], 2, "no shards"),
+        (["verify", "."], 2, "holds no dataset"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_a_status(tmp_path, monkeypatch, capsys, argv, status, message):

@@ -172,7 +172,13 @@ def test_frames_at_uneven_times_are_chosen_by_time_and_not_by_number(tmp_path):
         ({"video": None}, "no picture", "no video stream"),
         ({"loudness": 0.0}, "silent", "audio is silent"),
         ({"seconds": 0.6}, "too short", r"s of sound, data.min_seconds=1.0"),
-        ({"seconds": 31.0, "fps": 1}, "too long", r"31.\d s of sound, max_seconds=30.0; cut it into clips"),
+        ({"seconds": 31.0, "fps": 1}, "too long", r"31.\d s of sound, max_seconds=30.0; --clip_seconds 10 cuts it"),
+        (
+            {"audio": tones(1.5, 44100, (440, 1000)), "seconds": 12.0},
+            "lengths differ",
+            "has 11.9 s of picture and 1.5 s of sound",
+        ),
+        ({"picture": still, "video": "libx264"}, "frozen", "all 10 frames show the same picture; --keep"),
         ({"picture": still}, "frozen", "all 10 frames show the same picture; --keep"),
     ],
 )
@@ -245,16 +251,25 @@ def test_a_folder_is_searched_for_videos(tmp_path):
     for name in ("b.mp4", "sub/a.MKV", "sub/v1.5.webm", "notes.txt", "sub/a.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert list_videos(tmp_path) == [
+    found, other = list_videos(tmp_path)
+    assert found == [
         ("b", f"{tmp_path}/b.mp4"),
         ("sub/a", f"{tmp_path}/sub/a.MKV"),
         ("sub/v1_5", f"{tmp_path}/sub/v1.5.webm"),
     ]
+    assert other == {f"{tmp_path}/notes.txt": "its name ends in .txt", f"{tmp_path}/sub/a.jpg": "its name ends in .jpg"}
 
 
 def test_a_list_of_paths_is_read_beside_itself(tmp_path):
     (tmp_path / "list.txt").write_text("# clips\n\nclips/x.mp4\n  /far/away/y.1.mkv  \n")
-    assert list_videos(tmp_path / "list.txt") == [("x", f"{tmp_path}/clips/x.mp4"), ("y_1", "/far/away/y.1.mkv")]
+    assert list_videos(tmp_path / "list.txt")[0] == [("x", f"{tmp_path}/clips/x.mp4"), ("y_1", "/far/away/y.1.mkv")]
+
+
+def test_each_of_a_list_has_a_name_of_its_own(tmp_path):
+    """The mark of UTF-8 is no part of a name."""
+    (tmp_path / "list.txt").write_text("\ufeffa/clip.mp4\nb/clip.mp4\n/far/x.mp4\n/far/x.mkv\nz.mp4\n")
+    keys = [key for key, _ in list_videos(tmp_path / "list.txt")[0]]
+    assert keys == ["a/clip", "b/clip", "far/x_mp4", "far/x_mkv", "z"]
 
 
 def test_nothing_found_is_an_error_that_says_so(tmp_path):

@@ -84,7 +84,13 @@ def test_the_index_says_what_the_shards_are(whole):
     assert dataset.bytes == sum(path.stat().st_size for path in tars(whole))
     assert [verify_shard(dataset.store, shard) for shard in dataset] == [[]] * len(dataset)
     assert sorted(files(whole)) == sorted(
-        ["index", "rejected.jsonl", *(p.name for p in tars(whole)), *(f"{p.name}.offsets" for p in tars(whole))]
+        [
+            "index",
+            "packed.json",
+            "rejected.jsonl",
+            *(p.name for p in tars(whole)),
+            *(f"{p.name}.offsets" for p in tars(whole)),
+        ]
     )
 
 
@@ -182,7 +188,7 @@ def test_killed_after_the_index_it_only_has_to_clear_up(tmp_path):
     packed(tmp_path / "whole", items, max_shard_bytes=1 << 20)
     child = processes.Process(
         target=pack_children.pack_until,
-        args=(str(tmp_path / "cut"), items, pack_children.encode, 6, True, {**PARTS, "max_shard_bytes": 1 << 20}),
+        args=(str(tmp_path / "cut"), items, pack_children.encode, 7, True, {**PARTS, "max_shard_bytes": 1 << 20}),
     )
     child.start()
     child.join(60)
@@ -319,8 +325,10 @@ def test_other_items_or_settings_than_it_was_begun_with_are_refused(whole, tmp_p
 
 def test_a_dataset_is_not_packed_over(whole):
     before = files(whole)
-    with pytest.raises(DatasetError, match=f"{whole} already holds a dataset"):
-        packed(whole)
+    packed(whole)  # it is finished
+    assert files(whole) == before
+    with pytest.raises(DatasetError, match=f"{whole} already holds a dataset, of other items or settings; remove it"):
+        packed(whole, settings="quality 80")
     assert files(whole) == before
 
 
@@ -328,7 +336,7 @@ def test_a_dataset_is_not_packed_over(whole):
     ("items", "message"),
     [
         ([], "nothing to pack"),
-        ([("a", 1), ("b", 2), ("a", 3)], "key 'a' comes twice, for 1 and for 3"),
+        ([("a", 1), ("b", 2), ("a", 3)], r"1 key\(s\) come twice: 'a' for 1 and for 3\. Give each"),
         ([("a", 1), ("a.b", 2)], r"key 'a\.b' cannot name a sample"),
         ([("folder.x/a", 1), ("folder/.a", 2)], r"key 'folder/\.a' cannot name a sample"),
         ([("", 1)], "key '' cannot name a sample"),
