@@ -237,4 +237,7 @@ def tell(node: Node, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads that torch leaves behind may abort an interpreter that winds up, and the status with it
