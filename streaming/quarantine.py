@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+FEW = 3  # samples that may be bad however small the dataset is, unless none may
+
 
 class BadSample(ValueError):  # noqa: N818
     """A decoder's word that a sample cannot be used. `reason` is what is counted, in a few words; the detail is for people."""
@@ -36,6 +38,7 @@ class Quarantine:
 
     def __init__(self, total: int, max_bad: float = 0.01, path: Path | None = None):
         self.total, self.max_bad, self.path = total, max_bad, path
+        self.limit = max(max_bad * total, FEW) if max_bad else 0.0
         self._reasons: dict[int, str] = {}
         self._listed: set[int] = set()
         if path and path.exists():  # of an earlier start of this run: not to be listed twice
@@ -60,11 +63,11 @@ class Quarantine:
                 self._reasons[one.sample] = one.reason
                 self._list(one)
                 last = one
-        if last and len(self) > self.max_bad * self.total + 1e-6:
+        if last and len(self) > self.limit + 1e-6:
             counts = ", ".join(f"{count} {name}" for name, count in self.counts().most_common())
             raise TooManyBadSamples(
-                f"{len(self)} of {self.total} samples cannot be used ({counts}), more than "
-                f"max_bad={self.max_bad:g} allows; the last was sample {last.sample}, {last.where}: "
+                f"{len(self)} of {self.total} samples cannot be used ({counts}), more than the {self.limit:g} that "
+                f"stream.max_bad={self.max_bad:g} allows; the last was sample {last.sample}, {last.where}: "
                 f"{last.detail or last.reason}" + (f". All are listed in {self.path}" if self.path else "")
             )
 

@@ -271,7 +271,7 @@ class StreamConfig:
     patience: float = 600.0
     """Seconds for which a store that does not answer is asked again before the run gives up."""
     max_bad: float = 0.01
-    """Share of the dataset that may turn out unusable before the run stops."""
+    """Share of the dataset that may turn out unusable before the run stops; three clips at least, unless it is 0."""
 
     def __post_init__(self) -> None:
         for name in ("lanes", "window"):

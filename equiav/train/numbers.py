@@ -73,7 +73,7 @@ class Numbers:
         board.set(m.WORLD, self.ranks.size)
         board.set(m.SPARES, self.ranks.spares)
         board.set(m.SAMPLES, self.loader.dataset.samples)
-        board.set(m.LIMIT, self.config.stream.max_bad * self.loader.dataset.samples)
+        board.set(m.LIMIT, self.quarantine.limit)
         board.set(m.SAVED_STEP, self.checkpoints.saved_step)
         board.set(m.SAVED_TIME, time.time())
 

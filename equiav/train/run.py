@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ from equiav.augment import Clips
 from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
+from equiav.objective import weights_at
 from equiav.parallel import Ranks, slab
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
@@ -50,6 +52,7 @@ Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
 TELLS = dict(zip(PHASES, ("save", "data"), strict=False))  # of the watch's phases, those that are told as such
 FINAL = (ConfigError, DatasetError, NoStore, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
+MANY = 200  # epochs, beyond which a run's length is rather a mistake
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
 
@@ -107,6 +110,8 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                     "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)"
                 )
             if state.step < config.train.steps:
+                for line in expected(config, loader):
+                    tell(line)
                 write_start(config, ranks, checkpoints, loader, state.step)
         log = Log(config.out, state.step, checkpoints.token, checkpoints.lines) if first else None
         if log and log.missing:
@@ -179,6 +184,28 @@ def find(
     if found:
         quarantine.load(found["quarantine"])
     return found
+
+
+def expected(config: RunConfig, loader: Loader) -> Iterator[str]:
+    """What there is to know before the first step."""
+    t, samples, per_epoch = config.train, loader.dataset.samples, loader.steps_per_epoch
+    weights, N = weights_at(0, t.steps, config.objective), min(t.batch_size, samples)
+    chance = weights.inter * math.log(N) + (weights.intra_a + weights.intra_v) * math.log(max(2, 2 * N - 1))
+    saves = f"every {config.checkpoint.every_steps} steps" if config.checkpoint.every_steps else "by time"
+    yield (
+        f"{samples:,} clips, {per_epoch:,} step(s) an epoch, {t.steps / per_epoch:,.1f} epochs; guessing has a loss of "
+        f"{chance:.2f}; it is saved {saves}; look with `equiav top {config.out}`"
+    )
+    if t.batch_size > samples:
+        yield (
+            f"train.batch_size is {t.batch_size}, the dataset has {samples} clips: the rest of each step is empty, and "
+            f"nothing is compared with more than {samples}; set it to {samples} or less"
+        )
+    if t.steps / per_epoch > MANY:
+        yield (
+            f"train.steps is {t.steps:,}: each clip will be seen {t.steps / per_epoch:,.0f} times. The paper's 20 epochs "
+            f"would be {20 * per_epoch:,} steps, with train.warmup_steps={2 * per_epoch:,}"
+        )
 
 
 def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -> dict[str, str]:

@@ -25,7 +25,10 @@ def test_samples_are_counted_by_reason_and_each_once():
     assert quarantine.state() == {5: "checksum", 7: "image", 9: "checksum"}
 
 
-@pytest.mark.parametrize(("total", "max_bad", "allowed"), [(200, 0.01, 2), (299, 0.01, 2), (10, 0, 0), (4, 1, 4)])
+@pytest.mark.parametrize(
+    ("total", "max_bad", "allowed"),
+    [(400, 0.01, 4), (499, 0.01, 4), (200, 0.01, 3), (17, 0.01, 3), (10, 0, 0), (4, 1, 4)],
+)
 def test_the_run_stops_at_the_first_sample_beyond_the_limit(total, max_bad, allowed):
     quarantine = Quarantine(total, max_bad)
     for sample in range(allowed):
@@ -38,14 +41,22 @@ def test_the_run_stops_at_the_first_sample_beyond_the_limit(total, max_bad, allo
 
 def test_the_error_says_what_how_much_and_where(tmp_path):
     path = tmp_path / "bad.jsonl"
-    quarantine = Quarantine(100, 0.02, path)
+    quarantine = Quarantine(100, 0.03, path)
+    quarantine.add([bad(0, "audio", "a.tar, sample 0 (w)")])
     quarantine.add([bad(1, "image", "a.tar, sample 1 (x)")])
     quarantine.add([bad(2, "checksum", "a.tar, sample 2 (y)")])
     with pytest.raises(TooManyBadSamples) as caught:
         quarantine.add([bad(3, "image", "a.tar, sample 3 (z)", "cut after 17 bytes")])
-    for part in ("3 of 100", "2 image, 1 checksum", "max_bad=0.02", "a.tar, sample 3 (z)", "17 bytes", str(path)):
+    for part in (
+        "4 of 100",
+        "2 image, 1 audio, 1 checksum",
+        "the 3 that stream.max_bad=0.03 allows",
+        "a.tar, sample 3 (z)",
+        "17 bytes",
+        str(path),
+    ):
         assert part in str(caught.value)
-    assert [line["sample"] for line in listed(path)] == [1, 2, 3]
+    assert [line["sample"] for line in listed(path)] == [0, 1, 2, 3]
 
 
 def test_all_of_one_call_are_recorded_before_they_are_too_many(tmp_path):
@@ -135,10 +146,10 @@ def test_the_state_of_a_checkpoint_counts_the_same_samples_without_listing_them_
 
 
 def test_what_was_loaded_counts_towards_the_limit():
-    after = Quarantine(100, 0.02)
-    after.load({1: "image", 2: "image"})
-    with pytest.raises(TooManyBadSamples, match="3 of 100"):
-        after.add([bad(3, "image", "shard 1")])
+    after = Quarantine(100, 0.03)
+    after.load({1: "image", 2: "image", 3: "image"})
+    with pytest.raises(TooManyBadSamples, match="4 of 100"):
+        after.add([bad(4, "image", "shard 1")])
 
 
 def test_a_bad_sample_keeps_its_reason_on_the_way_between_processes():

@@ -231,3 +231,19 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(run_config, tmp_path):
     (tmp_path / "file").write_text("")
     text = Run(run_config, tmp_path / "file" / "out").end(2)
     assert f"out: {tmp_path}/file/out cannot be made" in text
+
+
+# ---- what is said before the first step
+
+
+def test_a_run_says_what_to_expect(run_config, tmp_path):
+    text = Run(run_config, tmp_path / "one", None).end()
+    assert "26 clips, 4 step(s) an epoch, 6.0 epochs; guessing has a loss of 7.50" in text  # ln 8 + 2 ln 15
+    assert f"it is saved every 4 steps; look with `equiav top {tmp_path / 'one'}`" in text
+    few = ["--train.steps", "1000", "--train.warmup_steps", "1"]
+    run = Run(run_config, tmp_path / "two", None, "--train.batch_size", "256", *few)
+    run.reach(1)
+    run.process.send_signal(signal.SIGTERM)
+    text = run.end(143)
+    assert "train.batch_size is 256, the dataset has 26 clips: the rest of each step is empty" in text
+    assert "train.steps is 1,000: each clip will be seen 1,000 times. The paper's 20 epochs would be 20 steps" in text
