@@ -11,13 +11,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
+from streaming.quarantine import Bad, BadSample
 from streaming.shards import Offsets, encode_offsets, file_checksum, scan
 from streaming.store import Missing, Short, Store
+
+if TYPE_CHECKING:
+    from streaming.loader import Decoder
 
 INDEX, FORMAT = "index", 1
 COLUMNS = {"samples": 10, "bytes": 13, "checksum": 16, "offsets": 16}  # widths, characters
@@ -260,6 +264,25 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
             return found
     except Missing:
         return [problem("is missing")]
+
+
+def unusable(store: Store, shard: Shard, decoder: Decoder, most: int | None = None) -> tuple[int, list[Bad]]:
+    """Of the samples of a shard, or of the first `most`: how many were tried, and those that a run could not use."""
+    offsets, bad = Offsets(store.read(shard.offsets_name)), []
+    count = min(len(offsets), most or len(offsets))
+    with local_copy(store, shard.name) as path, path.open("rb") as file:
+        for k in range(count):
+            sample = offsets[k]
+            out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in decoder.fields.items()}
+            try:
+                contents = {}
+                for name in decoder.members(list(sample.members), 0.0):
+                    file.seek(sample.members[name].offset)
+                    contents[name] = file.read(sample.members[name].length)
+                decoder.decode(sample.key, contents, out)
+            except BadSample as error:
+                bad.append(Bad(k, error.reason, f"{shard.name}, sample {k} ({sample.key})", error.detail))
+    return count, bad
 
 
 @contextmanager

@@ -26,14 +26,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from equiav.config import ConfigError, DataConfig, require
+from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
+from equiav.data.decoder import ClipDecoder
 from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, cut, list_frames, list_videos
 from equiav.data.synthetic import World
 from streaming import Dataset, DatasetError, Store
-from streaming.dataset import INDEX, NoDataset, index_shard, verify_shard, write_index
+from streaming.dataset import INDEX, NoDataset, Shard, index_shard, unusable, verify_shard, write_index
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
+from streaming.quarantine import FEW
 
 PASSED_OVER = "passed-over.jsonl"
 CORES = len(os.sched_getaffinity(0))
@@ -107,6 +109,13 @@ class IndexConfig:
     """Folder of the shards; it must be writable."""
     processes: int = CORES
     """Shards that are read at a time."""
+    tried: int = 50
+    """Samples of each shard that are decoded as training would, to say what it would refuse; 0: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require(self.processes > 0, "processes", self.processes, "a positive number")
+        require(self.tried >= 0, "tried", self.tried, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,10 @@ class VerifyConfig:
     """Folder of the dataset."""
     processes: int = CORES
     """Shards that are read at a time."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require(self.processes > 0, "processes", self.processes, "a positive number")
 
 
 def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
@@ -218,6 +231,8 @@ def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> Non
         highlight=False,
         soft_wrap=True,
     )
+    if config.tried:
+        say_what_is_unusable(console, store, shards, config.data, config.processes, config.tried)
 
 
 def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> None:
@@ -233,11 +248,36 @@ def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> N
     if problems:
         kinds = Counter("damaged samples" if p["key"] else "damaged shards" for p in problems)
         raise DatasetError(f"{config.url}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    say_what_is_unusable(console, store, list(dataset), config.data, config.processes)
     console.print(
         f"{dataset.samples} samples in {len(dataset)} shards, {dataset.bytes:,} bytes: every byte is as the index says",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def say_what_is_unusable(
+    console: Console, store: Store, shards: list[Shard], data: DataConfig, threads: int, most: int | None = None
+) -> None:
+    """By the decoder of training, so that it is what training will say."""
+    decoder = ClipDecoder(ModelConfig(), data)
+    found = _each(console, "decoding", shards, lambda shard: unusable(store, shard, decoder, most), threads)
+    tried, bad = sum(count for count, _ in found), [one for _, listed in found for one in listed]
+    for reason, count in Counter(one.reason for one in bad).most_common():
+        first = next(one for one in bad if one.reason == reason)
+        console.print(
+            f"  training cannot use {count} of {tried}: {reason}, such as {first.where}: {first.detail}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    allowed = StreamConfig().max_bad
+    if len(bad) > max(allowed * tried, FEW):
+        raise DatasetError(
+            f"{store.url}: training would end for {len(bad)} samples of {tried} that it cannot use (stream.max_bad={allowed:g}); "
+            "`equiav pack` makes samples that it can, docs/streaming.md says what one has to be"
+        )
+    if not bad:
+        console.print(f"training can use all of the {tried} samples that were decoded", highlight=False, soft_wrap=True)
 
 
 def _each(console: Console, what: str, items: list[Any], call: Callable[[Any], Any], threads: int) -> list[Any]:

@@ -271,6 +271,29 @@ def test_every_file_of_a_folder_is_packed_rejected_or_named(tmp_path, capsys):
     assert "passed over: 1, a linked folder (passed-over.jsonl names them)" in capsys.readouterr().out
 
 
+def test_shards_of_ones_own_are_judged_as_training_will(tmp_path, capsys):
+    """Per sample, with the reason, when they are indexed and when they are verified."""
+    sound = {
+        "good": encode_wav(tones(2.0, 16000, (440,))[0], 16000),
+        "rate": encode_wav(tones(2.0, 44100, (440,))[0], 44100),
+        "short": encode_wav(tones(0.3, 16000, (440,))[0], 16000),
+    }
+    picture = encode_frame(ramp(0.5, (60, 40)), 90)
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for name, content in sound.items():
+            tar.write({"__key__": name, "0.jpg": picture, "wav": content})
+        tar.write({"__key__": "mp3", "0.jpg": picture, "mp3": b"ID3"})
+        tar.write({"__key__": "named", "frame.bmp": picture, "wav": sound["good"]})
+    for run, config in ((run_index, IndexConfig(str(tmp_path))), (run_verify, VerifyConfig(str(tmp_path)))):
+        with pytest.raises(DatasetError, match=r"training would end for 4 samples of 5 that it cannot use"):
+            run(config)
+        told = capsys.readouterr().out
+        assert "training cannot use 2 of 5: audio, such as a.tar, sample 1 (rate): wav: audio is at 44100 Hz" in told
+        assert "training cannot use 2 of 5: member missing, such as a.tar, sample 3 (mp3): has 0.jpg, mp3" in told
+    run_index(IndexConfig(str(tmp_path), tried=1))
+    assert "training can use all of the 1 samples that were decoded" in capsys.readouterr().out
+
+
 # ---- what is refused
 
 
