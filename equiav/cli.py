@@ -48,6 +48,12 @@ COMMANDS = {
     ),
     "index": Command("make the index of shards that somebody else packed", "pack", "IndexConfig", "run_index"),
     "verify": Command("compare every byte of a dataset with its index", "pack", "VerifyConfig", "run_verify"),
+    "stats": Command(
+        "say what a dataset is like: lengths, pictures, mean and deviation of its spectrograms",
+        "stats",
+        "StatsConfig",
+        "run_stats",
+    ),
     "plan": Command(
         "parameters, multiply-adds, memory and traffic of a configuration", "plan", "PlanConfig", "run_plan"
     ),

@@ -56,6 +56,14 @@ def normalised_spectrogram(waveform: Tensor, lengths: Tensor, model: ModelConfig
         return (spectrogram - data.audio_mean) / data.audio_std
 
 
+def moments(waveform: Tensor, model: ModelConfig, data: DataConfig) -> tuple[int, float, float]:
+    """Of the spectrogram of a clip (L,) int16, as far as the model hears it and without padding: the number of its values, their
+    sum, the sum of their squares."""
+    spectrogram = log_mel(waveform[None].float() / 32768, model.spectrogram_mels, data.sample_rate)
+    heard = spectrogram[:, : model.spectrogram_frames].double()  # (1, T, F)
+    return heard.numel(), float(heard.sum()), float(heard.square().sum())
+
+
 def window_and_hop(sample_rate: int) -> tuple[int, int]:
     """25 ms and 10 ms, samples."""
     return int(sample_rate * 0.025), int(sample_rate * 0.010)

@@ -22,6 +22,7 @@ import torch
 from xxhash import xxh3_128
 
 from equiav.augment import Clips
+from equiav.augment.logmel import moments
 from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
@@ -52,6 +53,7 @@ Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
 TELLS = dict(zip(PHASES, ("save", "data"), strict=False))  # of the watch's phases, those that are told as such
 FINAL = (ConfigError, DatasetError, NoStore, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
+HEARD = 8  # clips of the first step, to compare with the settings
 MANY = 200  # epochs, beyond which a run's length is rather a mistake
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
 
@@ -208,6 +210,24 @@ def expected(config: RunConfig, loader: Loader) -> Iterator[str]:
         )
 
 
+def unlike(config: RunConfig, clips: Clips) -> str:
+    """What there is to say, where the spectrograms of some clips are far from what the settings say of them."""
+    data, bins, total, squares = config.data, 0, 0.0, 0.0
+    for k in clips.valid.nonzero().flatten().tolist()[:HEARD]:
+        of_clip = moments(clips.waveform[k, : clips.lengths[k]], config.model, data)
+        bins, total, squares = bins + of_clip[0], total + of_clip[1], squares + of_clip[2]
+    if not bins:
+        return ""
+    mean = total / bins
+    deviation = math.sqrt(max(0.0, squares / bins - mean**2))
+    if abs(mean - data.audio_mean) <= data.audio_std and 0.5 <= deviation / data.audio_std <= 2:
+        return ""
+    return (
+        f"the first clips' spectrograms have mean {mean:.2f} and deviation {deviation:.2f}, data.audio_mean is "
+        f"{data.audio_mean:g} and data.audio_std {data.audio_std:g}: `equiav stats` says what fits the dataset"
+    )
+
+
 def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -> dict[str, str]:
     """Weights from elsewhere, into the state -> what is to be remembered of them."""
     imported, problem = None, ""
@@ -277,7 +297,10 @@ def train(
                 ids = batch.samples[batch.valid].tolist()
                 append(config.out / f"samples-{ranks.rank}.jsonl", [checkpoints.token, number, ids])
             bad[number] = batch.bad
-            yield as_tensors(batch)
+            clips = as_tensors(batch)
+            if log and number == 0 and (said := unlike(config, clips)):
+                numbers.tell(said)
+            yield clips
 
     def settle() -> None:
         """The numbers of the oldest step under way have come."""

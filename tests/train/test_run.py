@@ -245,5 +245,18 @@ def test_a_run_says_what_to_expect(run_config, tmp_path):
     run.reach(1)
     run.process.send_signal(signal.SIGTERM)
     text = run.end(143)
+    assert "spectrograms have mean" not in text
     assert "train.batch_size is 256, the dataset has 26 clips: the rest of each step is empty" in text
     assert "train.steps is 1,000: each clip will be seen 1,000 times. The paper's 20 epochs would be 20 steps" in text
+    other = [
+        "--data.audio_mean",
+        "-4.346",
+        "--data.audio_std",
+        "4.332",
+        "--train.steps",
+        "2",
+        "--train.warmup_steps",
+        "1",
+    ]
+    text = Run(run_config, tmp_path / "three", None, *other).end()
+    assert "data.audio_mean is -4.346 and data.audio_std 4.332: `equiav stats` says what fits the dataset" in text

@@ -1,0 +1,126 @@
+"""`equiav stats`: what a dataset is like, from some of its samples: the numbers that a recipe for it needs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+import yaml
+from rich.console import Console
+
+from equiav.augment.logmel import moments
+from equiav.config import ConfigError, DataConfig, ModelConfig, require
+from equiav.data.clips import DECODE_AUDIO, BadClipError
+from equiav.data.decoder import IMAGES
+from streaming import Dataset, Store
+from streaming.order import permutation
+from streaming.shards import Offsets
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Says how long clips are, how many frames they have, and the mean and deviation of their spectrograms."""
+
+    url: tyro.conf.Positional[str] = ""
+    """Folder of the dataset."""
+    samples: int = 1000
+    """Clips that are heard, of as many shards as there are; 0: all."""
+    write: Path | None = None
+    """File to write the settings into that the dataset wants (data.audio_mean, data.audio_std), for --config."""
+    seed: int = 0
+    """Of the choice."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+
+
+@dataclass
+class Stats:
+    clips: int = 0
+    seconds: list[float] = field(default_factory=list)
+    pictures: Counter[int] = field(default_factory=Counter)  # how many a clip has -> clips
+    refused: Counter[str] = field(default_factory=Counter)  # why -> clips
+    bins: int = 0  # of spectrograms
+    total: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.bins
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(max(0.0, self.squares / self.bins - self.mean**2))
+
+
+def gather(config: StatsConfig, dataset: Dataset) -> Stats:
+    stats, shards = Stats(), list(dataset)
+    order = permutation(config.seed, len(shards)).tolist()
+    of_each = -(-(config.samples or dataset.samples) // len(shards))
+    for number in order:
+        if config.samples and stats.clips >= config.samples:
+            break
+        shard = shards[number]
+        offsets = Offsets(dataset.store.read(shard.offsets_name))
+        most = min(of_each, len(offsets)) if config.samples else len(offsets)
+        for k in np.linspace(0, len(offsets) - 1, most).round().astype(int).tolist():
+            members = offsets[k].members
+            stats.clips += 1
+            stats.pictures[sum(name.rpartition(".")[2] in IMAGES for name in members)] += 1
+            sound = next((name for name in members if name in DECODE_AUDIO), "")
+            if not sound:
+                stats.refused["no sound"] += 1
+                continue
+            place = members[sound]
+            content = dataset.store.read(shard.name, place.offset, place.offset + place.length)
+            try:
+                audio = DECODE_AUDIO[sound](content, offsets[k].key, config.data)
+            except BadClipError as error:
+                stats.refused[error.reason] += 1
+                continue
+            stats.seconds.append(len(audio) / config.data.sample_rate)
+            bins, total, squares = moments(torch.from_numpy(audio.copy()), config.model, config.data)
+            stats.bins, stats.total, stats.squares = stats.bins + bins, stats.total + total, stats.squares + squares
+    return stats
+
+
+def run_stats(config: StatsConfig) -> None:
+    require(bool(config.url), "url", "not given", "the folder of a dataset")
+    if config.write and config.write.exists():
+        raise ConfigError(f"write: {config.write} exists already; name a file that does not")
+    dataset = Dataset(Store(config.url))
+    stats, console = gather(config, dataset), Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
+        f"{dataset.samples:,} clips in {len(dataset):,} shards, {dataset.bytes / 2**30:,.2f} GiB; {stats.clips:,} were heard"
+    )
+    for reason, count in stats.refused.most_common(5):
+        say(f"  training cannot use {count}: {reason}")
+    if not stats.bins:
+        raise ConfigError(f"url: none of {stats.clips} clips of {config.url} can be heard")
+    seconds = np.array(stats.seconds)
+    hours = seconds.mean() * dataset.samples / 3600
+    low, middle, high = np.percentile(seconds, (5, 50, 95))
+    say(
+        f"sound: {low:.1f} to {high:.1f} s (5th to 95th percentile), {middle:.1f} in the middle; about {hours:,.1f} hours in all"
+    )
+    pictures = ", ".join(f"{number} of {count:,} clips" for number, count in sorted(stats.pictures.items()))
+    say(f"pictures: {pictures}")
+    found = {"audio_mean": round(stats.mean, 3), "audio_std": round(stats.deviation, 3)}
+    say(
+        f"spectrograms: mean {stats.mean:.3f}, deviation {stats.deviation:.3f}: "
+        + " ".join(f"--data.{k} {v}" for k, v in found.items())
+    )
+    if config.write:
+        config.write.write_text(yaml.safe_dump({"data": found}))
+        say(f"wrote {config.write}, for --config")
