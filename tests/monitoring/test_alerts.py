@@ -138,7 +138,8 @@ MORE_THAT_ARE_FINE = {
 }
 
 # In a collapse, what follows from it calls nobody beside it.
-COLLAPSED = {'effective_rank{modality="image"}': constant(1.9), "step": constant(5000)}
+COLLAPSED = {'effective_rank{modality="image"}': constant(1.9), "step": constant(5000), "batch_clips": constant(8)}
+FEW_CLIPS = {'effective_rank{modality="image"}': constant(1.9), "batch_clips": constant(7)}  # cannot fill more
 NEARLY_COLLAPSED = {'effective_rank{modality="image"}': constant(2.1)}
 WITHIN_IT = ("EquiavNotLearning", "EquiavPredictorIdentity")
 
@@ -181,7 +182,7 @@ def of(alert):
         *(case([alert], changed) for changed in MORE_THAT_FIRE.get(alert, ())),
         *(case([], changed) for changed in MORE_THAT_ARE_FINE.get(alert, ())),
         *(case(["EquiavCollapsed"], fires | COLLAPSED) for _ in range(alert in WITHIN_IT)),
-        *(case([alert], fires | NEARLY_COLLAPSED) for _ in range(alert in WITHIN_IT)),
+        *(case([alert], fires | other) for other in (NEARLY_COLLAPSED, FEW_CLIPS) if alert in WITHIN_IT),
     ]
 
 
