@@ -114,7 +114,7 @@ class Cluster:
             time.sleep(0.3)
         return time.monotonic() - begun
 
-    def volumes(self, count=2):
+    def volumes(self, count=4):
         """Persistent volumes, empty, that a claim which names no class gets: as an administrator provides them.
 
         They are one folder of this machine on every node. A volume once claimed is not given to another claim: a test that
