@@ -163,6 +163,11 @@ def test_what_file_and_line_say_together_is_checked(yaml_file):
     assert read("--config", path, "--train.steps", "20000").train.warmup_steps == 14790
 
 
+def test_parts_of_a_file_may_refer_to_others(yaml_file):
+    text = "model: &m {size: tiny}\ntrain:\n  <<: {steps: 30, warmup_steps: 3}\n  steps: 40\n"
+    assert read("--config", yaml_file(text)).train.steps == 40
+
+
 def test_forms_of_the_line():
     assert read("--train.compile").train.compile is True
     assert read("--train.compile=true").train.compile is True

@@ -59,7 +59,7 @@ MISTAKES = {
     "index": "url is not given, expected the folder of the shards",
     "index nowhere": "nowhere has no shards: no file there ends in .tar",
     "verify others": NOTHING_IN,
-    "plan --world_size 0": "world_size is 0, expected 1 to 8, the micro-batches in a step",
+    "plan --world_size 9": "world_size is 9, expected 1 to 8, the micro-batches in a step",
     "top": "where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one",
     "top others": "where: others has no metrics.jsonl: no run has written there",
     "top localhost:1": "no node answers at localhost:1: ",

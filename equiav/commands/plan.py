@@ -21,17 +21,21 @@ SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every
 class PlanConfig(Config):
     """Parameters, multiply-adds, memory and traffic of a configuration, without a GPU."""
 
-    world_size: int = 8
-    """Processes (GPUs) that share the global batch."""
+    world_size: int = 0
+    """Processes (GPUs) that share the global batch. 0: eight, or as many as can share it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            1 <= self.world_size <= self.train.micro_batches,
+            0 <= self.world_size <= self.train.micro_batches,
             "world_size",
             self.world_size,
             f"1 to {self.train.micro_batches}, the micro-batches in a step",
         )
+
+    @property
+    def processes(self) -> int:
+        return self.world_size or min(8, self.train.micro_batches)
 
 
 @dataclass
@@ -62,7 +66,7 @@ def make_plan(config: PlanConfig) -> Plan:
     for name, parameter in model.named_parameters():
         part = " ".join(name.split(".")[:2]) if "." in name else name
         parts[part] = parts.get(part, 0) + parameter.numel() * (1 + further * (".blocks.1." in name))
-    total, W, G = sum(parts.values()), config.world_size, config.train.batch_size
+    total, W, G = sum(parts.values()), config.processes, config.train.batch_size
     p = min(config.train.micro_batch, G)
     most, fewest = -(-config.train.micro_batches // W), config.train.micro_batches // W  # of a process
     embeddings = 2 if config.objective.intra == "none" else 6  # of a sample
@@ -175,7 +179,7 @@ def _centroid_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan, config: PlanConfig) -> Table:
-    W, gib, mib = config.world_size, 2**30, 2**20
+    W, gib, mib = config.processes, 2**30, 2**20
     table = _table(
         f"Memory and traffic of one of {W} processes, global batch {config.train.batch_size}", "what", "size"
     )

@@ -182,6 +182,8 @@ class Strict(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # <<: *others
+                continue
             if key.tag != "tag:yaml.org,2002:str":
                 found = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list"
                 raise yaml.MarkedYAMLError(problem=f"a name is {found}, expected text", problem_mark=key.start_mark)

@@ -71,6 +71,7 @@ def test_traffic_and_memory():
     assert (recomputed.local_batch, recomputed.kept_batch) == (64, 32)
     assert recomputed.weight_bytes == total * (2 * 3 * 4 + 8) * 3 // 4
     assert plan("tiny", world_size=1).weight_bytes == 0
+    assert plan("tiny", world_size=0, train={"micro_batch": 128}).local_batch == 128  # two can share it
     uneven = plan("tiny", world_size=3)
     assert uneven.local_batch == 3 * 32
     assert uneven.embedding_bytes == 6 * (256 - 2 * 32) * 64 * 4
@@ -98,7 +99,7 @@ def test_activations_are_what_autograd_really_keeps():
     assert make_plan(config).activation_bytes == pytest.approx(kept(9) - kept(8), rel=0.02)
 
 
-@pytest.mark.parametrize("world_size", [0, 9])
+@pytest.mark.parametrize("world_size", [-1, 9])
 def test_more_processes_than_micro_batches_are_refused(world_size):
     with pytest.raises(ConfigError, match=f"world_size is {world_size}, expected 1 to 8, the micro-batches in a step"):
         plan("tiny", world_size=world_size)
