@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig, require
 from equiav.model import EquiAV
 from equiav.model.arithmetic import Side, count
+from equiav.train import fit
+from streaming import Dataset, Store
 
 FLOAT32, FLOAT64 = 4, 8
 SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every width
@@ -19,10 +23,15 @@ SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every
 
 @dataclass(frozen=True)
 class PlanConfig(Config):
-    """Parameters, multiply-adds, memory and traffic of a configuration, without a GPU."""
+    """Parameters, multiply-adds, memory and traffic of a configuration, without a GPU. With --stream.url: settings that fit that
+    dataset and this machine, and how long a run would take."""
 
     world_size: int = 0
     """Processes (GPUs) that share the global batch. 0: eight, or as many as can share it."""
+    write: Path | None = None
+    """File for the settings that fit (with --stream.url), for --config."""
+    price: float = 0.0
+    """Of an hour of this machine, in whatever money."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +126,21 @@ def _activation_bytes(config: Config) -> int:
 
 
 def run_plan(config: PlanConfig) -> None:
+    if config.write:
+        require(bool(config.stream.url), "write", config.write, "a dataset to fit the settings to (--stream.url)")
+        require(not config.write.exists(), "write", f"{config.write}, which exists", "a file that does not")
     plan, console = make_plan(config), Console()
+    if config.stream.url:
+        dataset = Dataset(Store(config.stream.url, config.stream.patience))
+        config = fit.fit(config, dataset, plan.activation_bytes)
+        for line in fit.words(config, dataset, fit.measure(config), config.price):
+            console.print(line, highlight=False, soft_wrap=True)
+        if config.write:
+            config.write.write_text(yaml.safe_dump(fit.settings(config), sort_keys=False))
+            console.print(
+                f"wrote {config.write}: equiav pretrain --config {config.write}", highlight=False, soft_wrap=True
+            )
+        return
     console.print(_parameter_table(plan, config.model))
     console.print(_compute_table(plan))
     if config.model.predictor == "attention":

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 import yaml
 from rich.console import Console
 
-from equiav.augment.logmel import moments
 from equiav.config import ConfigError, DataConfig, ModelConfig, require
-from equiav.data.clips import DECODE_AUDIO, BadClipError
-from equiav.data.decoder import IMAGES
+from equiav.data.survey import survey
 from streaming import Dataset, Store
-from streaming.order import permutation
-from streaming.shards import Offsets
 
 
 @dataclass(frozen=True)
@@ -41,62 +34,12 @@ class StatsConfig:
         require(self.samples >= 0, "samples", self.samples, "0 or more")
 
 
-@dataclass
-class Stats:
-    clips: int = 0
-    seconds: list[float] = field(default_factory=list)
-    pictures: Counter[int] = field(default_factory=Counter)  # how many a clip has -> clips
-    refused: Counter[str] = field(default_factory=Counter)  # why -> clips
-    bins: int = 0  # of spectrograms
-    total: float = 0.0
-    squares: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.bins
-
-    @property
-    def deviation(self) -> float:
-        return math.sqrt(max(0.0, self.squares / self.bins - self.mean**2))
-
-
-def gather(config: StatsConfig, dataset: Dataset) -> Stats:
-    stats, shards = Stats(), list(dataset)
-    order = permutation(config.seed, len(shards)).tolist()
-    of_each = -(-(config.samples or dataset.samples) // len(shards))
-    for number in order:
-        if config.samples and stats.clips >= config.samples:
-            break
-        shard = shards[number]
-        offsets = Offsets(dataset.store.read(shard.offsets_name))
-        most = min(of_each, len(offsets)) if config.samples else len(offsets)
-        for k in np.linspace(0, len(offsets) - 1, most).round().astype(int).tolist():
-            members = offsets[k].members
-            stats.clips += 1
-            stats.pictures[sum(name.rpartition(".")[2] in IMAGES for name in members)] += 1
-            sound = next((name for name in members if name in DECODE_AUDIO), "")
-            if not sound:
-                stats.refused["no sound"] += 1
-                continue
-            place = members[sound]
-            content = dataset.store.read(shard.name, place.offset, place.offset + place.length)
-            try:
-                audio = DECODE_AUDIO[sound](content, offsets[k].key, config.data)
-            except BadClipError as error:
-                stats.refused[error.reason] += 1
-                continue
-            stats.seconds.append(len(audio) / config.data.sample_rate)
-            bins, total, squares = moments(torch.from_numpy(audio.copy()), config.model, config.data)
-            stats.bins, stats.total, stats.squares = stats.bins + bins, stats.total + total, stats.squares + squares
-    return stats
-
-
 def run_stats(config: StatsConfig) -> None:
     require(bool(config.url), "url", "not given", "the folder of a dataset")
     if config.write and config.write.exists():
         raise ConfigError(f"write: {config.write} exists already; name a file that does not")
     dataset = Dataset(Store(config.url))
-    stats, console = gather(config, dataset), Console()
+    stats, console = survey(dataset, config.model, config.data, config.samples, config.seed), Console()
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

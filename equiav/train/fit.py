@@ -1,0 +1,99 @@
+"""`equiav plan --stream.url URL`: settings that fit a dataset and this machine, and how long a run with them would take here."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from equiav.config import Config, ConfigError
+from equiav.data.stream import batches, open_stream
+from equiav.data.survey import survey
+from equiav.parallel import Ranks
+from equiav.train.loop import initial_state, steps
+from streaming import Dataset
+
+C = TypeVar("C", bound=Config)
+EPOCHS, WARM_UP = 20, 2  # the paper's, on AudioSet-2M
+HEARD = 200  # clips
+FIRST, MEASURED = 3, 8  # steps: those that start things, those that are timed
+ROOM = 0.7  # share of the memory that activations may take
+
+
+def fit(config: C, dataset: Dataset, activation_bytes: int) -> C:
+    """activation_bytes: of a sample, in bfloat16."""
+    n, t, device = dataset.samples, config.train, config.device
+    if n < 2:
+        raise ConfigError(f"stream.url: {config.stream.url} has {n} clip(s), expected 2 or more")
+    # Quarter of the dataset at most: an epoch of some steps, each with other clips to compare with.
+    G = min(t.batch_size, 2 ** max(1, int(math.log2(max(2, n / 4)))))
+    per_epoch = -(-n // G)
+    of_a_clip = activation_bytes * (1 if device == "cuda" else 2)
+    p = min(t.micro_batch, G, 2 ** int(math.log2(max(1, ROOM * free_memory(device) / of_a_clip))))
+    heard = survey(dataset, config.model, config.data, HEARD)
+    if not heard.bins:
+        raise ConfigError(f"stream.url: none of {heard.clips} clips of {config.stream.url} can be heard")
+    cores = len(os.sched_getaffinity(0)) // (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
+    return replace(
+        config,
+        data=replace(config.data, audio_mean=round(heard.mean, 3), audio_std=round(heard.deviation, 3)),
+        stream=replace(config.stream, workers=min(8, max(1, cores - 1))),
+        train=replace(t, batch_size=G, micro_batch=p, steps=EPOCHS * per_epoch, warmup_steps=WARM_UP * per_epoch),
+    )
+
+
+def free_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def measure(config: Config) -> float:
+    """Seconds of a step, in one process on this machine, with the dataset's own clips."""
+    few = replace(config, train=replace(config.train, steps=max(config.train.steps, FIRST + MEASURED)))
+    ranks = Ranks(config.device)
+    state = initial_state(few, ranks)
+    with open_stream(few) as loader:
+        running = steps(few, ranks, state, batches(loader))
+        for _ in range(FIRST):
+            next(running).read()
+        begun = time.perf_counter()
+        for _ in range(MEASURED):
+            next(running).read()
+        seconds = (time.perf_counter() - begun) / MEASURED
+    return seconds
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What a recipe says, for --config."""
+    t, s = config.train, config.stream
+    return {
+        "device": config.device,
+        "model": {"size": config.model.size},
+        "data": {"audio_mean": config.data.audio_mean, "audio_std": config.data.audio_std},
+        "stream": {"url": s.url, "workers": s.workers},
+        "train": {
+            name: getattr(t, name) for name in ("batch_size", "micro_batch", "steps", "warmup_steps", "lr", "lr_start")
+        },
+    }
+
+
+def words(config: Config, dataset: Dataset, seconds: float, price: float) -> Iterator[str]:
+    t = config.train
+    hours = t.steps * seconds / 3600
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    yield (
+        f"{dataset.samples:,} clips: batches of {t.batch_size}, {t.steps:,} steps ({EPOCHS} epochs), of which {t.warmup_steps:,} "
+        f"to warm up; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
+    )
+    yield f"a step takes {seconds:.2f} s here, in one process: the run would take {took}" + (
+        f", and cost {hours * price:,.2f} at {price:g} an hour" if price else ""
+    )
+    if t.batch_size < 64:
+        yield "a batch this small has little to compare with: expect a weaker model, or gather more clips"
