@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pickle
 import re
 import tempfile
 import zipfile
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from equiav.config import ConfigError, ModelSettings, from_dict, to_dict
+from equiav.config import ConfigError, ModelSettings, from_dict, require, to_dict
 from equiav.model import EquiAV
 from equiav.model.importers import CheckpointError, Format, Imported, detect, import_state, own_state, strip
 from streaming import Store
@@ -55,9 +54,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
             raise ConfigError(f"{folder}: no {name} there; expected a model folder as `equiav import` writes it")
     source = str(folder / SETTINGS)
     try:
-        settings = from_dict(ModelSettings, json.loads((folder / SETTINGS).read_text()), source)
-    except json.JSONDecodeError as error:
+        values = json.loads((folder / SETTINGS).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected settings, found {type(values).__name__}")
+    settings = from_dict(ModelSettings, values, source)
     try:
         return safetensors.torch.load_file(folder / WEIGHTS), settings
     except safetensors.SafetensorError as error:
@@ -74,7 +76,15 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
                 path = path / "model"
             if path.is_dir():
                 state, theirs = read_folder(path)
+                for name in ("heads", "predictor_heads"):  # which no shape shows
+                    found, here = getattr(theirs.model, name), getattr(settings.model, name)
+                    require(found == here, f"model.{name}", here, f"{found}, as that model has")
                 imported = own_state(state, initial_model(settings, seed))
+                imported.notes += [
+                    f"that model was trained with data.{name} {getattr(theirs.data, name):g}, here it is {value:g}"
+                    for name, value in vars(settings.data).items()
+                    if name in ("audio_mean", "audio_std", "sample_rate") and value != getattr(theirs.data, name)
+                ]
             else:
                 kind, imported = from_checkpoint(path, settings, seed)
                 theirs = settings_of(kind, settings)
@@ -151,7 +161,7 @@ def read_checkpoint(path: Path) -> Any:
             [argparse.Namespace]
         ):  # the arguments of a training program, as MAE keeps them: a bare holder
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever torch has to say of a file that may hold anything
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             what = f"holds an object of class {named[1]}, which is not read: it could run code. Save its state_dict() alone"
         elif archive:

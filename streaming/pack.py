@@ -86,13 +86,14 @@ def pack(
         packed = json.loads(store.read(PACKED)) if store.exists(PACKED) else begun
         if packed != {"items": len(items), "digest": digest}:
             raise DatasetError(
-                f"{store.url} already holds a dataset, of other items or settings; remove it, or pack into another folder"
+                f"{store.url} already holds a dataset, of other items or settings, or of files that have changed since; remove "
+                "it, or pack into another folder"
             )
         return _clear_up(store, len(items))  # it was killed after the index, or is finished
     if begun and begun != {"items": len(items), "digest": digest}:
         raise DatasetError(
-            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; "
-            "go on with those, or remove the folder"
+            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}, or files have "
+            "changed since; go on with those, or remove the folder"
         )
     if not begun:
         store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())

@@ -105,6 +105,9 @@ def test_printed_config_reads_back_to_itself(yaml_file):
         ("train:\n  lr: 1\n  lr: 2\n", "line 3: not valid YAML: lr stands there twice"),
         ("1: 2\n", "line 1: not valid YAML: a name is '1', expected text"),
         ("? [a, b]\n: 3\n", "line 1: not valid YAML: a name is a list, expected text"),
+        ("seed: 1999-13-45\n", "not valid YAML: month must be in 1..12"),
+        ('seed: !!int "x"\n', "not valid YAML: invalid literal for int"),
+        ("model: {size: [1]}\n", r"model.size is \[1\], expected one of tiny"),
         ("a: \0", "not valid YAML: unacceptable character"),
         ("train:\n  betas: [0.9]\n", r"train.betas: found \[0.9\], expected 2 values, each a finite number"),
         ("train:\n  betas: [0.9, x]\n", r"train.betas: found \[0.9, 'x'\], expected 2 values"),
@@ -136,6 +139,7 @@ def test_mistakes_in_a_file_are_named(yaml_file, text, message):
             ["--train.betas", "0.9", "0.95", "0.99"],
             "'0.99' is not expected; settings are given as --section.field value",
         ),
+        (["--no-seed", "3"], "there is no --no_seed; did you mean --seed?"),
         (["stray"], "'stray' is not expected; settings are given as --section.field value"),
         (["--train.compile=maybe"], "--train.compile: found 'maybe', expected true or false"),
         (

@@ -47,8 +47,10 @@ def write_video(
     loudness=0.4,
     aspect=None,
     audio=None,
+    late=0.0,
 ):
-    """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without."""
+    """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without. late:
+    seconds after the picture at which the sound begins."""
     with av.open(str(path), "w") as file:
         streams = []
         if video:
@@ -68,7 +70,7 @@ def write_video(
             waves = tones(seconds, rate, pitches, loudness) if audio is None else audio
             stream = file.add_stream(sound, rate=rate, layout="stereo" if len(waves) == 2 else "mono")
             frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1).copy(), format="s16", layout=stream.layout.name)
-            frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+            frame.sample_rate, frame.pts, frame.time_base = rate, round(late * rate), Fraction(1, rate)
             streams.append((stream, [frame]))
         for stream, frames in streams:
             for frame in [*frames, None]:

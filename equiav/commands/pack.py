@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -169,12 +171,12 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             processes=config.processes,
             max_shard_bytes=config.max_shard_bytes,
             part_items=config.shard_samples,
-            settings=repr(shape),
+            settings=f"{shape!r} {stamp(items)}",
             timeout=config.timeout,
             report=report,
         )
         report(done)
-    if passed_over:
+    if passed_over and not finished:
         store.write(
             PASSED_OVER, "".join(json.dumps({"path": p, "why": w}) + "\n" for p, w in passed_over.items()).encode()
         )
@@ -193,13 +195,34 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         console.print(f"  passed over: {count}, {why} ({PASSED_OVER} names them)", highlight=False, soft_wrap=True)
 
 
+def stamp(items: list[Item]) -> str:
+    """Of the files of videos: one that is another now makes another dataset."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        {
+            content if isinstance(content, str) else content[0]
+            for _, content in items
+            if isinstance(content, str | tuple)
+        }
+    ):
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def open_source(
     config: PackConfig, shape: Shape
 ) -> tuple[list[Item], Callable[[Any], dict[str, bytes]], dict[str, str]]:
     """-> what to pack, what makes a sample of each, and path -> why, of files that are none of it."""
     kind, _, count = config.source.partition(":")
     if kind == "synthetic":
-        require(count.isdigit() and int(count) > 0, "source", config.source, "synthetic:COUNT with a positive number")
+        require(
+            count.isdecimal() and count.isascii() and int(count) > 0,
+            "source",
+            config.source,
+            "synthetic:COUNT with a positive number",
+        )
         world = World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate)
         return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape), {}
     source = Path(config.source).expanduser()

@@ -78,8 +78,10 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
             continue
         name, equals, value = word.removeprefix("-h" if word == "-h" else "--").partition("=")
         name = (name or "help").replace("-", "_")
-        off = name.rpartition(".")[2].startswith("no_") and name not in options
-        name = name.replace("no_", "", 1) if off else name
+        section, _, field = name.rpartition(".")
+        positive = f"{section}.{field[3:]}" if section else field[3:]
+        off = field.startswith("no_") and options.get(positive) is bool
+        name = positive if off else name
         if name not in options:
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
@@ -167,8 +169,13 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{source}{place}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # of values that are none of their kind
+        raise ConfigError(f"{source}: not valid YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{source}: expected settings (`section:` then `field: value`), found {type(values).__name__}"
@@ -207,7 +214,7 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str, given: Collecti
     if "model" in sections:
         model = values.get("model", {})
         size = model.get("size", "vit_b16")
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             where = "" if "model.size" in given else f"{source}: "
             raise ConfigError(f"{where}model.size is {size!r}, expected one of {', '.join(SIZES)}")
         values["model"] = {**model, "size": size}
@@ -274,7 +281,9 @@ def _expected(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         return f"{len(kinds)} values, each {_expected(kinds[0])}"
-    return {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "text", Path: "a path"}.get(
+        kind, str(kind)
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpe
           ".asf", ".ogv", ".vob", ".mxf")  # fmt: skip
 # Frames whose values differ by no more than this everywhere are the same picture: what a codec makes of one differs by up to 10.
 STILL = 12
+AV_TIME_BASE = 1_000_000  # of a seek, a second
+GAP = 0.1  # seconds of sound that may be missing without being filled
 APART = 0.8  # picture and sound belong together if the shorter is so much of the longer, or within a second
 
 Found = list[tuple[str, Any]]  # key, and what a clip is made of
@@ -48,7 +50,12 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
     """A folder (searched through), or a text file with a path a line -> (key, path) of each video; and path -> why, of what else
     the folder has."""
     if not source.is_dir():
-        lines = [line.strip() for line in source.read_text("utf-8-sig").splitlines()]
+        try:
+            lines = [line.strip() for line in source.read_text("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"source {source}: byte {error.start} is no UTF-8, expected a video's path a line"
+            ) from None
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"source {source} lists no videos")
@@ -110,15 +117,70 @@ def length_of(path: str) -> float:
 
     try:
         with av.open(path) as file:
-            return (file.duration or 0) / av.time_base
-    except (av.error.FFmpegError, OSError, ValueError):
+            if file.duration:
+                return file.duration / AV_TIME_BASE
+            # A recording of something live does not say: its last packet does.
+            ends = [float(p.pts * p.time_base) for p in file.demux(video=0) if p.pts is not None]
+            return max(ends) - min(ends) if ends else 0.0
+    except (av.error.FFmpegError, OSError, ValueError, IndexError):
         return 0.0
+
+
+def origin_of(file: Any) -> float:
+    """The time at which a file begins, on the clock of its streams: of its picture, where it has one."""
+    for stream in (*file.streams.video, *file.streams.audio):
+        if stream.start_time is not None:
+            return float(stream.start_time * stream.time_base)
+    return 0.0
+
+
+def frames_from(file: Any, stream: Any, at: float) -> Iterator[Any]:
+    """Decoded frames, of which the first is not later than `at`. Not every container finds its way there at once, nor back to its
+    beginning: then it is opened anew."""
+    for begin in (at, at - 2.0, at - 10.0):
+        if begin <= origin_of(file):
+            break
+        file.seek(int(begin * AV_TIME_BASE))
+        decoded = _decoded(file, stream)
+        first = next(decoded, None)
+        if first is not None and first.time is not None and first.time <= at:
+            yield first
+            yield from decoded
+            return
+    yield from all_frames(file.name, stream.index)
+
+
+def all_frames(path: str, index: int) -> Iterator[Any]:
+    import av
+
+    with av.open(path) as file:
+        yield from file.decode(file.streams[index])
+
+
+def _decoded(file: Any, stream: Any) -> Iterator[Any]:
+    """From where the file stands: what comes before the first whole frame there is passed over."""
+    import av.error
+
+    whole = False
+    for packet in file.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            if whole:
+                raise
+            continue
+        whole = whole or bool(frames)
+        yield from frames
 
 
 def list_frames(source: Path) -> list[tuple[str, dict[str, Any]]]:
     """A CAV-MAE or EquiAV list: {"data": [{"video_id", "wav", "video_path", "labels"}]} -> (key, entry)."""
     try:
         entries = json.loads(source.read_text("utf-8-sig"))["data"]
+        for entry in entries:
+            for name in ("video_id", "wav", "video_path"):
+                if not isinstance(entry[name], str):
+                    raise TypeError(f"{name} is {entry[name]!r}, expected text")
         return [
             (_key(entry["video_id"]), {k: entry[k] for k in ("video_id", "wav", "video_path", "labels")})
             for entry in entries
@@ -198,25 +260,37 @@ def read_audio(path: str, shape: Shape, begin: float = 0.0, end: float = math.in
         with av.open(path) as file:
             if not file.streams.audio:
                 raise BadSample("no sound", f"{path} has no audio stream")
-            to_mono = av.AudioResampler(format="s16", layout="mono", rate=shape.data.sample_rate)
-            parts, at = [], None
-            origin = (file.streams.audio[0].start_time or 0) * (file.streams.audio[0].time_base or 0)
-            if begin:
-                file.seek(int((begin + origin) * av.time_base))
-            for frame in file.decode(audio=0):
-                if frame.time is not None and frame.time - origin > end:
+            stream, rate, origin = file.streams.audio[0], shape.data.sample_rate, origin_of(file)
+            to_mono = av.AudioResampler(format="s16", layout="mono", rate=rate)
+            parts, told = [], 0  # samples so far
+            first: Any = None  # seconds
+            for frame in frames_from(file, stream, origin + begin) if begin else file.decode(stream):
+                time = None if frame.time is None else frame.time - origin
+                if time is not None and time > end:
                     break
-                at = (frame.time or 0) - origin if at is None else at
-                parts += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
+                first = (time or 0.0) if first is None else first
+                missing = 0 if time is None else round((time - first) * rate) - told
+                if missing > GAP * rate:  # what is not there is silence, or all that follows would be early
+                    parts.append(np.zeros(missing, np.int16))
+                    told += missing
+                for part in to_mono.resample(frame):
+                    parts.append(part.to_ndarray()[0])
+                    told += len(parts[-1])
             parts += [part.to_ndarray()[0] for part in to_mono.resample(None)]
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadSample):
             raise
         raise BadSample("missing" if isinstance(error, FileNotFoundError) else "corrupt", f"{path}: {error}") from None
     audio = np.concatenate(parts) if parts else np.empty(0, np.int16)
+    lead = round(
+        (begin - (first or 0.0)) * shape.data.sample_rate
+    )  # of what was decoded before it begins; negative: it lacks
+    if lead > 0:
+        audio = audio[lead:]
+    elif -lead > GAP * shape.data.sample_rate:
+        audio = np.concatenate([np.zeros(-lead, np.int16), audio])
     if end < math.inf:
-        first = round((begin - (at or 0)) * shape.data.sample_rate)
-        audio = audio[max(0, first) : max(0, first + round((end - begin) * shape.data.sample_rate))]
+        audio = audio[: round((end - begin) * shape.data.sample_rate)]
     seconds = len(audio) / shape.data.sample_rate
     if seconds < shape.data.min_seconds:
         raise BadSample("too short", f"{path} has {seconds:.2f} s of sound, data.min_seconds={shape.data.min_seconds}")
@@ -245,7 +319,7 @@ def read_frames(
             stream = file.streams.video[0]
             aspect = stream.sample_aspect_ratio
             if end < math.inf:
-                first = float((stream.start_time or 0) * (stream.time_base or 0)) + begin
+                first = origin_of(file) + begin
                 length = min(end, float((stream.duration or 0) * (stream.time_base or 0)) or end) - begin
             else:
                 times = [
@@ -258,8 +332,7 @@ def read_frames(
                 raise BadSample("lengths differ", f"{path} has no picture from {begin:.1f} s on")
             wanted = [first + length * (k + 0.5) / shape.frames for k in range(shape.frames)]
             nearest: list[Any] = [None] * shape.frames
-            file.seek(int(first * av.time_base) if begin else 0)
-            for frame in file.decode(stream):
+            for frame in frames_from(file, stream, first) if begin else all_frames(path, stream.index):
                 for k, at in enumerate(wanted):
                     if nearest[k] is None or abs(frame.time - at) < abs(nearest[k].time - at):
                         nearest[k] = frame

@@ -29,6 +29,7 @@ class Imported:
     used: list[str] = field(default_factory=list)  # keys of the source
     ignored: dict[str, str] = field(default_factory=dict)  # key of the source -> why
     fresh: dict[str, str] = field(default_factory=dict)  # our key that has its initial value -> why
+    notes: list[str] = field(default_factory=list)  # of what else is not as it was there
 
     def account(self) -> list[str]:
         """Lines for a reader."""
@@ -39,7 +40,7 @@ class Imported:
                 lines.append(
                     f"{word:8s} {len(keys):4d} tensors: {reason} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
                 )
-        return lines
+        return lines + self.notes
 
 
 Change = Callable[[Tensor], Tensor]
@@ -106,14 +107,14 @@ def import_state(state: Mapping[str, Tensor], kind: Format, model: EquiAV) -> Im
                 )
             if target in result.state:
                 raise CheckpointError(f"{key}: {target} already has a value from another key")
-            changed = change(tensor.detach().cpu())
+            changed = change(tensor.detach().cpu()) if tensor.numel() <= 1 << 34 else tensor
             if changed.shape != ours[target].shape:
                 raise CheckpointError(
                     f"{key}: shape {tuple(tensor.shape)} does not fit {target} "
                     f"{tuple(ours[target].shape)}; choose the model.size (and input sizes) that the "
                     "checkpoint was trained with"
                 )
-            result.state[target] = changed.to(ours[target].dtype).clone()
+            result.state[target] = finite(key, changed.to(ours[target].dtype).clone())
         result.used.append(key)
     for prefix in REQUIRED[kind]:
         for name in ours:
@@ -138,7 +139,7 @@ def own_state(state: Mapping[str, Tensor], model: EquiAV) -> Imported:
         found = state.get(name)
         if found is not None and found.shape == value.shape:
             require_plain(name, found)
-            result.state[name] = found.to(value.dtype)
+            result.state[name] = finite(name, found.to(value.dtype))
             result.used.append(name)
             continue
         why = (
@@ -153,12 +154,22 @@ def own_state(state: Mapping[str, Tensor], model: EquiAV) -> Imported:
 
 def require_plain(key: str, tensor: Tensor) -> None:
     """Real numbers, all of them there."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_floating_point():
+    if (
+        tensor.is_nested
+        or tensor.layout != torch.strided
+        or tensor.device.type == "meta"
+        or not tensor.is_floating_point()
+    ):
         kind = str(tensor.layout).removeprefix("torch.")
         kind = "without data (on meta)" if tensor.device.type == "meta" else f"{kind}, {tensor.dtype}"
         raise CheckpointError(f"{key}: is {kind}, expected a dense tensor of floating-point numbers")
+
+
+def finite(key: str, tensor: Tensor) -> Tensor:
+    """In the precision in which it is used."""
     if not tensor.isfinite().all():
         raise CheckpointError(f"{key}: holds values that are not finite")
+    return tensor
 
 
 REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -205,7 +216,7 @@ def _one_channel(weight: Tensor) -> Tensor:
     """A spectrogram as three equal channels is one channel with the sum of their weights: (D, 3, p, p) -> (D, 1, p, p)."""
     if weight.dim() != 4 or weight.shape[1] != 3:
         return weight
-    return weight.double().sum(dim=1, keepdim=True).to(weight.dtype)
+    return weight.double().sum(dim=1, keepdim=True)
 
 
 def _equiav_rules(model: EquiAV, state: Mapping[str, Tensor]) -> list[Rule]:

@@ -255,8 +255,8 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -
 
 
 def named(source: str) -> str:
-    """Without a password."""
-    return Store(source).url if "://" in source else source
+    """Without a password; a path however it was written."""
+    return Store(source).url if "://" in source else str(Path(source).expanduser().absolute()) if source else ""
 
 
 def digest_of(weights: Mapping[str, torch.Tensor]) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from equiav.config import ConfigError, DataConfig
 from equiav.data.clips import decode_frame, decode_wav, encode_frame, encode_wav
-from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
+from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos, read_audio
 from equiav.data.synthetic import World
 from streaming import BadSample
 from tests.videos import peaks, ramp, rotate, still, time_of, tones, write_video
@@ -188,6 +188,19 @@ def test_what_cannot_be_used_is_rejected_by_name(tmp_path, settings, reason, det
     assert found == reason
     assert re.search(detail, said)
     assert reason == "frozen" or "clip.mp4" in said
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_sound_that_begins_later_is_heard_later(tmp_path, name):
+    """Two seconds of silence, then the tone: whole, and in clips."""
+    path = str(write_video(tmp_path / name, seconds=8.0, audio=tones(6.0, 44100, (440, 440)), late=2.0))
+    whole = read_audio(path, SHAPE)
+    assert np.abs(whole[: int(1.9 * 16000)]).max() < 50
+    assert np.abs(whole[int(2.1 * 16000) : int(2.3 * 16000)]).max() > 5000
+    second = read_audio(path, SHAPE, 1.0, 5.0)
+    assert np.abs(second[: int(0.9 * 16000)]).max() < 50
+    assert np.abs(second[int(1.1 * 16000) : int(1.3 * 16000)]).max() > 5000
+    assert abs(len(second) - 4 * 16000) <= 1
 
 
 def test_a_frozen_picture_is_packed_where_that_is_asked(tmp_path):

@@ -487,6 +487,16 @@ def test_what_training_programs_leave_beside_the_model(tmp_path):
         assert all(torch.equal(state[name], x) for name, x in reference.items())
 
 
+def test_what_becomes_infinite_on_the_way_is_refused(tmp_path):
+    half = {name: x.half() for name, x in mae_layout()["model"].items()}
+    half["patch_embed.proj.weight"] = torch.full_like(half["patch_embed.proj.weight"], 60000.0)
+    state = run(tmp_path, {"model": half})[2].state
+    assert state["audio.encoder.patch_embed.weight"].max() == 180_000  # in half precision it would be infinite
+    half["norm.bias"] = torch.full((D,), 1e300, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"norm\.bias: holds values that are not finite"):
+        run(tmp_path, {"model": half})
+
+
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"is a folder, expected a \.pth file"):
         import_checkpoint(ImportConfig(checkpoint=tmp_path, out=tmp_path / "out", model=SMALL))

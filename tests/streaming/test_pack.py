@@ -327,7 +327,10 @@ def test_a_dataset_is_not_packed_over(whole):
     before = files(whole)
     packed(whole)  # it is finished
     assert files(whole) == before
-    with pytest.raises(DatasetError, match=f"{whole} already holds a dataset, of other items or settings; remove it"):
+    with pytest.raises(
+        DatasetError,
+        match=f"{whole} already holds a dataset, of other items or settings, or of files that have changed since; remove it",
+    ):
         packed(whole, settings="quality 80")
     assert files(whole) == before
 

@@ -119,6 +119,23 @@ def test_from_a_run_of_ours(config, whole, tmp_path):
         assert all(torch.equal(state.state[name], x) for name, x in weights.items())
 
 
+def test_what_no_shape_shows(whole, tmp_path):
+    """Heads, and the scale of spectrograms."""
+    values = json.loads((whole[0] / "model" / "config.json").read_text())
+    values["data"]["audio_mean"] = -4.0
+    settings = from_dict(RunConfig, values, "test")
+    assert initial_weights(str(whole[0]), settings, 0).notes == [
+        "that model was trained with data.audio_mean -10.3, here it is -4"
+    ]
+    values["model"]["heads"] = 1
+    with pytest.raises(ConfigError, match=r"init: model\.heads is 1, expected 2, as that model has"):
+        initial_weights(str(whole[0]), from_dict(RunConfig, values, "test"), 0)
+    shutil.copytree(whole[0] / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="expected settings, found list"):
+        initial_weights(str(tmp_path / "model"), settings, 0)
+
+
 def test_from_a_store(config, whole, tmp_path, monkeypatch):
     (tmp_path / "bucket" / "runs" / "one").mkdir(parents=True)
     shutil.copytree(whole[0] / "model", tmp_path / "bucket" / "runs" / "one" / "model")
