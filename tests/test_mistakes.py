@@ -14,7 +14,7 @@ FILES = {
     "twice.yaml": "train: {steps: 5}\ntrain: {lr: 1.0e-3}\n",
     "nested.yaml": "train: {steps: {a: 1}}\n",
     "ten.yaml": "train: {steps: 10}\n",
-    "others/a.wmv": "x",
+    "others/a.doc": "x",
 }
 NOTHING_IN = "`equiav pack` writes one; `equiav index` makes the index of shards that are there already"
 

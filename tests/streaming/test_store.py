@@ -148,11 +148,12 @@ def test_a_removal_whose_answer_is_lost_is_done(proxy, bucket):
 def test_while_the_store_is_down_it_waits_and_then_goes_on(proxy, bucket):
     store = Store(bucket, patience=60, options=proxy.options())
     proxy.down = True
-    timer = threading.Timer(2, setattr, (proxy, "down", False))
-    timer.start()
-    assert store.read("big") == BIG
-    assert store.counts["retries"] >= 3
-    timer.join()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(store.read, "big")
+        while store.counts["retries"] < 3:
+            time.sleep(0.05)
+        proxy.down = False
+        assert reading.result() == BIG
 
 
 def test_a_server_that_was_killed_and_started_again_is_found_again(s3, tmp_path):
