@@ -56,6 +56,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_recomputing_takes_memory_for_one_micro_batch():
     """Of 96 rows, twelve micro-batches."""
     taken = {}

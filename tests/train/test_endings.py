@@ -41,6 +41,7 @@ def test_who_is_asked_to_end_saves_first(run_config, whole, tmp_path, how):  # n
     assert [row["step"] for row in lines(tmp_path / "starts.jsonl")] == [0, last + 1]
 
 
+@pytest.mark.slow
 def test_data_that_comes_slowly_is_not_waited_for_before_the_save(run_config, tmp_path):
     """Three batches of 6 seconds each are being decoded when it is asked to end."""
     arguments = ["--checkpoint.every_steps", "1000", "--stream.ahead", "3"]
@@ -94,6 +95,7 @@ def test_a_start_that_is_refused_does_not_disturb_the_live_run(run_config, whole
 # ---- checkpoints that cannot be used
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_cannot_be_used_does_not_begin_anew_by_itself(run_config, whole, tmp_path):  # noqa: F811
     run = Run(run_config, tmp_path)
     run.reach(9)
