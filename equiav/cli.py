@@ -48,6 +48,12 @@ COMMANDS = {
     ),
     "index": Command("make the index of shards that somebody else packed", "pack", "IndexConfig", "run_index"),
     "verify": Command("compare every byte of a dataset with its index", "pack", "VerifyConfig", "run_verify"),
+    "show": Command(
+        "show a dataset: hours, labels, what was rejected, some clips; or one clip, and the views that training makes of it",
+        "show",
+        "ShowConfig",
+        "run_show",
+    ),
     "stats": Command(
         "say what a dataset is like: lengths, pictures, mean and deviation of its spectrograms",
         "stats",

@@ -207,6 +207,16 @@ class Dataset:
         return numbers
 
 
+def read_offsets(store: Store, shard: Shard) -> Offsets:
+    try:
+        content = store.read(shard.offsets_name)
+    except Missing:
+        raise DatasetError(f"shard {shard.name}: its offsets file is missing") from None
+    if xxh3_64_hexdigest(content) != shard.offsets:
+        raise DatasetError(f"shard {shard.name}: its offsets file is not the one that the index was made with")
+    return Offsets(content)
+
+
 # ---- making and checking ------------------------------------------------------------------------------------------------
 
 
@@ -239,11 +249,9 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
         return {"shard": shard.name, "key": key, "reason": reason}
 
     try:
-        content = store.read(shard.offsets_name)
-    except Missing:
-        return [problem("its offsets file is missing")]
-    if xxh3_64_hexdigest(content) != shard.offsets:
-        return [problem("its offsets file is not the one that the index was made with")]
+        offsets = read_offsets(store, shard)
+    except DatasetError as error:
+        return [problem(str(error).removeprefix(f"shard {shard.name}: "))]
     try:
         with local_copy(store, shard.name) as path:
             if path.stat().st_size == shard.bytes and file_checksum(path) == shard.checksum:
@@ -253,7 +261,6 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
                     f"has {path.stat().st_size} bytes, expected {shard.bytes}, or other content than it was indexed with"
                 )
             ]
-            offsets = Offsets(content)
             with path.open("rb") as file:
                 for k in range(len(offsets)):
                     for extension, member in offsets[k].members.items():
@@ -268,7 +275,7 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
 
 def unusable(store: Store, shard: Shard, decoder: Decoder, most: int | None = None) -> tuple[int, list[Bad]]:
     """Of the samples of a shard, or of the first `most`: how many were tried, and those that a run could not use."""
-    offsets, bad = Offsets(store.read(shard.offsets_name)), []
+    offsets, bad = read_offsets(store, shard), []
     count = min(len(offsets), most or len(offsets))
     with local_copy(store, shard.name) as path, path.open("rb") as file:
         for k in range(count):

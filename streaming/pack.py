@@ -42,6 +42,7 @@ class Progress(NamedTuple):
 
 class Settings(NamedTuple):
     address: str  # of the store, with its password
+    patience: float
     options: dict[str, Any]
     max_shard_bytes: int
 
@@ -52,11 +53,12 @@ class Record(NamedTuple):
     shards: list[Shard]
     rejected: list[dict[str, str]]
     items: int
+    stamp: str  # of its items, as they were
 
     @classmethod
     def decode(cls, content: bytes) -> Record:
         record = json.loads(content)
-        return cls([Shard(*shard) for shard in record["shards"]], record["rejected"], record["items"])
+        return cls([Shard(*shard) for shard in record["shards"]], record["rejected"], record["items"], record["stamp"])
 
 
 def pack(
@@ -68,10 +70,14 @@ def pack(
     max_shard_bytes: int = 256 << 20,
     part_items: int = 512,
     settings: str = "",
+    stamps: Sequence[str] = (),
     timeout: float = 600.0,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Writes a dataset into an empty place, or goes on with what an earlier call with the same items and `settings` began.
+
+    stamps: what each item was when it was looked at, such as a file's size and time. Of what was begun, a part with an item
+    that is another now is packed again.
 
     `encode` raises BadSample for what cannot be used. An item over which its process dies, or that takes longer than
     `timeout` seconds, is rejected as such. processes=0: in a thread of this process.
@@ -80,11 +86,16 @@ def pack(
     digest = hashlib.sha256(
         json.dumps([part_items, max_shard_bytes, settings, [repr(item) for item in items]]).encode()
     ).hexdigest()
+    parts = -(-len(items) // part_items)
+    stamp = [
+        hashlib.sha256(json.dumps(list(stamps[k * part_items : (k + 1) * part_items])).encode()).hexdigest()
+        for k in range(parts)
+    ]
+    made_of = {"items": len(items), "digest": digest, "stamp": hashlib.sha256("".join(stamp).encode()).hexdigest()}
     plan = f"{RECORDS}/plan.json"
     begun = json.loads(store.read(plan)) if store.exists(plan) else None
     if store.exists(INDEX):
-        packed = json.loads(store.read(PACKED)) if store.exists(PACKED) else begun
-        if packed != {"items": len(items), "digest": digest}:
+        if not store.exists(PACKED) or json.loads(store.read(PACKED)) != made_of:
             raise DatasetError(
                 f"{store.url} already holds a dataset, of other items or settings, or of files that have changed since; remove "
                 "it, or pack into another folder"
@@ -92,24 +103,27 @@ def pack(
         return _clear_up(store, len(items))  # it was killed after the index, or is finished
     if begun and begun != {"items": len(items), "digest": digest}:
         raise DatasetError(
-            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}, or files have "
-            "changed since; go on with those, or remove the folder"
+            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; go on with those, "
+            "or remove the folder"
         )
     if not begun:
         store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
 
-    parts = -(-len(items) // part_items)
     finished = {int(name[:-5]) for name in store.list(RECORDS) if name[:-5].isdigit()}
     records = {k: Record.decode(store.read(f"{RECORDS}/{k:06d}.json")) for k in finished}
+    for k in [k for k, record in records.items() if record.stamp != stamp[k]]:
+        for shard in records.pop(k).shards:  # there may be fewer of them now
+            store.remove(shard.name)
+            store.remove(shard.offsets_name)
     todo = [k for k in range(parts) if k not in records]
-    destination = Settings(store.address, store.options, max_shard_bytes)
+    destination = Settings(store.address, store.patience, store.options, max_shard_bytes)
     packers = [_Packer(k, encode, destination, not processes) for k in range(min(max(1, processes), len(todo)))]
     try:
         while todo or any(packer.part is not None for packer in packers):
             for packer in packers:
                 if packer.part is None and todo:
                     k = todo.pop(0)
-                    packer.start(k, list(items[k * part_items : (k + 1) * part_items]))
+                    packer.start(k, list(items[k * part_items : (k + 1) * part_items]), stamp[k])
             for packer in packers:
                 packer.check(timeout)
             for connection in wait([packer.child.connection for packer in packers], timeout=1.0):
@@ -125,7 +139,7 @@ def pack(
     store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     if not shards:
         raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
-    store.write(PACKED, json.dumps({"items": len(items), "digest": digest}).encode())
+    store.write(PACKED, json.dumps(made_of).encode())
     write_index(store, shards)
     return _clear_up(store, len(items))
 
@@ -176,10 +190,10 @@ class _Packer:
     def _spawn(self) -> None:
         self.child = Child(f"packing process {self.number}", run_packer, (self.encode, self.settings), self.threads)
 
-    def start(self, part: int, items: list[Item], fatal: dict[int, tuple[str, str]] | None = None) -> None:
-        self.part, self.items, self.fatal = part, items, fatal or {}
+    def start(self, part: int, items: list[Item], stamp: str, fatal: dict[int, tuple[str, str]] | None = None) -> None:
+        self.part, self.items, self.stamp, self.fatal = part, items, stamp, fatal or {}
         self.done, self.current, self.since = 0, None, time.monotonic()
-        self.child.send((part, items, self.fatal))
+        self.child.send((part, items, stamp, self.fatal))
 
     def receive(self) -> tuple[int, Record] | None:
         """A finished part, where the message is that."""
@@ -209,17 +223,17 @@ class _Packer:
             raise ChildDied(f"packing process {self.number} ended outside any item: {detail}")
         self.child.stop()
         self._spawn()
-        self.start(self.part, self.items, {**self.fatal, self.current: (reason, detail)})
+        self.start(self.part, self.items, self.stamp, {**self.fatal, self.current: (reason, detail)})
 
 
 # ---- in a packing process -----------------------------------------------------------------------------------------------
 
 
 def run_packer(connection: Connection, encode: Encode, settings: Settings) -> None:
-    store = Store(settings.address, options=settings.options)
+    store = Store(settings.address, settings.patience, settings.options)
     while True:
-        part, items, fatal = connection.recv()
-        connection.send(("done", _pack_part(connection, encode, store, settings, part, items, fatal)))
+        part, items, stamp, fatal = connection.recv()
+        connection.send(("done", _pack_part(connection, encode, store, settings, part, items, stamp, fatal)))
 
 
 def _pack_part(
@@ -229,6 +243,7 @@ def _pack_part(
     settings: Settings,
     part: int,
     items: list[Item],
+    stamp: str,
     fatal: dict[int, tuple[str, str]],
 ) -> Record:
     shards: list[Shard] = []
@@ -256,7 +271,7 @@ def _pack_part(
         writer.add(key, members, size)
     if writer:
         shards.append(writer.finish(store))
-    record = Record(shards, rejected, len(items))
+    record = Record(shards, rejected, len(items), stamp)
     store.write(f"{RECORDS}/{part:06d}.json", json.dumps(record._asdict()).encode())
     return record
 

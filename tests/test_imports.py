@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "equiav.objective": {"equiav.config"},
     "equiav.parallel": set(),
     "equiav.ending": set(),
+    "equiav.terminal": set(),
     "equiav.train": OURS,
     "equiav.commands": OURS,
 }

@@ -20,6 +20,11 @@ def still(share, size):
     return ramp(0.5, size)
 
 
+def grain(share, size):
+    """A still picture of which a lossy codec makes another each time."""
+    return np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+
+
 def time_of(frame):
     """Share of the whole, from a frame's lower right part."""
     H, W = frame.shape[:2]
@@ -46,6 +51,9 @@ def write_video(
     pitches=(440, 1000),
     loudness=0.4,
     aspect=None,
+    format="yuv420p",
+    clock=1000,
+    bit_rate=2_000_000,
     audio=None,
     late=0.0,
 ):
@@ -55,20 +63,22 @@ def write_video(
         streams = []
         if video:
             stream = file.add_stream(video, rate=fps)
-            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            stream.codec_context.time_base = Fraction(1, 1000)
-            stream.bit_rate = 2_000_000
+            stream.width, stream.height, stream.pix_fmt = *size, format
+            stream.codec_context.time_base = Fraction(1, clock)
+            stream.bit_rate = bit_rate
             if aspect:
                 stream.codec_context.sample_aspect_ratio = aspect
             frames = []
             for at in np.arange(0, seconds, 1 / fps) if times is None else times:
                 frame = av.VideoFrame.from_ndarray(picture(at / seconds, size), format="rgb24")
-                frame.pts, frame.time_base = round(at * 1000), Fraction(1, 1000)
+                frame.pts, frame.time_base = round(at * clock), Fraction(1, clock)
                 frames.append(frame)
             streams.append((stream, frames))
         if sound:
             waves = tones(seconds, rate, pitches, loudness) if audio is None else audio
-            stream = file.add_stream(sound, rate=rate, layout="stereo" if len(waves) == 2 else "mono")
+            stream = file.add_stream(sound, rate=rate, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(waves)])
+            if sound == "wmav2":
+                stream.bit_rate = 128_000  # it has no rate of its own
             frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1).copy(), format="s16", layout=stream.layout.name)
             frame.sample_rate, frame.pts, frame.time_base = rate, round(late * rate), Fraction(1, rate)
             streams.append((stream, [frame]))

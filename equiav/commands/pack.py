@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,8 +27,18 @@ from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.decoder import ClipDecoder
-from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, cut, list_frames, list_videos
+from equiav.data.sources import (
+    PASSED_OVER,
+    EncodeFrames,
+    EncodeSynthetic,
+    EncodeVideo,
+    Shape,
+    cut,
+    list_frames,
+    list_videos,
+)
 from equiav.data.synthetic import World
+from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import INDEX, NoDataset, Shard, index_shard, unusable, verify_shard, write_index
 from streaming.order import permutation
@@ -39,7 +46,6 @@ from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
 from streaming.quarantine import FEW
 
-PASSED_OVER = "passed-over.jsonl"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -80,6 +86,8 @@ class PackConfig:
     a batch is drawn from some shards at a time."""
     seed: int = 0
     """Of the shuffle, and of the synthetic world."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -99,6 +107,7 @@ class PackConfig:
             self.clip_overlap,
             "0 to below clip_seconds",
         )
+        require(self.patience >= 0, "patience", self.patience, "0 or more")
         require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
         require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
 
@@ -113,10 +122,13 @@ class IndexConfig:
     """Shards that are read at a time."""
     tried: int = 50
     """Samples of each shard that are decoded as training would, to say what it would refuse; 0: none."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         require(self.processes > 0, "processes", self.processes, "a positive number")
+        require(self.patience >= 0, "patience", self.patience, "0 or more")
         require(self.tried >= 0, "tried", self.tried, "0 or more")
 
 
@@ -128,16 +140,18 @@ class VerifyConfig:
     """Folder of the dataset."""
     processes: int = CORES
     """Shards that are read at a time."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         require(self.processes > 0, "processes", self.processes, "a positive number")
+        require(self.patience >= 0, "patience", self.patience, "0 or more")
 
 
 def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
     require(bool(config.source), "source", "not given", "what to pack: a folder, a list, or synthetic:COUNT")
     require(bool(config.to), "to", "not set", "the folder to pack into (--to s3://bucket/name)")
-    console = Console()
     shape = Shape(
         config.frames,
         config.short_side,
@@ -150,14 +164,14 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
     items, encode, passed_over = open_source(config, shape)
     if not config.in_order:
         items = [items[k] for k in permutation(config.seed, len(items)).tolist()]
-    store = Store(config.to, options=options)
+    store = Store(config.to, config.patience, options)
     if store.local:
         try:
             Path(store.root).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"to: {config.to} cannot be made ({error}); name a folder that can be written") from None
     finished = store.exists(INDEX)
-    with _bar(console) as progress:
+    with _bar() as progress:
         bar = progress.add_task("packing", total=len(items), note="")
 
         def report(packed: Packed) -> None:
@@ -171,7 +185,8 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             processes=config.processes,
             max_shard_bytes=config.max_shard_bytes,
             part_items=config.shard_samples,
-            settings=f"{shape!r} {stamp(items)}",
+            settings=repr(shape),
+            stamps=[stamp(content) for _, content in items],
             timeout=config.timeout,
             report=report,
         )
@@ -181,34 +196,28 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             PASSED_OVER, "".join(json.dumps({"path": p, "why": w}) + "\n" for p, w in passed_over.items()).encode()
         )
     kept = len(items) - done.rejected.total()
-    console.print(
+    say(
         f"{kept} of {len(items)} clips in {done.shards} shards, {done.bytes / 2**20:,.1f} MiB, at {config.to}"
-        + (": it was finished before, nothing was done" if finished else ""),
-        highlight=False,
-        soft_wrap=True,
+        + (": it was finished before, nothing was done" if finished else "")
     )
     for reason, count in done.rejected.most_common():
-        console.print(f"  rejected: {count} {reason}", highlight=False, soft_wrap=True)
+        say(f"  rejected: {count} {reason}")
     if done.rejected:
-        console.print(f"  each with its reason in {config.to.rstrip('/')}/{REJECTED}", highlight=False, soft_wrap=True)
+        say(f"  each with its reason in {config.to.rstrip('/')}/{REJECTED}")
     for why, count in Counter(passed_over.values()).most_common():
-        console.print(f"  passed over: {count}, {why} ({PASSED_OVER} names them)", highlight=False, soft_wrap=True)
+        say(f"  passed over: {count}, {why} ({PASSED_OVER} names them)")
 
 
-def stamp(items: list[Item]) -> str:
-    """Of the files of videos: one that is another now makes another dataset."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        {
-            content if isinstance(content, str) else content[0]
-            for _, content in items
-            if isinstance(content, str | tuple)
-        }
-    ):
-        with contextlib.suppress(OSError):
-            about = os.stat(path)
-            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def stamp(content: Any) -> str:
+    """Of an item that is a file: one that is another now is to be packed again."""
+    path = content[0] if isinstance(content, tuple) else content
+    if not isinstance(path, str):
+        return ""
+    try:
+        about = os.stat(path)
+    except OSError:  # it may come back
+        return "absent"
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def open_source(
@@ -228,7 +237,8 @@ def open_source(
     source = Path(config.source).expanduser()
     require(source.exists(), "source", config.source, "a folder, a file, or synthetic:COUNT; this path does not exist")
     if source.suffix == ".json":
-        return list_frames(source), EncodeFrames(shape), {}
+        frames, other = list_frames(source)
+        return frames, EncodeFrames(shape), other
     try:
         import av  # noqa: F401
     except ModuleNotFoundError:
@@ -243,56 +253,42 @@ def open_source(
 
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
     require(bool(config.url), "url", "not given", "the folder of the shards")
-    console, store = Console(), Store(config.url, options=options)
+    store = Store(config.url, config.patience, options)
     names = [name for name in store.list() if name.endswith(".tar")]
     if not names:
         raise NoDataset(f"{config.url} has no shards: no file there ends in .tar")
-    shards = _each(console, "indexing", names, lambda name: index_shard(store, name), config.processes)
+    shards = _each("indexing", names, lambda name: index_shard(store, name), config.processes)
     write_index(store, shards)
-    console.print(
-        f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}")
     if config.tried:
-        say_what_is_unusable(console, store, shards, config.data, config.processes, config.tried)
+        say_what_is_unusable(store, shards, config.data, config.processes, config.tried)
 
 
 def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> None:
     require(bool(config.url), "url", "not given", "the folder of a dataset")
-    console, store = Console(), Store(config.url, options=options)
+    store = Store(config.url, config.patience, options)
     dataset = Dataset(store)
-    found = _each(console, "verifying", list(dataset), lambda shard: verify_shard(store, shard), config.processes)
+    found = _each("verifying", list(dataset), lambda shard: verify_shard(store, shard), config.processes)
     problems = [problem for of_shard in found for problem in of_shard]
     for p in problems:
-        console.print(
-            f"{p['shard']}{', sample ' + p['key'] if p['key'] else ''}: {p['reason']}", highlight=False, soft_wrap=True
-        )
+        say(f"{p['shard']}{', sample ' + p['key'] if p['key'] else ''}: {p['reason']}")
     if problems:
         kinds = Counter("damaged samples" if p["key"] else "damaged shards" for p in problems)
         raise DatasetError(f"{config.url}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
-    say_what_is_unusable(console, store, list(dataset), config.data, config.processes)
-    console.print(
-        f"{dataset.samples} samples in {len(dataset)} shards, {dataset.bytes:,} bytes: every byte is as the index says",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say_what_is_unusable(store, list(dataset), config.data, config.processes)
+    say(f"{dataset.samples} samples in {len(dataset)} shards, {dataset.bytes:,} bytes: every byte is as the index says")
 
 
 def say_what_is_unusable(
-    console: Console, store: Store, shards: list[Shard], data: DataConfig, threads: int, most: int | None = None
+    store: Store, shards: list[Shard], data: DataConfig, threads: int, most: int | None = None
 ) -> None:
     """By the decoder of training, so that it is what training will say."""
     decoder = ClipDecoder(ModelConfig(), data)
-    found = _each(console, "decoding", shards, lambda shard: unusable(store, shard, decoder, most), threads)
+    found = _each("decoding", shards, lambda shard: unusable(store, shard, decoder, most), threads)
     tried, bad = sum(count for count, _ in found), [one for _, listed in found for one in listed]
     for reason, count in Counter(one.reason for one in bad).most_common():
         first = next(one for one in bad if one.reason == reason)
-        console.print(
-            f"  training cannot use {count} of {tried}: {reason}, such as {first.where}: {first.detail}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"  training cannot use {count} of {tried}: {reason}, such as {first.where}: {first.detail}")
     allowed = StreamConfig().max_bad
     if len(bad) > max(allowed * tried, FEW):
         raise DatasetError(
@@ -300,11 +296,11 @@ def say_what_is_unusable(
             "`equiav pack` makes samples that it can, docs/streaming.md says what one has to be"
         )
     if not bad:
-        console.print(f"training can use all of the {tried} samples that were decoded", highlight=False, soft_wrap=True)
+        say(f"training can use all of the {tried} samples that were decoded")
 
 
-def _each(console: Console, what: str, items: list[Any], call: Callable[[Any], Any], threads: int) -> list[Any]:
-    with _bar(console) as progress, ThreadPoolExecutor(threads) as pool:
+def _each(what: str, items: list[Any], call: Callable[[Any], Any], threads: int) -> list[Any]:
+    with _bar() as progress, ThreadPoolExecutor(threads) as pool:
         bar, results = progress.add_task(what, total=len(items), note="shards"), []
         for result in pool.map(call, items):
             results.append(result)
@@ -318,7 +314,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f}/s")
 
 
-def _bar(console: Console) -> Progress:
+def _bar() -> Progress:
     return Progress(
         TextColumn("{task.description:9s}"),
         BarColumn(16),
@@ -327,5 +323,4 @@ def _bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
-        console=console,
     )

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig, require
 from equiav.model import EquiAV
 from equiav.model.arithmetic import Side, count
+from equiav.terminal import say
 from equiav.train import fit
 from streaming import Dataset, Store
 
@@ -134,12 +135,10 @@ def run_plan(config: PlanConfig) -> None:
         dataset = Dataset(Store(config.stream.url, config.stream.patience))
         config = fit.fit(config, dataset, plan.activation_bytes)
         for line in fit.words(config, dataset, fit.measure(config), config.price):
-            console.print(line, highlight=False, soft_wrap=True)
+            say(line)
         if config.write:
             config.write.write_text(yaml.safe_dump(fit.settings(config), sort_keys=False))
-            console.print(
-                f"wrote {config.write}: equiav pretrain --config {config.write}", highlight=False, soft_wrap=True
-            )
+            say(f"wrote {config.write}: equiav pretrain --config {config.write}")
         return
     console.print(_parameter_table(plan, config.model))
     console.print(_compute_table(plan))

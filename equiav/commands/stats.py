@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 import yaml
-from rich.console import Console
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, require
 from equiav.data.survey import survey
+from equiav.terminal import say
 from streaming import Dataset, Store
 
 
@@ -27,10 +27,13 @@ class StatsConfig:
     """File to write the settings into that the dataset wants (data.audio_mean, data.audio_std), for --config."""
     seed: int = 0
     """Of the choice."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        require(self.patience >= 0, "patience", self.patience, "0 or more")
         require(self.samples >= 0, "samples", self.samples, "0 or more")
 
 
@@ -38,12 +41,8 @@ def run_stats(config: StatsConfig) -> None:
     require(bool(config.url), "url", "not given", "the folder of a dataset")
     if config.write and config.write.exists():
         raise ConfigError(f"write: {config.write} exists already; name a file that does not")
-    dataset = Dataset(Store(config.url))
-    stats, console = survey(dataset, config.model, config.data, config.samples, config.seed), Console()
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
+    dataset = Dataset(Store(config.url, config.patience))
+    stats = survey(dataset, config.model, config.data, config.samples, config.seed)
     say(
         f"{dataset.samples:,} clips in {len(dataset):,} shards, {dataset.bytes / 2**30:,.2f} GiB; {stats.clips:,} were heard"
     )

@@ -25,6 +25,8 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpe
           ".asf", ".ogv", ".vob", ".mxf")  # fmt: skip
 # Frames whose values differ by no more than this everywhere are the same picture: what a codec makes of one differs by up to 10.
 STILL = 12
+TWICE = "it is listed more than once, and was taken once"
+PASSED_OVER = "passed-over.jsonl"  # of a dataset: files that are no videos
 AV_TIME_BASE = 1_000_000  # of a seek, a second
 GAP = 0.1  # seconds of sound that may be missing without being filled
 APART = 0.8  # picture and sound belong together if the shorter is so much of the longer, or within a second
@@ -59,7 +61,9 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"source {source} lists no videos")
-        return list(_keys([Path(name) for name in named], [str(source.parent / name) for name in named])), {}
+        other = {name: TWICE for name, count in Counter(named).items() if count > 1}
+        named = list(dict.fromkeys(named))
+        return list(_keys([Path(name) for name in named], [str(source.parent / name) for name in named])), other
     taken, other = [], {}
     for folder, folders, files in os.walk(source):
         for name in folders:
@@ -90,7 +94,21 @@ def _keys(names: Sequence[Path], contents: Iterable[Any], whole: bool = False) -
     for form in forms[1:]:
         often = {key for key, count in Counter(keys).items() if count > 1}
         keys = [form(name) if key in often else key for name, key in zip(names, keys, strict=True)]
-    return zip(keys, contents, strict=True)
+    return zip(_distinct(keys), contents, strict=True)
+
+
+def _distinct(keys: Sequence[str]) -> list[str]:
+    """What still has the name of one before it is numbered."""
+    taken, found = set(keys), []
+    seen: Counter[str] = Counter()
+    for key in keys:
+        seen[key] += 1
+        new = key
+        if seen[key] > 1:
+            new = next(name for n in count(seen[key]) if (name := f"{key}-{n}") not in taken)
+            taken.add(new)
+        found.append(new)
+    return found
 
 
 def cut(found: Found, seconds: float, overlap: float) -> Found:
@@ -173,23 +191,27 @@ def _decoded(file: Any, stream: Any) -> Iterator[Any]:
         yield from frames
 
 
-def list_frames(source: Path) -> list[tuple[str, dict[str, Any]]]:
-    """A CAV-MAE or EquiAV list: {"data": [{"video_id", "wav", "video_path", "labels"}]} -> (key, entry)."""
+def list_frames(source: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+    """A CAV-MAE or EquiAV list: {"data": [{"video_id", "wav", "video_path", "labels"}]} -> (key, entry), and video_id -> why, of
+    entries that are none of it."""
     try:
         entries = json.loads(source.read_text("utf-8-sig"))["data"]
         for entry in entries:
             for name in ("video_id", "wav", "video_path"):
                 if not isinstance(entry[name], str):
                     raise TypeError(f"{name} is {entry[name]!r}, expected text")
-        return [
-            (_key(entry["video_id"]), {k: entry[k] for k in ("video_id", "wav", "video_path", "labels")})
-            for entry in entries
-        ]
+        entries = [{name: entry[name] for name in ("video_id", "wav", "video_path", "labels")} for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"source {source} is not a list of clips ({type(error).__name__}: {error}), expected "
             '{"data": [{"video_id": ..., "wav": ..., "video_path": ..., "labels": ...}]}'
         ) from None
+    once = {json.dumps(entry, sort_keys=True): entry for entry in entries}
+    often = Counter(json.dumps(entry, sort_keys=True) for entry in entries)
+    other = {once[text]["video_id"]: TWICE for text, count in often.items() if count > 1}
+    for entry in once.values():  # as in every list: beside the list itself
+        entry["wav"], entry["video_path"] = str(source.parent / entry["wav"]), str(source.parent / entry["video_path"])
+    return list(zip(_distinct([_key(e["video_id"]) for e in once.values()]), once.values(), strict=True)), other
 
 
 def _key(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,6 @@ def open_stream(
     dataset = Dataset(store, None if store.local else cache)
     order = Order(dataset.fingerprint, config.seed, config.train.batch_size, s.lanes, s.window)
 
-    def frame_draw(epoch: int, samples: np.ndarray) -> np.ndarray:
-        return uniforms(config.seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
-
     empty = pinned if config.device == "cuda" else np.empty
     return Loader(
         dataset,
@@ -44,9 +42,14 @@ def open_stream(
         cache=cache,
         cache_bytes=s.cache_bytes,
         sharers=sharers,
-        draw=frame_draw,
+        draw=partial(frame_draw, config.seed),
         empty=empty,
     )
+
+
+def frame_draw(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """samples (b,) int64 -> (b,): which of its frames a clip shows."""
+    return uniforms(seed, epoch, torch.from_numpy(samples), Purpose.FRAME, 1)[:, 0].numpy()
 
 
 def pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

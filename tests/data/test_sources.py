@@ -285,6 +285,18 @@ def test_each_of_a_list_has_a_name_of_its_own(tmp_path):
     assert keys == ["a/clip", "b/clip", "far/x_mp4", "far/x_mkv", "z"]
 
 
+def test_what_cannot_be_told_apart_by_its_name_is_numbered(tmp_path):
+    (tmp_path / "list.txt").write_text("a.b.mp4\na_b.mp4\na_b_mp4-2.mp4\nz.mp4\nz.mp4\n")
+    found, other = list_videos(tmp_path / "list.txt")
+    assert dict(found) == {
+        "a_b_mp4": f"{tmp_path}/a.b.mp4",
+        "a_b_mp4-3": f"{tmp_path}/a_b.mp4",
+        "a_b_mp4-2": f"{tmp_path}/a_b_mp4-2.mp4",
+        "z": f"{tmp_path}/z.mp4",
+    }
+    assert other == {"z.mp4": "it is listed more than once, and was taken once"}
+
+
 def test_nothing_found_is_an_error_that_says_so(tmp_path):
     (tmp_path / "list.txt").write_text("# nothing\n")
     with pytest.raises(ConfigError, match=r"list\.txt lists no videos"):
@@ -320,7 +332,7 @@ def extracted(tmp_path):
 
 
 def test_extracted_frames_are_packed_as_they_are(extracted):
-    items = list_frames(extracted / "list.json")
+    items, _ = list_frames(extracted / "list.json")
     assert [key for key, _ in items] == ["a-1", "b_2"]
     for (_, entry), clip in zip(items, ("a-1", "b.2"), strict=True):
         members = EncodeFrames(SHAPE)(entry)
@@ -330,8 +342,21 @@ def test_extracted_frames_are_packed_as_they_are(extracted):
         assert json.loads(members["json"]) == {"video_id": clip, "labels": "/m/09x0r,/m/04rlf"}
 
 
+def test_a_list_of_extracted_clips_is_read_beside_itself_each_entry_once(tmp_path):
+    entry = {"video_id": "a", "wav": "sound/a.wav", "video_path": "frames", "labels": ""}
+    entries = [entry, entry, {**entry, "wav": "other.wav"}, {**entry, "video_id": "b", "wav": "/far/b.wav"}]
+    (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
+    items, other = list_frames(tmp_path / "list.json")
+    assert [(key, one["wav"], one["video_path"]) for key, one in items] == [
+        ("a", f"{tmp_path}/sound/a.wav", f"{tmp_path}/frames"),
+        ("a-2", f"{tmp_path}/other.wav", f"{tmp_path}/frames"),
+        ("b", "/far/b.wav", f"{tmp_path}/frames"),
+    ]
+    assert other == {"a": "it is listed more than once, and was taken once"}
+
+
 def test_what_an_extracted_clip_lacks_is_named(extracted):
-    entry, encode = list_frames(extracted / "list.json")[0][1], EncodeFrames(SHAPE)
+    entry, encode = list_frames(extracted / "list.json")[0][0][1], EncodeFrames(SHAPE)
     assert rejected(encode, entry | {"wav": str(extracted / "gone.wav")})[0] == "missing"
     folder = extracted / "frames"
     (folder / "frame_3" / "a-1.jpg").write_bytes(b"\xff\xd8 not a picture")
@@ -340,13 +365,13 @@ def test_what_an_extracted_clip_lacks_is_named(extracted):
     for k in (3, 7):
         (folder / f"frame_{k}" / "a-1.jpg").unlink()
     assert rejected(encode, entry) == ("missing frames", f"2 of 10, first {folder}/frame_3/a-1.jpg")
-    assert "9.jpg" in EncodeFrames(shape(frames=10))(list_frames(extracted / "list.json")[1][1])
+    assert "9.jpg" in EncodeFrames(shape(frames=10))(list_frames(extracted / "list.json")[0][1][1])
 
 
 def test_frozen_extracted_frames_are_rejected_too(extracted):
     for k in range(10):
         (extracted / "frames" / f"frame_{k}" / "a-1.jpg").write_bytes(encode_frame(still(0, (60, 40))))
-    entry = list_frames(extracted / "list.json")[0][1]
+    entry = list_frames(extracted / "list.json")[0][0][1]
     assert rejected(EncodeFrames(SHAPE), entry)[0] == "frozen"
     assert "0.jpg" in EncodeFrames(shape(keep_frozen=True))(entry)
 

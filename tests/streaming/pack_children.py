@@ -51,8 +51,21 @@ def ready_to_write():
     return Dangerous()
 
 
+def encode_mended(number):
+    """Seven was mended, and three became bad."""
+    if number == 3:
+        raise BadSample("three", "is bad now")
+    return members(number) if number == 7 else encode(number)
+
+
 def encode_with_a_mistake(number):
     if number == 13:
+        raise KeyError("a mistake in the program")
+    return encode(number)
+
+
+def encode_with_a_late_mistake(number):
+    if number == 23:
         raise KeyError("a mistake in the program")
     return encode(number)
 

@@ -298,6 +298,24 @@ def test_a_mistake_of_the_encoder_is_raised_as_it_is(whole, tmp_path, processes)
     assert files(tmp_path) == files(whole)
 
 
+def test_what_is_another_file_now_is_packed_again_and_nothing_else_is(tmp_path):
+    """Rejected before, mended now, and the other way round; a shard that is not needed any more is gone."""
+    before, now = ["as it was"] * COUNT, ["as it was"] * COUNT
+    for k in (3, 7):
+        now[k] = "mended"
+    with pytest.raises(KeyError):
+        packed(tmp_path / "begun", encode=pack_children.encode_with_a_late_mistake, stamps=before)
+    kept = {path: path.stat().st_mtime_ns for path in tars(tmp_path / "begun") if path.name.startswith("000001")}
+    assert kept
+    assert len(tars(tmp_path / "begun")) > len(kept)
+    packed(tmp_path / "begun", encode=pack_children.encode_mended, stamps=now)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    packed(tmp_path / "anew", encode=pack_children.encode_mended, stamps=now)
+    assert files(tmp_path / "begun") == files(tmp_path / "anew")
+    with pytest.raises(DatasetError, match="of files that have changed since"):
+        packed(tmp_path / "begun", stamps=before)
+
+
 # ---- what is refused
 
 

@@ -1,0 +1,157 @@
+"""A folder as people have them: what becomes of each file, by `equiav pack`, `verify`, `show`, and a run of some steps."""
+
+import json
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from equiav import cli
+from equiav.config import DataConfig
+from equiav.data.clips import decode_frame, decode_wav
+from streaming import Dataset, Store
+from tests.commands.test_pack import read_plainly, reasons
+from tests.videos import grain, peaks, rotate, time_of, tones, write_video
+
+SECONDS = 4.0
+QUARTER = (0, 1, -1, 0)  # turns a picture by 90 degrees
+UNEVEN = np.cumsum(np.random.default_rng(0).uniform(0.02, 0.2, 200))
+UNEVEN = [0.0, *UNEVEN[UNEVEN < SECONDS]]
+
+
+def cut_to(share):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+# name -> how it is written, and (height, width) of what is packed at a short side of 32
+GOOD = {
+    "h264.mp4": ({"video": "libx264"}, (32, 48)),
+    "hevc.mkv": ({"video": "libx265"}, (32, 48)),
+    "vp9.webm": ({"video": "libvpx-vp9", "sound": "libopus", "rate": 48000}, (32, 48)),
+    "mjpeg.avi": ({"video": "mjpeg", "sound": "pcm_s16le", "format": "yuvj420p"}, (32, 48)),
+    "mpeg2.ts": ({"video": "mpeg2video", "sound": "mp2", "clock": 25}, (32, 48)),
+    "windows.wmv": ({"video": "wmv2", "sound": "wmav2"}, (32, 48)),
+    "mpeg4.avi": ({"video": "mpeg4", "sound": "libmp3lame"}, (32, 48)),
+    "lossless.mkv": ({"video": "libx264", "sound": "flac"}, (32, 48)),
+    "vertical.mp4": ({"video": "libx264", "size": (64, 96)}, (48, 32)),
+    "rotated.mp4": ({"video": "libx264", "then": lambda path: rotate(path, QUARTER)}, (48, 32)),
+    "anamorphic.mp4": ({"video": "libx264", "aspect": Fraction(2)}, (32, 96)),
+    "variable rate.mp4": ({"video": "libx264", "times": UNEVEN}, (32, 48)),
+    "surround.mkv": ({"video": "libx264", "sound": "ac3", "rate": 48000, "pitches": (440, 1000) * 3}, (32, 48)),
+    "telephone.mkv": ({"video": "libx264", "sound": "pcm_s16le", "rate": 8000}, (32, 48)),
+    "loud and late.mp4": ({"video": "libx264", "late": 0.5}, (32, 48)),
+    "a/clip.mp4": ({"video": "libx264"}, (32, 48)),
+    "b/clip.mp4": ({"video": "libx264"}, (32, 48)),
+    "same.mp4": ({"video": "libx264"}, (32, 48)),
+    "same.mkv": ({"video": "libx264"}, (32, 48)),
+    "dotted.name.v2.mp4": ({"video": "libx264"}, (32, 48)),
+    "SHOUTED.MP4": ({"video": "libx264"}, (32, 48)),
+    "ünïcode 猫 [bold].mp4": ({"video": "libx264"}, (32, 48)),
+    "new\nline.mp4": ({"video": "libx264"}, (32, 48)),
+    "-dash.mp4": ({"video": "libx264"}, (32, 48)),
+}
+# name -> how it is written, and the reason for which it is rejected
+BAD = {
+    "cut.mp4": ({"video": "libx264", "then": cut_to(0.5)}, "corrupt"),
+    "empty.mp4": ({"then": cut_to(0)}, "corrupt"),
+    "renamed.mp4": ({"then": lambda path: path.write_text("notes of mine")}, "corrupt"),
+    "frozen.mp4": ({"video": "libx264", "picture": grain, "bit_rate": 60_000}, "frozen"),
+    "mute.mp4": ({"sound": None}, "no sound"),
+    "dark.mp4": ({"video": None}, "no picture"),
+    "silent.mp4": ({"loudness": 0.0}, "silent"),
+    "short.mp4": ({"seconds": 0.4}, "too short"),
+    "long.mp4": ({"seconds": 31.0, "fps": 2}, "too long"),
+    "little sound.mp4": ({"seconds": 12.0, "audio": tones(3.0, 44100, (440,))}, "lengths differ"),
+}
+OTHER = {
+    "notes.txt": "its name ends in .txt",
+    "no ending": "its name has no ending",
+    "song.mp3": "its name ends in .mp3",
+    "linked": "a linked folder",
+}
+KEYS = {"same.mp4": "same_mp4", "same.mkv": "same_mkv", "dotted.name.v2.mp4": "dotted_name_v2"}
+
+
+def key_of(name):
+    return KEYS.get(name, name.rpartition(".")[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for name, (how, _) in {**GOOD, **BAD}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        settings = {"seconds": SECONDS, "fps": 25, **{k: v for k, v in how.items() if k != "then"}}
+        write_video(folder / name, **settings)
+        how.get("then", lambda path: None)(folder / name)
+    for name in OTHER:
+        if name == "linked":
+            (folder / name).symlink_to(folder / "a")
+        else:
+            (folder / name).write_text("something else")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "clips"
+    arguments = ["--short_side", "32", "--shard_samples", "7"]
+    assert cli.main(["pack", str(folder), "--to", str(out), *arguments]) == 0
+    return out
+
+
+def test_whatever_is_there_is_packed_or_named(packed, folder):
+    assert sorted(read_plainly(packed)) == sorted(map(key_of, GOOD))
+    assert reasons(packed) == {key_of(name): reason for name, (_, reason) in BAD.items()}
+    listed = [json.loads(line) for line in (packed / "passed-over.jsonl").read_text().splitlines()]
+    assert {os.path.relpath(one["path"], folder): one["why"] for one in listed} == OTHER
+    assert " 0x" not in (packed / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_one_is_upright_in_time_and_in_tune(packed, name):
+    how, size = GOOD[name]
+    members = read_plainly(packed)[key_of(name)]
+    frames = [decode_frame(members[f"{k}.jpg"], name) for k in range(10)]
+    assert {frame.shape[:2] for frame in frames} == {size}
+    times = np.array([time_of(frame) for frame in frames])
+    assert np.abs(times - (np.arange(10) + 0.5) / 10).max() < 0.06
+    audio = decode_wav(members["wav"], name, DataConfig())
+    late = how.get("late", 0.0)
+    assert abs(len(audio) / 16000 - SECONDS - late) < 0.1
+    assert np.allclose(peaks(audio, 16000, 2), [440, 1000], atol=2)
+    about = json.loads(members["json"])
+    assert about["source"] == os.path.basename(name)
+
+
+def test_what_was_packed_is_whole_and_can_be_used(packed, capsys):
+    assert cli.main(["verify", str(packed)]) == 0
+    assert f"training can use all of the {len(GOOD)} samples" in capsys.readouterr().out
+    assert len(Dataset(Store(str(packed)))) > 1
+
+
+def test_each_can_be_looked_at(packed, tmp_path, capsys):
+    assert cli.main(["show", str(packed), "--png", str(tmp_path / "all.png")]) == 0
+    told = capsys.readouterr().out
+    assert f"{len(GOOD)} clips in" in told
+    assert "rejected when it was packed (rejected.jsonl names each): corrupt 3, " in told
+    assert "passed over when it was packed (passed-over.jsonl names each): " in told
+    assert "\\n" not in told or "new\\nline" in told
+    for name in ("new\nline.mp4", "ünïcode 猫 [bold].mp4"):
+        assert (
+            cli.main(["show", str(packed), key_of(name), "--config", "smoke", "--png", str(tmp_path / "one.png")]) == 0
+        )
+        assert f"{key_of(name)}".replace("\n", "\\n") in capsys.readouterr().out
+
+
+def test_a_mended_file_is_packed_the_next_time(folder, packed, tmp_path, capsys):
+    """Into another folder: a dataset that is finished stays as it is."""
+    again = ["pack", str(folder), "--short_side", "32", "--shard_samples", "7"]
+    assert cli.main([*again, "--to", str(packed)]) == 0
+    assert "it was finished before, nothing was done" in capsys.readouterr().out
+    write_video(folder / "empty.mp4", seconds=SECONDS, video="libx264")
+    assert cli.main([*again, "--to", str(packed)]) == 1
+    assert "or of files that have changed since; remove it, or pack into another folder" in capsys.readouterr().err
+    assert cli.main([*again, "--to", str(tmp_path / "new")]) == 0
+    assert set(reasons(packed)) - set(reasons(tmp_path / "new")) == {"empty"}
