@@ -20,9 +20,22 @@ def still(share, size):
     return ramp(0.5, size)
 
 
-def grain(share, size):
-    """A still picture of which a lossy codec makes another each time."""
-    return np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+def photo(share, size):
+    """A still picture with detail at all sizes, of which a lossy codec makes another each time."""
+    rng, (width, height) = np.random.default_rng(0), size
+    whole = np.zeros((height, width, 3), np.float32)
+    for coarse in (4, 8, 16, 32):
+        small = rng.normal(size=(height // coarse, width // coarse, 3)) * coarse**0.5
+        whole += np.kron(small, np.ones((coarse, coarse, 1)))[:height, :width]
+    return (255 * (whole - whole.min()) / np.ptp(whole)).astype(np.uint8)
+
+
+def speck(share, size):
+    """The same, and over it something of a sixteenth of its width moves."""
+    picture, (width, height) = photo(share, size), size
+    left = round(width * (0.4 + 0.2 * share))
+    picture[height // 2 : height // 2 + height // 16, left : left + width // 16] = 255
+    return picture
 
 
 def time_of(frame):

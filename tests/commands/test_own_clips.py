@@ -12,7 +12,7 @@ from equiav.config import DataConfig
 from equiav.data.clips import decode_frame, decode_wav
 from streaming import Dataset, Store
 from tests.commands.test_pack import read_plainly, reasons
-from tests.videos import grain, peaks, rotate, time_of, tones, write_video
+from tests.videos import peaks, photo, rotate, time_of, tones, write_video
 
 SECONDS = 4.0
 QUARTER = (0, 1, -1, 0)  # turns a picture by 90 degrees
@@ -56,7 +56,7 @@ BAD = {
     "cut.mp4": ({"video": "libx264", "then": cut_to(0.5)}, "corrupt"),
     "empty.mp4": ({"then": cut_to(0)}, "corrupt"),
     "renamed.mp4": ({"then": lambda path: path.write_text("notes of mine")}, "corrupt"),
-    "frozen.mp4": ({"video": "libx264", "picture": grain, "bit_rate": 60_000}, "frozen"),
+    "frozen.mp4": ({"video": "libx264", "picture": photo, "size": (320, 192), "bit_rate": 60_000}, "frozen"),
     "mute.mp4": ({"sound": None}, "no sound"),
     "dark.mp4": ({"video": None}, "no picture"),
     "silent.mp4": ({"loudness": 0.0}, "silent"),

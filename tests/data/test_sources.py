@@ -15,7 +15,7 @@ from equiav.data.clips import decode_frame, decode_wav, encode_frame, encode_wav
 from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos, read_audio
 from equiav.data.synthetic import World
 from streaming import BadSample
-from tests.videos import peaks, ramp, rotate, still, time_of, tones, write_video
+from tests.videos import peaks, photo, ramp, rotate, speck, still, time_of, tones, write_video
 
 DATA = DataConfig()
 SHAPE = Shape(frames=10, short_side=32, quality=95, audio="wav", max_seconds=30.0, keep_frozen=False, data=DATA)
@@ -201,6 +201,15 @@ def test_sound_that_begins_later_is_heard_later(tmp_path, name):
     assert np.abs(second[: int(0.9 * 16000)]).max() < 50
     assert np.abs(second[int(1.1 * 16000) : int(1.3 * 16000)]).max() > 5000
     assert abs(len(second) - 4 * 16000) <= 1
+
+
+@pytest.mark.parametrize("video", ["libx264", "libvpx-vp9", "mpeg4"])
+@pytest.mark.parametrize("bit_rate", [60_000, 1_000_000])
+def test_what_a_codec_does_to_a_picture_is_no_motion(tmp_path, video, bit_rate):
+    how = {"size": (320, 192), "video": video, "bit_rate": bit_rate}
+    still_one = write_video(tmp_path / "still.mkv", picture=photo, **how)
+    assert rejected(EncodeVideo(shape(short_side=192)), str(still_one))[0] == "frozen"
+    assert EncodeVideo(shape(short_side=192))(str(write_video(tmp_path / "moves.mkv", picture=speck, **how)))
 
 
 def test_a_frozen_picture_is_packed_where_that_is_asked(tmp_path):
