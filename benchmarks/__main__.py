@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 
 import torch
@@ -85,7 +88,30 @@ def plan() -> Iterator[Row]:
     yield "equiav plan, vit_b16, from the shell", f"{spent:.1f} s", "median of 3"
 
 
-BENCHMARKS = {call.__name__: call for call in (draws, logmel, augment, synthetic, *training.BENCHMARKS, plan)}
+def prediction() -> Iterator[Row]:
+    """On the smoke run's clips: what `equiav plan --keep` says, and what the run then takes from the shell."""
+    with tempfile.TemporaryDirectory() as folder:
+        command, data = [sys.executable, "-m", "equiav"], f"{folder}/data"
+        packing = ["pack", "synthetic:2048", "--to", data, "--short_side", "64", "--shard_samples", "128"]
+        subprocess.run([*command, *packing], check=True, capture_output=True)
+        settings = ["--config", "smoke", "--device", DEVICE, "--stream.url", data]
+        told = subprocess.run(
+            [*command, "plan", "--keep", *settings], check=True, capture_output=True, text=True
+        ).stdout
+        predicted = 60 * float(re.search(r"would take ([\d.]+) minutes", told)[1])  # type: ignore[index]
+        begun = time.perf_counter()
+        subprocess.run([*command, "pretrain", *settings, "--out", f"{folder}/run"], check=True, capture_output=True)
+        took = time.perf_counter() - begun
+    yield (
+        "what `equiav plan` predicts of the smoke run",
+        f"{predicted:.0f} s",
+        f"it took {took:.0f} s: {predicted / took:.2f}x",
+    )
+
+
+BENCHMARKS = {
+    call.__name__: call for call in (draws, logmel, augment, synthetic, *training.BENCHMARKS, plan, prediction)
+}
 BENCHMARKS |= {f"stream_{call.__name__}": call for call in stream.BENCHMARKS}
 
 

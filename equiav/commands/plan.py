@@ -31,6 +31,8 @@ class PlanConfig(Config):
     """Processes (GPUs) that share the global batch. 0: eight, or as many as can share it."""
     write: Path | None = None
     """File for the settings that fit (with --stream.url), for --config."""
+    keep: bool = False
+    """Keep the settings as they are, and say how long a run with them would take (with --stream.url)."""
     price: float = 0.0
     """Of an hour of this machine, in whatever money."""
 
@@ -130,10 +132,14 @@ def run_plan(config: PlanConfig) -> None:
     if config.write:
         require(bool(config.stream.url), "write", config.write, "a dataset to fit the settings to (--stream.url)")
         require(not config.write.exists(), "write", f"{config.write}, which exists", "a file that does not")
+    require(
+        bool(config.stream.url) or not config.keep, "keep", True, "a dataset to try the settings with (--stream.url)"
+    )
     plan, console = make_plan(config), Console()
     if config.stream.url:
         dataset = Dataset(Store(config.stream.url, config.stream.patience))
-        config = fit.fit(config, dataset, plan.activation_bytes)
+        if not config.keep:
+            config = fit.fit(config, dataset, plan.activation_bytes)
         for line in fit.words(config, dataset, fit.measure(config), config.price):
             say(line)
         if config.write:

@@ -112,7 +112,9 @@ def labels_of(about: bytes) -> list[str]:
         return []
     if not isinstance(said, dict):
         return []
-    found = said.get("labels", said.get("label", []))
+    found = said.get("labels", said.get("label"))
+    if found is None:
+        return []
     listed = found.split(",") if isinstance(found, str) else found if isinstance(found, list) else [found]
     return [text for one in listed if (text := str(one).strip())]
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,7 +21,8 @@ from streaming import Dataset
 C = TypeVar("C", bound=Config)
 EPOCHS, WARM_UP = 20, 2  # the paper's, on AudioSet-2M
 HEARD = 200  # clips
-FIRST, MEASURED = 3, 8  # steps: those that start things, those that are timed
+FIRST, MEASURED = 3, 20  # steps: those that start things, those that are timed
+ENOUGH = 20.0  # seconds of timed steps
 ROOM = 0.7  # share of the memory that activations may take
 
 
@@ -54,8 +55,19 @@ def free_memory(device: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def measure(config: Config) -> float:
-    """Seconds of a step, in one process on this machine, with the dataset's own clips."""
+class Pace(NamedTuple):
+    """Of a run in one process on this machine."""
+
+    start: float  # seconds until it goes at its pace
+    step: float  # seconds
+
+    def seconds(self, steps: int) -> float:
+        return self.start + steps * self.step
+
+
+def measure(config: Config) -> Pace:
+    """Some steps, with the dataset's own clips."""
+    begun = time.perf_counter()
     few = replace(config, train=replace(config.train, steps=max(config.train.steps, FIRST + MEASURED)))
     ranks = Ranks(config.device)
     state = initial_state(few, ranks)
@@ -63,11 +75,13 @@ def measure(config: Config) -> float:
         running = steps(few, ranks, state, batches(loader))
         for _ in range(FIRST):
             next(running).read()
-        begun = time.perf_counter()
-        for _ in range(MEASURED):
+        first = time.perf_counter()
+        done = 0
+        while done < MEASURED and time.perf_counter() - first < ENOUGH:
             next(running).read()
-        seconds = (time.perf_counter() - begun) / MEASURED
-    return seconds
+            done += 1
+        step = (time.perf_counter() - first) / done
+    return Pace(max(0.0, first - begun - FIRST * step), step)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -84,15 +98,16 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-def words(config: Config, dataset: Dataset, seconds: float, price: float) -> Iterator[str]:
+def words(config: Config, dataset: Dataset, pace: Pace, price: float) -> Iterator[str]:
     t = config.train
-    hours = t.steps * seconds / 3600
+    hours = pace.seconds(t.steps) / 3600
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    epochs = t.steps / -(-dataset.samples // t.batch_size)
     yield (
-        f"{dataset.samples:,} clips: batches of {t.batch_size}, {t.steps:,} steps ({EPOCHS} epochs), of which {t.warmup_steps:,} "
-        f"to warm up; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
+        f"{dataset.samples:,} clips: batches of {t.batch_size}, {t.steps:,} steps ({epochs:.3g} epochs), of which "
+        f"{t.warmup_steps:,} to warm up; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
     )
-    yield f"a step takes {seconds:.2f} s here, in one process: the run would take {took}" + (
+    yield f"a step takes {pace.step:.2f} s here, in one process: the run would take {took}" + (
         f", and cost {hours * price:,.2f} at {price:g} an hour" if price else ""
     )
     if t.batch_size < 64:

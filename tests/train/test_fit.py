@@ -37,5 +37,12 @@ def test_settings_that_fit_a_small_dataset(run_config, tmp_path, capsys):
     assert "each clip will be seen" not in text
     assert cli.main(typed) == 2
     assert "which exists, expected a file that does not" in capsys.readouterr().err
+    assert (
+        cli.main([*typed[:5], "--keep", "--train.batch_size", "8", "--train.micro_batch", "4", "--stream.url", url])
+        == 0
+    )
+    assert "26 clips: batches of 8, 147,900 steps" in capsys.readouterr().out
+    assert cli.main(["plan", "--keep"]) == 2
+    assert "keep is True, expected a dataset to try the settings with (--stream.url)" in capsys.readouterr().err
     assert cli.main(["plan", "--write", str(tmp_path / "other.yaml")]) == 2
     assert "expected a dataset to fit the settings to (--stream.url)" in capsys.readouterr().err
