@@ -354,6 +354,10 @@ class Store:
         ):
             raise StoreError(f"{url}: {said}") from None
         kind = type(error).__module__.split(".")[0]
+        if (
+            type(error).__name__ == "ParamValidationError"
+        ):  # a name that no bucket can have; its text goes on with the rules
+            raise NoStore(f"{url}: {' '.join(said.split()).partition(' must match ')[0]}") from None
         if kind == "botocore" and not isinstance(error, _passing()):
             raise StoreError(f"{url}: the client of the store refuses its settings: {said}") from None
         if isinstance(error, ValueError) and "endpoint" in said.lower():

@@ -25,6 +25,7 @@ MISTAKES = {
     "pretrain --stream.url nowhere": NOTHING_IN,
     "pretrain --stream.url s3://": "s3:// names no bucket, expected s3://BUCKET/NAME",
     "pretrain --stream.url zz://b/x": "zz://b/x: Protocol not known: zz",
+    "pretrain --stream.url memory://x/y --stream.cache file/x": "stream.cache: file/x cannot be made ([Errno 20] Not a directory",
     "pretrain --stream.url nowhere --out file": "out: file cannot be made",
     "pretrain --stream.url nowhere --out /proc/x/y": "set a folder that can be written",
     "pretrain --config nowhere.yaml": "no such file, and the recipes are audioset2m, smoke",
@@ -56,6 +57,12 @@ MISTAKES = {
     "pack synthetic:4": "to is not set, expected the folder to pack into (--to s3://bucket/name)",
     "pack synthetic:4 --to s3://": "s3:// names no bucket, expected s3://BUCKET/NAME",
     "pack synthetic:4 --to file": "to: file cannot be made",
+    "show": "url is not given, expected the folder of a dataset",
+    "show nowhere": NOTHING_IN,
+    "show nowhere --png x.jpg": "png is x.jpg, expected a name that ends in .png",
+    "show nowhere --png nowhere/x.png": "png is nowhere/x.png, expected a file in a folder that is there",
+    "stats": "url is not given, expected the folder of a dataset",
+    "plan --keep": "keep is True, expected a dataset to try the settings with (--stream.url)",
     "index": "url is not given, expected the folder of the shards",
     "index nowhere": "nowhere has no shards: no file there ends in .tar",
     "verify others": NOTHING_IN,
@@ -107,6 +114,22 @@ def test_a_store_that_does_not_answer_is_said_while_it_is_asked(endpoint, said, 
     assert "it is asked again until 6 s (patience)" in first
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "s3://clips/x/index: no answer for" in line
+
+
+def test_a_name_that_no_bucket_can_have(here, capsys, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", "http://127.0.0.1:1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert cli.main(["verify", "s3://My_Clips!/x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("equiav verify: s3://My_Clips!/x/index: Parameter validation failed: Invalid bucket name")
+
+
+def test_patience_is_a_setting_of_all_who_ask_a_store(here, capsys, monkeypatch):
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", "http://127.0.0.1:1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for typed in ("pack synthetic:2 --to", "index", "verify", "stats"):
+        assert cli.main([*typed.split(), "s3://clips/x", "--patience", "1"]) == 1
+        assert "no answer for 1 s (patience)" in capsys.readouterr().err
 
 
 def test_an_endpoint_without_a_scheme(here, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import streaming
 from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
-from equiav.config import Config, require
+from equiav.config import Config, NotHere, require
 from equiav.data.decoder import ClipDecoder
 from streaming import Dataset, Loader, Order, Store
 
@@ -26,6 +26,11 @@ def open_stream(
     require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     cache = s.cache.expanduser()
     store = Store(s.url, s.patience, options)
+    if not store.local:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotHere(f"stream.cache: {cache} cannot be made ({error}); set a folder that can be written") from None
     dataset = Dataset(store, None if store.local else cache)
     order = Order(dataset.fingerprint, config.seed, config.train.batch_size, s.lanes, s.window)
 
