@@ -20,6 +20,7 @@ from equiav.augment import Clips, make_views
 from equiav.config import Config, from_dict, load
 from equiav.model.arithmetic import forward_backward
 from equiav.parallel import Ranks, norm
+from equiav.tasks import Pretraining
 from equiav.train import TrainState, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.numbers import Numbers
@@ -64,7 +65,7 @@ class Steps:
         lengths = torch.full((batch,), waveform.shape[1])
         self.batch = Clips(0, torch.arange(batch), frames, waveform, lengths, torch.ones(batch, dtype=torch.bool))
         self.ranks = Ranks(DEVICE)
-        self.state: TrainState = initial_state(self.config, self.ranks)
+        self.state: TrainState = initial_state(Pretraining(self.config), self.ranks)
         self.run(5)
 
     def run(self, count: int, act: Callable[[int], object] = lambda step: None) -> float:
@@ -72,7 +73,7 @@ class Steps:
         config = replace(self.config, train=replace(self.config.train, steps=self.state.step + count))
         synchronize()
         begun, late = time.perf_counter(), None
-        for step in steps(config, self.ranks, self.state, itertools.repeat(self.batch)):
+        for step in steps(Pretraining(config), self.ranks, self.state, itertools.repeat(self.batch)):
             if late:
                 late.read()
             late = step
@@ -185,7 +186,7 @@ def metrics() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FOLDER] = folder
         config: Any = run.config
-        numbers = Numbers(config, run.ranks, loader, checkpoints, Quarantine(100), print)
+        numbers = Numbers(config, Pretraining(config), run.ranks, loader, checkpoints, Quarantine(100), print)
         del os.environ[FOLDER]
 
         def act(at: int) -> None:

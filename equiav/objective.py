@@ -9,7 +9,7 @@ with theirs. Gradients of parameters must therefore be summed over the processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -46,25 +46,6 @@ class Embeddings(NamedTuple):
     spread_a: Tensor | None = None  # (B,) mean distance of the predictions from their centroid, without gradient
     spread_v: Tensor | None = None
     temperature: Tensor | None = None  # (B,) where it is learned, the same in every row
-
-    @classmethod
-    def cat(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """The rows of all parts, as one. It is a leaf: backward leaves gradients in it, which `backward_from` hands on."""
-        fields: list[Any] = [
-            None if z[0] is None else torch.cat(z).detach().requires_grad_() for z in zip(*parts, strict=True)
-        ]
-        return cls(*fields)
-
-    def backward_from(self, whole: Embeddings, part: slice) -> None:
-        """Goes on backward from the gradients of those rows of `whole` that these embeddings are."""
-        outputs, gradients = [], []
-        for own, of_whole in zip(self, whole, strict=True):
-            if own is not None and of_whole is not None and own.requires_grad:
-                outputs.append(own)
-                gradients.append(
-                    torch.zeros_like(own) if of_whole.grad is None else aligned(of_whole.grad[part]).to(own.dtype)
-                )
-        torch.autograd.backward(outputs, gradients)
 
 
 class Rows(NamedTuple):

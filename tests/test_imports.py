@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "equiav.objective": {"equiav.config"},
     "equiav.parallel": set(),
     "equiav.ending": set(),
+    "equiav.tasks": {"equiav.config", "equiav.augment", "equiav.model", "equiav.objective"},
     "equiav.terminal": set(),
     "equiav.train": OURS,
     "equiav.commands": OURS,
 }
 IN_THE_NODE = ("launch.agent", "launch.server")  # which is no laptop: torch is there, and it starts once
-PURE = ("equiav.augment", "equiav.model", "equiav.objective")
+PURE = ("equiav.augment", "equiav.model", "equiav.objective", "equiav.tasks")
 
 
 def modules():

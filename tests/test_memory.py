@@ -33,8 +33,8 @@ def test_the_loss_takes_little_memory_however_large_the_batch(W, limit):
 STEP = """
 import sys, torch
 from tests.memory import peak
-from equiav.objective import weights_at
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import initial_state
 from equiav.train.loop import Laps, forward_backward
 from equiav.config import Config, from_dict
@@ -44,13 +44,13 @@ torch.set_num_threads(2)
 G, ranks = int(sys.argv[1]), Ranks("cpu")
 small, config = (from_dict(Config, {**TINY, "train": {"batch_size": rows, "micro_batch": 8,
                                                       "recompute": sys.argv[2] == "recompute"}}, "test") for rows in (8, G))
-model, weights = initial_state(config, ranks).model, weights_at(0, 1, config.objective)
+model = initial_state(Pretraining(config), ranks).model
 source = batches(8, 8, 0, 1, of=8)
 one = next(source)
-forward_backward(small, ranks, model, one, weights, Laps(ranks.device))  # what the libraries take for themselves
+forward_backward(Pretraining(small), ranks, model, one, 0, Laps(ranks.device))  # what the libraries take for themselves
 before = peak()
 whole = type(one)(0, *(x.repeat(G // 8, *[1] * (x.dim() - 1)) for x in one[1:]))
-forward_backward(config, ranks, model, whole, weights, Laps(ranks.device))
+forward_backward(Pretraining(config), ranks, model, whole, 0, Laps(ranks.device))
 print(peak() - before)
 """
 

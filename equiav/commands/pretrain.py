@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equiav.config import NotHere, RunConfig
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import launched, run
 from equiav.train.run import Show
 from equiav.weights import save_model
@@ -42,7 +43,7 @@ def run_pretrain(config: PretrainConfig) -> None:
         if not takes_part:
             return
         with showing(config.train.steps) as show:
-            state, began, _, _, problem = run(config, ranks, tell, show)
+            state, began, _, _, problem = run(config, Pretraining(config), ranks, tell, show)
         weights = ranks.whole(state.model)
 
         def leave() -> None:

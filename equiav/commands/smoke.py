@@ -25,6 +25,7 @@ from equiav.data.synthetic import World
 from equiav.evaluate.report import plot_run
 from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import run
 from equiav.train.run import Done
 from equiav.weights import save_model
@@ -93,11 +94,11 @@ def run_smoke(config: SmokeConfig) -> None:
                 progress.update(bar, completed=step + 1, note=brief({**metrics, **timing}))
 
             begun = time.perf_counter()
-            done = run(config, Ranks(config.device), lambda message: None, show, s3.options)
+            done = run(config, Pretraining(config), Ranks(config.device), lambda message: None, show, s3.options)
             clock["pretrain"] = time.perf_counter() - begun
 
         begun = time.perf_counter()
-        model = done.state.model.eval()
+        model: Any = done.state.model.eval()
         retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
         clock["retrieve"] = time.perf_counter() - begun
     save_model(config.out / "model", model.state_dict(), config)

@@ -6,15 +6,16 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from equiav.config import Config, ConfigError
+from equiav.config import Config, ConfigError, from_dict, to_dict
 from equiav.data.stream import batches, open_stream
 from equiav.data.survey import survey
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train.loop import initial_state, steps
 from streaming import Dataset
 
@@ -70,9 +71,10 @@ def measure(config: Config) -> Pace:
     begun = time.perf_counter()
     few = replace(config, train=replace(config.train, steps=max(config.train.steps, FIRST + MEASURED)))
     ranks = Ranks(config.device)
-    state = initial_state(few, ranks)
+    task = Pretraining(few)
+    state = initial_state(task, ranks)
     with open_stream(few) as loader:
-        running = steps(few, ranks, state, batches(loader))
+        running = steps(task, ranks, state, batches(loader))
         for _ in range(FIRST):
             next(running).read()
         first = time.perf_counter()
@@ -85,17 +87,19 @@ def measure(config: Config) -> Pace:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What a recipe says, for --config."""
-    t, s = config.train, config.stream
-    return {
-        "device": config.device,
-        "model": {"size": config.model.size},
-        "data": {"audio_mean": config.data.audio_mean, "audio_std": config.data.audio_std},
-        "stream": {"url": s.url, "workers": s.workers},
-        "train": {
-            name: getattr(t, name) for name in ("batch_size", "micro_batch", "steps", "warmup_steps", "lr", "lr_start")
-        },
-    }
+    """What a recipe says, for --config: whatever is not as it is by default, and what was chosen for the dataset."""
+    values = to_dict(Config(**{f.name: getattr(config, f.name) for f in fields(Config)}))
+    defaults = to_dict(from_dict(Config, {"model": {"size": config.model.size}}, "defaults"))
+    chosen = {"model.size", "device", "data.audio_mean", "data.audio_std", "stream.url", "stream.workers", "train.batch_size",
+              "train.micro_batch", "train.steps", "train.warmup_steps", "train.lr", "train.lr_start"}  # fmt: skip
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            if name in chosen or value != defaults[name]:
+                kept[name] = value
+        elif of_section := {k: v for k, v in value.items() if f"{name}.{k}" in chosen or v != defaults[name][k]}:
+            kept[name] = of_section
+    return kept
 
 
 def words(config: Config, dataset: Dataset, pace: Pace, price: float) -> Iterator[str]:

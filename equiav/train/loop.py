@@ -1,4 +1,4 @@
-"""Batch -> views -> embeddings -> loss -> update."""
+"""Batch -> what the task makes of it -> loss -> update."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from equiav.augment import Clips, make_views
-from equiav.config import Config
-from equiav.model import EquiAV
-from equiav.objective import Embeddings, Rows, Weights, equiav_loss, weights_at
+from equiav.augment import Clips
+from equiav.objective import Rows
 from equiav.parallel import Ranks, add_gradients, fully_sharded, norm
+from equiav.tasks import Outputs, Task, joined
+from equiav.tasks.task import Metrics, backward
 from equiav.train.schedule import learning_rate
 from streaming.order import share
-
-Metrics = dict[str, float]
 
 
 class Signals(NamedTuple):
@@ -38,20 +36,20 @@ class Signals(NamedTuple):
 class TrainState:
     """What an update changes. `step` updates are done."""
 
-    model: EquiAV
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
     skipped: int = 0  # steps whose loss or gradient was not finite
 
 
-def initial_state(config: Config, ranks: Ranks) -> TrainState:
+def initial_state(task: Task, ranks: Ranks) -> TrainState:
     """The state before the first step, on all ranks together: a function of the config alone."""
-    settings = config.train
+    settings = task.config.train
     with torch.device("meta"):
-        model = EquiAV(config.model, config.objective)
-    model.to_empty(device=ranks.device).init_weights(config.seed)
+        model: Any = task.build()
+    model.to_empty(device=ranks.device).init_weights(task.config.seed)
     model.train()
-    blocks = [block for branch in (model.audio, model.image) for block in branch.encoder.blocks]
+    blocks = list(task.blocks(model))
     if settings.compile:
         for block in blocks:
             block.compile()
@@ -97,6 +95,7 @@ class Step(NamedTuple):
     number: int
     batch: Clips
     rate: float
+    task: Task
     names: tuple[str, ...]  # of the terms
     values: Tensor  # (terms, norm, finite, N, signals), on the host when the event has come
     event: Any
@@ -108,56 +107,53 @@ class Step(NamedTuple):
             self.event.synchronize()
         values = self.values.tolist()
         count = len(self.names)
-        metrics = {
-            name.replace("crowding", "effective_rank"): 1 / value if name.startswith("crowding") and value else value
-            for name, value in zip(self.names, values[:count], strict=True)
-        }
+        metrics = self.task.reported(dict(zip(self.names, values[:count], strict=True)))
         gradient_norm, finite, N = values[count : count + 3]
         metrics |= {"gradient_norm": gradient_norm, "lr": self.rate, "clips": int(N), "bad": int(metrics["bad"])}
         return metrics, bool(finite), Signals(*values[count + 3 :])
 
 
 def steps(
-    config: Config, ranks: Ranks, state: TrainState, batches: Iterable[Clips], signals: Callable[[], Signals] = Signals
+    task: Task, ranks: Ranks, state: TrainState, batches: Iterable[Clips], signals: Callable[[], Signals] = Signals
 ) -> Iterator[Step]:
-    """From `state.step` to `config.train.steps`, a step at a time; nobody waits for the device.
+    """From `state.step` to `train.steps`, a step at a time; nobody waits for the device.
 
-    Where a step's loss or gradient is not finite, or it has fewer than two clips, nothing changes: the same on all ranks.
+    Where a step's loss or gradient is not finite, or it has too few clips, nothing changes: the same on all ranks.
     """
-    settings, model, optimizer = config.train, state.model, state.optimizer
+    settings, model, optimizer = task.config.train, state.model, state.optimizer
     for number, batch in zip(range(state.step, settings.steps), batches, strict=False):
-        weights, rate = weights_at(number, settings.steps, config.objective), learning_rate(number, settings)
+        rate = learning_rate(number, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         laps = Laps(ranks.device)
-        names, terms, N = forward_backward(config, ranks, model, batch, weights, laps)
+        names, terms, N = forward_backward(task, ranks, model, batch, number, laps)
         laps.begin("update")
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradient_norm, told = norm(ranks, gradients, signals())
         clip_grads_with_norm_(model.parameters(), settings.clip, gradient_norm.float())
         finite = terms.isfinite().all() & gradient_norm.isfinite()
-        nothing = ~finite | (N < 2)
+        nothing = ~finite | (task.fewest > N)
         if ranks.device.type == "cuda":
             # Read on the device: where it is not zero, nothing changes, the count of steps included.
             optimizer.found_inf = nothing.float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not nothing:
             optimizer.step()
-        model.clamp_temperature()
+        task.updated(model)
         state.step = number + 1
         laps.begin("")
         values = torch.cat([terms, torch.stack([gradient_norm, finite.double(), N.double()]), told])
-        yield Step(number, batch, rate, names, *_to_host(values), laps)
+        yield Step(number, batch, rate, task, names, *_to_host(values), laps)
     if state.step != settings.steps:
         raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
 
 
 def forward_backward(
-    config: Config, ranks: Ranks, model: EquiAV, batch: Clips, weights: Weights, laps: Laps
+    task: Task, ranks: Ranks, model: nn.Module, batch: Clips, step: int, laps: Laps
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Gradients of the global loss into the model -> names and values (float64) of its terms, and the number of clips."""
-    settings, device = config.train, ranks.device
+    settings, device = task.config.train, ranks.device
     low_precision = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
     p = min(settings.micro_batch, settings.batch_size)
     shares = [share(settings.micro_batches, rank, ranks.size) for rank in range(ranks.size)]  # in micro-batches
@@ -171,27 +167,27 @@ def forward_backward(
         everyone = ranks.gather(x).split(b)
         return torch.cat([own[: p * (stop - first)] for own, (first, stop) in zip(everyone, shares, strict=True)])
 
-    def embed(part: slice) -> Embeddings:
-        laps.begin("views")
-        views = make_views(config, batch.rows(part))
+    def computes() -> torch.autocast:
         laps.begin("model")
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-            return Embeddings(*model(*views))
+        return torch.autocast(device.type, torch.bfloat16, enabled=low_precision)
+
+    def forward(part: slice) -> Outputs:
+        laps.begin("views")
+        return task.forward(model, batch.rows(part), computes)
 
     valid = batch.valid.to(device, non_blocking=True)
     rows = Rows.of(valid, gather, p * shares[ranks.rank][0], p)
     with torch.set_grad_enabled(not settings.recompute):
-        embedded = [embed(part) for part in parts]
-    whole = Embeddings.cat(embedded)
-    loss, terms = equiav_loss(whole, weights, config.objective, rows)
+        made = [forward(part) for part in parts]
+    whole = joined(made)
+    loss, terms = task.loss(whole, batch, rows, step)
     loss.backward()
     terms["bad"] = ((batch.samples >= 0) & ~valid).double()
 
-    def backward(k: int) -> None:
-        e = embed(parts[k]) if settings.recompute else embedded[k]
-        e.backward_from(whole, parts[k])
+    def through(k: int) -> None:
+        backward(forward(parts[k]) if settings.recompute else made[k], whole, parts[k])
 
-    add_gradients(model, [partial(backward, k) for k in range(len(parts))])
+    add_gradients(model, [partial(through, k) for k in range(len(parts))])
     # Row by row, in the order of the batch: a sum of the same shape in the same order at every number of ranks.
     sums = gather(torch.stack(list(terms.values()), dim=1)).sum(dim=0)  # (M, terms) -> (terms,)
     return tuple(terms), sums, rows.everyone.sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import resource
 import stat
@@ -16,11 +15,9 @@ from typing import Any
 import torch
 
 from equiav.config import RunConfig
-from equiav.model.arithmetic import forward_backward
-from equiav.objective import weights_at
 from equiav.parallel import Ranks
+from equiav.tasks.task import Metrics, Task
 from equiav.train.checkpoint import Checkpoints
-from equiav.train.loop import Metrics
 from monitoring import metrics as m
 from monitoring.board import Board, started, write
 from monitoring.exporter import FOLDER, beside
@@ -45,13 +42,14 @@ class Numbers:
     def __init__(
         self,
         config: RunConfig,
+        task: Task,
         ranks: Ranks,
         loader: Loader,
         checkpoints: Checkpoints,
         quarantine: Quarantine,
         tell: Callable[[str], None],
     ):
-        self.config, self.ranks, self.loader = config, ranks, loader
+        self.config, self.task, self.ranks, self.loader = config, task, ranks, loader
         self.checkpoints, self.quarantine, self.tell = checkpoints, quarantine, tell
         self.board = Board(folder_of(config, ranks, tell), f"rank-{ranks.rank}", ranks.rank, tell)
         self._first = ranks.rank == 0
@@ -67,7 +65,7 @@ class Numbers:
         board.set(m.BUILD, 1, *about)
         board.set(m.BEGAN, time.time())
         board.set(m.STEPS_PLANNED, self.config.train.steps)
-        board.set(m.FLOPS, 2 * forward_backward(self.config.model, self.config.objective))
+        board.set(m.FLOPS, 2 * self.task.flops())
         if peak := next((peak for name, peak in PEAKS.items() if environment["gpu"].startswith(name)), 0):
             board.set(m.PEAK, peak * self.ranks.size)
         board.set(m.WORLD, self.ranks.size)
@@ -88,15 +86,13 @@ class Numbers:
             board.add(m.STARTING, time.clock_gettime(time.CLOCK_BOOTTIME) - self._begun)
         self._steps += 1
         if self._first:
-            weights = weights_at(step, self.config.train.steps, self.config.objective)
-            trained: dict[str, float] = dict(zip(m.TERMS, weights, strict=True))
             for key, value in {**metrics, **timing, "step": step + 1}.items():
-                metric, labels = KEYS[key]
-                if metric is not m.EFFECTIVE_RANK or trained["inter"]:  # of a head that nothing trains it says nothing
+                if key not in self.task.untrained(step):
+                    metric, labels = KEYS[key]
                     board.set(metric, value, *labels)
-            for term, candidates in self.candidates(metrics["clips"]).items():
-                if f"loss_{term}" in metrics and candidates > 1 and trained[term]:
-                    board.set(m.CHANCE, metrics[f"loss_{term}"] / math.log(candidates), term)
+            for term, chance in self.task.chance(step, metrics["clips"]).items():
+                if f"loss_{term}" in metrics:
+                    board.set(m.CHANCE, metrics[f"loss_{term}"] / chance, term)
             board.set(m.LAST_STEP, time.time())
             board.add(m.STEPS, 1)
             board.add(m.CLIPS, metrics["clips"])
@@ -104,11 +100,6 @@ class Numbers:
             board.observe(m.STEP_TIME, seconds)
         if board.due():
             self._look(step)
-
-    def candidates(self, N: float) -> dict[str, float]:
-        """How many an anchor is compared with, by term."""
-        intra = 2 * N - (1 if self.config.objective.intra_positive_in_denominator else 2)
-        return {"inter": N, "intra_audio": intra, "intra_image": intra}
 
     def _look(self, step: int) -> None:
         """What takes some effort to find out."""

@@ -26,11 +26,12 @@ from equiav.augment.logmel import moments
 from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
 from equiav.data.stream import as_tensors, open_stream
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
-from equiav.objective import weights_at
 from equiav.parallel import Ranks, slab
+from equiav.tasks import Task
+from equiav.tasks.task import Metrics
 from equiav.train.checkpoint import Checkpoints
 from equiav.train.log import Log, append
-from equiav.train.loop import Metrics, Signals, Step, TrainState, initial_state, steps
+from equiav.train.loop import Signals, Step, TrainState, initial_state, steps
 from equiav.train.numbers import SUMMARY, Numbers
 from equiav.train.watch import PHASES, Watch
 from equiav.weights import initial_weights
@@ -84,7 +85,9 @@ class Done(NamedTuple):
     problem: Ending | None  # its last checkpoint could not be saved
 
 
-def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None = None) -> Done:
+def run(
+    config: RunConfig, task: Task, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None = None
+) -> Done:
     """From the newest checkpoint, or from the beginning, to the last step. `options`: for the file system of the clips."""
     first = ranks.rank == 0
     try:
@@ -94,7 +97,7 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
     # The parts, each handed what it needs.
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
     checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
-    state = initial_state(config, ranks)
+    state = initial_state(task, ranks)
     loader = open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size, options=options)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
@@ -112,7 +115,7 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
                     "the addresses of a round that is over, and ends when nodes come or go (docs/training.md)"
                 )
             if state.step < config.train.steps:
-                for line in expected(config, loader):
+                for line in expected(config, task, loader):
                     tell(line)
                 write_start(config, ranks, checkpoints, loader, state.step)
         log = Log(config.out, state.step, checkpoints.token, checkpoints.lines) if first else None
@@ -121,13 +124,25 @@ def run(config: RunConfig, ranks: Ranks, tell: Tell, show: Show, options: dict[s
         with Asked(tell if first else None) as asked:
             watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
             checkpoints.moved = watch.moved
-            numbers = Numbers(config, ranks, loader, checkpoints, quarantine, tell)
+            numbers = Numbers(config, task, ranks, loader, checkpoints, quarantine, tell)
             if first:
                 numbers.begin(environment())
             how = ""  # it goes on elsewhere, or again
             try:
                 ended = train(
-                    config, ranks, state, loader, quarantine, checkpoints, watch, asked, log, numbers, show, began_with
+                    config,
+                    task,
+                    ranks,
+                    state,
+                    loader,
+                    quarantine,
+                    checkpoints,
+                    watch,
+                    asked,
+                    log,
+                    numbers,
+                    show,
+                    began_with,
                 )
                 how = "finished" if state.step == config.train.steps else "asked"
             except BaseException as error:
@@ -188,11 +203,10 @@ def find(
     return found
 
 
-def expected(config: RunConfig, loader: Loader) -> Iterator[str]:
+def expected(config: RunConfig, task: Task, loader: Loader) -> Iterator[str]:
     """What there is to know before the first step."""
     t, samples, per_epoch = config.train, loader.dataset.samples, loader.steps_per_epoch
-    weights, N = weights_at(0, t.steps, config.objective), min(t.batch_size, samples)
-    chance = weights.inter * math.log(N) + (weights.intra_a + weights.intra_v) * math.log(max(2, 2 * N - 1))
+    chance = task.chance(0, min(t.batch_size, samples))["total"]
     saves = f"every {config.checkpoint.every_steps} steps" if config.checkpoint.every_steps else "by time"
     yield (
         f"{samples:,} clips, {per_epoch:,} step(s) an epoch, {t.steps / per_epoch:,.1f} epochs; guessing has a loss of "
@@ -269,6 +283,7 @@ def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
 
 def train(
     config: RunConfig,
+    task: Task,
     ranks: Ranks,
     state: TrainState,
     loader: Loader,
@@ -355,7 +370,7 @@ def train(
         saves.begun(state.step)
 
     running = steps(
-        config, ranks, state, data(), signals
+        task, ranks, state, data(), signals
     )  # kept: were it closed, what is being decoded would be waited for
     for step in running:
         under_way.append(step)

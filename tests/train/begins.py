@@ -11,6 +11,7 @@ import yaml
 
 from equiav.config import RunConfig, from_dict
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import initial_state
 from equiav.train.run import begin_with
 from tests.train.ranks import whole
@@ -18,7 +19,7 @@ from tests.train.ranks import whole
 if __name__ == "__main__":
     config = from_dict(RunConfig, yaml.safe_load(Path(sys.argv[1]).read_text()), "test")
     ranks = Ranks("cpu", config.train.micro_batches, timeout=60)
-    state = initial_state(config, ranks)
+    state = initial_state(Pretraining(config), ranks)
     begin_with(config, ranks, state, print)
     weights = {name: whole(x) for name, x in state.model.state_dict().items()}
     if ranks.rank == 0:

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from equiav.augment import Clips
 from equiav.config import Config, from_dict
 from equiav.data.synthetic import World
-from equiav.objective import weights_at
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import initial_state, steps
 from equiav.train.loop import Laps, forward_backward
 from streaming.order import share
@@ -53,20 +53,13 @@ def whole(tensor):
 def run(ranks, settings, missing=()):
     """-> gradient of the first step by name, metrics of each step, weights after the last."""
     config = from_dict(Config, settings, "test")
-    state = initial_state(config, ranks)
+    state = initial_state(Pretraining(config), ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    forward_backward(
-        config,
-        ranks,
-        state.model,
-        next(source),
-        weights_at(0, config.train.steps, config.objective),
-        Laps(ranks.device),
-    )
+    forward_backward(Pretraining(config), ranks, state.model, next(source), 0, Laps(ranks.device))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    rows = [step.read()[0] for step in steps(config, ranks, state, source)]
+    rows = [step.read()[0] for step in steps(Pretraining(config), ranks, state, source)]
     return gradient, rows, {name: whole(value) for name, value in state.model.state_dict().items()}
 
 

@@ -18,6 +18,7 @@ import torch
 from equiav.config import Config, ConfigError, from_dict
 from equiav.data.local_s3 import LocalS3
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining
 from equiav.train import checkpoint, initial_state, steps
 from equiav.train.checkpoint import Checkpoints
 from streaming.store import Denied, Missing, NoAnswer
@@ -35,7 +36,10 @@ def config(steps):
 
 
 def go_on(state, stop):
-    deque(steps(config(stop), ALONE, state, itertools.islice(batches(4, 4, 0, 1, of=8), state.step, None)), maxlen=0)
+    deque(
+        steps(Pretraining(config(stop)), ALONE, state, itertools.islice(batches(4, 4, 0, 1, of=8), state.step, None)),
+        maxlen=0,
+    )
 
 
 def about(state, **more):
@@ -45,7 +49,7 @@ def about(state, **more):
 def own(url, **arguments):
     """Taken over."""
     checkpoints = Checkpoints(str(url), ALONE, **arguments)
-    checkpoints.take_over(initial_state(config(2), ALONE))
+    checkpoints.take_over(initial_state(Pretraining(config(2)), ALONE))
     return checkpoints
 
 
@@ -79,7 +83,7 @@ def no_pauses(monkeypatch):
 def saved(tmp_path_factory):
     """A folder with the checkpoints of steps 1 and 2, and the state at both. Not to be changed."""
     folder = tmp_path_factory.mktemp("saved")
-    checkpoints, state, at = own(folder), initial_state(config(2), ALONE), {}
+    checkpoints, state, at = own(folder), initial_state(Pretraining(config(2)), ALONE), {}
     for step in (1, 2):
         go_on(state, step)
         checkpoints.save(state, about(state, told=step))
@@ -97,7 +101,7 @@ def copy(saved, tmp_path):
 
 def load(folder, **arguments):
     told = []
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     manifest = Checkpoints(str(folder), ALONE, warn=told.append, **arguments).load(state, anything)
     return manifest, state, told
 
@@ -113,7 +117,7 @@ def test_what_was_saved_is_loaded_to_the_bit(saved):
 def test_training_goes_on_as_if_nothing_had_been(saved):
     _, resumed, _ = load(saved[0])
     go_on(resumed, 4)
-    whole = initial_state(config(4), ALONE)
+    whole = initial_state(Pretraining(config(4)), ALONE)
     go_on(whole, 4)
     same(resumed, numbers(whole))
 
@@ -167,7 +171,10 @@ def test_what_none_can_use_is_kept_and_never_counts(copy):
     for path in copy.glob("step-*/part-00000-00000"):
         DAMAGE["cut"](path)
     told = []
-    checkpoints, state = Checkpoints(str(copy), ALONE, keep=1, warn=told.append), initial_state(config(2), ALONE)
+    checkpoints, state = (
+        Checkpoints(str(copy), ALONE, keep=1, warn=told.append),
+        initial_state(Pretraining(config(2)), ALONE),
+    )
     assert checkpoints.load(state, anything) is None
     assert len(checkpoints.unusable()) == 2
     assert checkpoints.newest() == -1
@@ -181,13 +188,13 @@ def test_what_none_can_use_is_kept_and_never_counts(copy):
     checkpoints.save(state, about(state))
     assert checkpoints.finish() == ""
     again = Checkpoints(str(copy), ALONE, warn=told.append)
-    assert again.load(initial_state(config(2), ALONE), anything)["step"] == 1
+    assert again.load(initial_state(Pretraining(config(2)), ALONE), anything)["step"] == 1
     assert len(list(copy.glob("damaged-*"))) == 2
 
 
 def test_a_start_from_an_earlier_checkpoint_keeps_what_it_saves(copy):
     """Another has published a later step meanwhile: neither is removed for the other's sake."""
-    checkpoints, state = Checkpoints(str(copy), ALONE, keep=3), initial_state(config(2), ALONE)
+    checkpoints, state = Checkpoints(str(copy), ALONE, keep=3), initial_state(Pretraining(config(2)), ALONE)
     checkpoints.take_over(state)
     for state.step in (0, 1):
         checkpoints.save(state, about(state))
@@ -216,7 +223,7 @@ def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
         return bytes(content)
 
     checkpoints.store.read = flipped
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     assert checkpoints.load(state, anything)["step"] == 2
     assert (told, set(flips.values())) == ([], {0})
     same(state, saved[1][2])
@@ -360,7 +367,7 @@ def test_the_digest_is_of_the_weights_alone(saved, tmp_path):
 
 
 def test_only_what_is_to_be_kept_stays(tmp_path):
-    checkpoints, state = own(tmp_path, keep=2, keep_every=3), initial_state(config(8), ALONE)
+    checkpoints, state = own(tmp_path, keep=2, keep_every=3), initial_state(Pretraining(config(8)), ALONE)
     (tmp_path / "step-00000001-0badc0de").mkdir()  # what a crash left
     (tmp_path / "step-00000001-0badc0de" / "part-00000-00000").write_bytes(b"half")
     for step in range(1, 9):
@@ -371,7 +378,7 @@ def test_only_what_is_to_be_kept_stays(tmp_path):
 
 
 def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
-    first, state = Checkpoints(str(tmp_path), ALONE), initial_state(config(2), ALONE)
+    first, state = Checkpoints(str(tmp_path), ALONE), initial_state(Pretraining(config(2)), ALONE)
     first.take_over(state)
     first.save(state, about(state))
     assert first.finish() == ""
@@ -389,7 +396,7 @@ def test_of_two_starts_of_a_run_the_first_gives_way(tmp_path):
     assert steps == [0, 1]
     second.save(state, about(state))
     assert second.finish() == ""
-    assert second.load(initial_state(config(2), ALONE), anything)["step"] == 2
+    assert second.load(initial_state(Pretraining(config(2)), ALONE), anything)["step"] == 2
 
 
 @pytest.mark.parametrize("file", ["part-00000-00000", "manifest.json"])
@@ -404,7 +411,7 @@ def test_what_is_missing_for_a_moment_is_not_damaged(saved, file):
         return read(name, *arguments)
 
     checkpoints.store.read = missing_once
-    assert checkpoints.load(initial_state(config(2), ALONE), anything)["step"] == 2
+    assert checkpoints.load(initial_state(Pretraining(config(2)), ALONE), anything)["step"] == 2
     assert told == []
 
 
@@ -412,7 +419,7 @@ def test_a_name_that_is_taken_is_no_reason_to_fail(copy):
     (newest,) = copy.glob("step-00000002-*")
     DAMAGE["cut"](newest / "part-00000-00000")
     shutil.copytree(newest, copy / f"damaged-{newest.name}")
-    checkpoints, state = Checkpoints(str(copy), ALONE), initial_state(config(2), ALONE)
+    checkpoints, state = Checkpoints(str(copy), ALONE), initial_state(Pretraining(config(2)), ALONE)
     checkpoints.load(state, anything)
     checkpoints.take_over(state)
     assert len(list(copy.glob("damaged-step-00000002-*"))) == 2
@@ -426,7 +433,7 @@ def test_a_save_is_one_though_older_ones_cannot_be_removed(copy):
         raise Denied(f"{name}: access is refused")
 
     checkpoints.store.remove = denied
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     state.step = 5
     checkpoints.save(state, about(state))
     assert checkpoints.finish() == ""
@@ -437,7 +444,7 @@ def test_a_save_is_one_though_older_ones_cannot_be_removed(copy):
 @pytest.mark.parametrize("answer", [b"", b'{"start": "c169', b"\0" * 90, b"[]", Missing("does not exist")])
 def test_an_owner_that_cannot_be_read_has_not_taken_over(tmp_path, answer):
     """Nor does it keep the run from saving; and a right answer ends the doubt."""
-    checkpoints, state = own(tmp_path), initial_state(config(2), ALONE)
+    checkpoints, state = own(tmp_path), initial_state(Pretraining(config(2)), ALONE)
     read = checkpoints.store.read
 
     def wrong(name, *arguments):
@@ -454,7 +461,7 @@ def test_an_owner_that_cannot_be_read_has_not_taken_over(tmp_path, answer):
 
 
 def test_one_wrong_answer_is_no_other_start(tmp_path):
-    checkpoints, state = own(tmp_path), initial_state(config(2), ALONE)
+    checkpoints, state = own(tmp_path), initial_state(Pretraining(config(2)), ALONE)
     read, times = checkpoints.store.read, itertools.count()
 
     def once(name, *arguments):
@@ -474,7 +481,7 @@ def test_a_store_that_does_not_answer_is_no_mistake(s3):
     checkpoints = Checkpoints("s3://runs/four", ALONE, patience=0.5, options=options)
     proxy.down = True
     with pytest.raises(NoAnswer):
-        checkpoints.take_over(initial_state(config(2), ALONE))
+        checkpoints.take_over(initial_state(Pretraining(config(2)), ALONE))
     proxy.close()
 
 
@@ -500,7 +507,7 @@ def s3(tmp_path):
 
 
 def test_on_object_storage(saved, s3):
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     load_state = Checkpoints(str(saved[0]), ALONE)
     load_state.load(state, anything)
     checkpoints = own("s3://runs/one", keep=1, options=s3.options)
@@ -518,7 +525,7 @@ def test_on_object_storage_too_what_is_damaged_is_kept_under_another_name(saved,
     shutil.copytree(saved[0], s3.folder / "runs" / "copy")
     for path in (s3.folder / "runs" / "copy").glob("step-00000002-*/part-00000-00000"):
         DAMAGE["middle bit"](path)
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     checkpoints = Checkpoints("s3://runs/copy", ALONE, options=s3.options)
     assert checkpoints.load(state, anything)["step"] == 1
     checkpoints.take_over(state)
@@ -534,7 +541,7 @@ def test_a_store_that_is_down_during_a_save_is_waited_for(s3):
     checkpoints = own("s3://runs/two", patience=60, options=options, warn=told.append)
     proxy.down = True
     proxy._loop.call_later(3, setattr, proxy, "down", False)
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     checkpoints.save(state, about(state))
     assert checkpoints.busy  # training goes on meanwhile
     checkpoints.finish()
@@ -548,7 +555,7 @@ def test_a_save_that_fails_is_told_and_counted_and_the_next_one_succeeds(s3):
     told = []
     options = {"key": s3.key, "secret": s3.secret, **proxy.options()}
     checkpoints = own("s3://runs/three", patience=2, options=options, warn=told.append)
-    state = initial_state(config(2), ALONE)
+    state = initial_state(Pretraining(config(2)), ALONE)
     proxy.down = True
     checkpoints.save(state, about(state))
     checkpoints.finish()
@@ -559,7 +566,7 @@ def test_a_save_that_fails_is_told_and_counted_and_the_next_one_succeeds(s3):
     checkpoints.save(state, about(state))
     checkpoints.finish()
     assert checkpoints.failures == 1
-    assert checkpoints.load(initial_state(config(2), ALONE), anything)["step"] == 1
+    assert checkpoints.load(initial_state(Pretraining(config(2)), ALONE), anything)["step"] == 1
     proxy.close()
 
 
@@ -576,7 +583,7 @@ def test_a_place_that_cannot_be_written_is_found_at_the_start(s3, tmp_path, what
         (tmp_path / "file").write_text("")
         url, options = str(tmp_path / "file" / "x"), {}
     with pytest.raises(ConfigError, match=rf"checkpoints cannot be kept at {url}: .*checkpoint\.url"):
-        Checkpoints(url, ALONE, patience=2, options=options).take_over(initial_state(config(2), ALONE))
+        Checkpoints(url, ALONE, patience=2, options=options).take_over(initial_state(Pretraining(config(2)), ALONE))
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="mounts a small disk")
@@ -591,8 +598,8 @@ def test_a_full_disk_is_found_at_the_start_and_later_costs_the_save_but_not_the_
         with pytest.raises(
             ConfigError, match=rf"{disk}/x has room for 0\.\d MiB, checkpoints take .*keep=3 and one more"
         ):
-            checkpoints.take_over(initial_state(config(2), ALONE))
-        checkpoints.save(initial_state(config(2), ALONE), about(None))
+            checkpoints.take_over(initial_state(Pretraining(config(2)), ALONE))
+        checkpoints.save(initial_state(Pretraining(config(2)), ALONE), about(None))
         checkpoints.finish()
         assert checkpoints.failures == 1
         assert "No space left" in told[0]

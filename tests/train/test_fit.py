@@ -32,6 +32,7 @@ def test_settings_that_fit_a_small_dataset(run_config, tmp_path, capsys):
     config, _ = load(RunConfig, "pretrain", ["--config", str(path)])
     assert (config.train.batch_size, config.train.steps, config.stream.url) == (4, 140, url)
     assert -14 < config.data.audio_mean < -8
+    assert config.model.depth == 1  # what was asked for is the run's, too
     text = Run(path, tmp_path / "out", None, "--train.steps", "20", "--checkpoint.every_steps", "10").end()
     assert "spectrograms have mean" not in text
     assert "each clip will be seen" not in text

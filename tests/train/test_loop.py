@@ -12,6 +12,7 @@ from equiav.augment import Clips
 from equiav.config import TrainConfig
 from equiav.data.synthetic import World
 from equiav.parallel import Ranks
+from equiav.tasks import Pretraining, pretraining
 from equiav.train import initial_state, loop, steps
 from equiav.train.schedule import learning_rate
 
@@ -34,8 +35,8 @@ def batches(size=8, epochs=1000):
 
 def run(config, source=None):
     ranks = Ranks(config.device)
-    state = initial_state(config, ranks)
-    return state.model, [step.read()[0] for step in steps(config, ranks, state, source or batches())]
+    state = initial_state(Pretraining(config), ranks)
+    return state.model, [step.read()[0] for step in steps(Pretraining(config), ranks, state, source or batches())]
 
 
 def settings(make_config, steps=4, **sections):
@@ -140,7 +141,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, w
     """Weights, moments and their step count after steps 0, bad, 2 are those after steps 0, 2."""
     config = settings(make_config, steps=3, train={"lr": 1e-3, "warmup_steps": 0, "lr_start": 1e-3})
     monkeypatch.setattr(loop, "learning_rate", lambda step, settings: 1e-3)
-    ranks, state, rows = Ranks("cpu"), initial_state(config, Ranks("cpu")), []
+    ranks, state, rows = Ranks("cpu"), initial_state(Pretraining(config), Ranks("cpu")), []
     good = list(itertools.islice(batches(), 3))
     bad = good[1]._replace(valid=torch.arange(8) == 3)
     if what == "not finite":
@@ -148,20 +149,20 @@ def test_a_step_that_cannot_be_taken_changes_nothing(make_config, monkeypatch, w
 
     def step_of(source, state, stop):
         until = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stop))
-        rows.extend(step.read() for step in steps(until, ranks, state, source))
+        rows.extend(step.read() for step in steps(Pretraining(until), ranks, state, source))
 
     step_of([good[0]], state, 1)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     moments = [{k: v.clone() for k, v in s.items()} for s in state.optimizer.state.values()]
     if what == "not finite":
-        real_loss = loop.equiav_loss
+        real_loss = pretraining.equiav_loss
 
         def spoiled(*arguments):
             loss, terms = real_loss(*arguments)
             return loss * math.nan, terms
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "equiav_loss", spoiled)
+            patch.setattr(pretraining, "equiav_loss", spoiled)
             step_of([bad], state, 2)
     else:
         step_of([bad], state, 2)
@@ -183,7 +184,7 @@ def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
         train={"betas": [0.8, 0.9], "weight_decay": 0.3, "warmup_steps": 2},
     )
     weights, epochs, rates, options = [], [], [], []
-    real_loss, real_views, real_optimizer = loop.equiav_loss, loop.make_views, torch.optim.AdamW
+    real_loss, real_views, real_optimizer = pretraining.equiav_loss, pretraining.make_views, torch.optim.AdamW
 
     def loss(e, w, *rest):
         weights.append(w)
@@ -202,8 +203,8 @@ def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
             rates.append(self.param_groups[0]["lr"])
             return super().step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "equiav_loss", loss)
-    monkeypatch.setattr(loop, "make_views", views)
+    monkeypatch.setattr(pretraining, "equiav_loss", loss)
+    monkeypatch.setattr(pretraining, "make_views", views)
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     _, rows = run(config)
     assert weights == [(0, 1, 1), (1, 0, 0)] * 2
