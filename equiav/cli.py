@@ -8,6 +8,7 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # which may know fewer letters than names have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # An agent that is killed would leave it behind, training beside those that take its place. First of all: imports
         # take seconds.
@@ -134,6 +138,9 @@ def _main(argv: Sequence[str] | None) -> int:
         if isinstance(error, Ending):
             return error.status
         return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
+    except BrokenPipeError:  # whoever reads what it says has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except OSError as error:  # a disk that is full, or not ours
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
@@ -177,9 +184,7 @@ def _environment_problem() -> str | None:
 
     torchaudio's last release, 2.11, loads only beside torch 2.11 to 2.13 built for CUDA 13 (on machines without a GPU too).
     """
-    advice = (
-        "install with `pip install -c constraints.txt equiav`, or torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
-    )
+    advice = "install with `pip install -c constraints.txt .` in a clone, or torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
     version = importlib.metadata.version("torch")
     major, minor = (int(part) for part in version.split(".")[:2])
     if not (2, 11) <= (major, minor) <= (2, 13):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST = 2000  # characters of a line
+
 
 def say(text: str) -> None:
     print(plain(text))
@@ -11,4 +13,6 @@ def say(text: str) -> None:
 
 def plain(text: Any) -> str:
     """Names and labels are a store's word: what is not to be seen is written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    whole = str(text)
+    short = whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}... ({len(whole):,} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -79,7 +79,15 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
                 for name in ("heads", "predictor_heads"):  # which no shape shows
                     found, here = getattr(theirs.model, name), getattr(settings.model, name)
                     require(found == here, f"model.{name}", here, f"{found}, as that model has")
+                other = theirs.model.predictor != settings.model.predictor
+                if other:  # what fits of another kind of predictor fits by chance
+                    state = {name: x for name, x in state.items() if ".predictor." not in name}
                 imported = own_state(state, initial_model(settings, seed))
+                if other:
+                    imported.notes.append(
+                        f"that model's predictor is {theirs.model.predictor}, this one's {settings.model.predictor}: it is "
+                        "not taken over"
+                    )
                 imported.notes += [
                     f"that model was trained with data.{name} {getattr(theirs.data, name):g}, here it is {value:g}"
                     for name, value in vars(settings.data).items()

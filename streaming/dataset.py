@@ -214,7 +214,12 @@ def read_offsets(store: Store, shard: Shard) -> Offsets:
         raise DatasetError(f"shard {shard.name}: its offsets file is missing") from None
     if xxh3_64_hexdigest(content) != shard.offsets:
         raise DatasetError(f"shard {shard.name}: its offsets file is not the one that the index was made with")
-    return Offsets(content)
+    offsets = Offsets(content, shard.offsets_name)
+    if len(offsets) != shard.samples:
+        raise DatasetError(
+            f"shard {shard.name}: its offsets file has {len(offsets)} samples, the index says {shard.samples}"
+        )
+    return offsets
 
 
 # ---- making and checking ------------------------------------------------------------------------------------------------
@@ -225,6 +230,14 @@ def describe(path: Path, name: str) -> tuple[Shard, bytes]:
     samples = scan(path, name)
     offsets = encode_offsets(samples)
     return Shard(name, len(samples), path.stat().st_size, file_checksum(path), xxh3_64_hexdigest(offsets)), offsets
+
+
+def require_plain(store: Store, name: str) -> None:
+    """What `Dataset` asks of a shard's name, said while it can still be mended."""
+    if any(ord(c) < 32 or ord(c) == 127 or c in "/\\" for c in name) or name.startswith(".") or not name.strip():
+        raise DatasetError(
+            f"{store.url}: {name!r} cannot be a shard's name: rename it, without control characters or slashes"
+        )
 
 
 def write_index(store: Store, shards: Iterable[Shard]) -> None:
@@ -255,7 +268,12 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
     try:
         with local_copy(store, shard.name) as path:
             if path.stat().st_size == shard.bytes and file_checksum(path) == shard.checksum:
-                return []
+                fits = encode_offsets(scan(path, shard.name)) == offsets.content
+                return (
+                    []
+                    if fits
+                    else [problem("its offsets file says otherwise than the shard; `equiav index` makes it anew")]
+                )
             found = [
                 problem(
                     f"has {path.stat().st_size} bytes, expected {shard.bytes}, or other content than it was indexed with"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 import tempfile
 import time
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from streaming.dataset import INDEX, Dataset, DatasetError, Shard, describe, write_index
 from streaming.processes import Child, ChildDied, stop
 from streaming.quarantine import BadSample
-from streaming.store import Store
+from streaming.store import Missing, NoStore, Store
 
 RECORDS = "packing"  # folder of what is finished, removed at the end
 REJECTED = "rejected.jsonl"
@@ -107,14 +108,14 @@ def pack(
             "or remove the folder"
         )
     if not begun:
-        store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
+        try:
+            store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
+        except Missing as error:
+            raise NoStore(f"{error}; make the bucket first, or correct its name") from None
 
     finished = {int(name[:-5]) for name in store.list(RECORDS) if name[:-5].isdigit()}
     records = {k: Record.decode(store.read(f"{RECORDS}/{k:06d}.json")) for k in finished}
-    for k in [k for k, record in records.items() if record.stamp != stamp[k]]:
-        for shard in records.pop(k).shards:  # there may be fewer of them now
-            store.remove(shard.name)
-            store.remove(shard.offsets_name)
+    records = {k: record for k, record in records.items() if record.stamp == stamp[k]}
     todo = [k for k in range(parts) if k not in records]
     destination = Settings(store.address, store.patience, store.options, max_shard_bytes)
     packers = [_Packer(k, encode, destination, not processes) for k in range(min(max(1, processes), len(todo)))]
@@ -139,6 +140,10 @@ def pack(
     store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     if not shards:
         raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
+    wanted = {name for shard in shards for name in (shard.name, shard.offsets_name)}
+    for name in store.list():
+        if re.match(r"\d{6}-\d{2,}\.tar", name) and name not in wanted:  # of a part that was killed, or packed again
+            store.remove(name)
     store.write(PACKED, json.dumps(made_of).encode())
     write_index(store, shards)
     return _clear_up(store, len(items))

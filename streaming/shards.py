@@ -95,12 +95,23 @@ def encode_offsets(samples: Iterable[Sample]) -> bytes:
 class Offsets:
     """An offsets file in memory. A line is parsed when it is asked for: most of a shard's samples are another process's."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, name: str = "an offsets file"):
+        self.content, self.name = content, name
         self._lines = content.splitlines()
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, number: int) -> Sample:
-        key, members = json.loads(self._lines[number])
-        return Sample(key, {extension: Member(*place) for extension, place in members.items()})
+        try:
+            key, members = json.loads(self._lines[number])
+            sample = Sample(key, {extension: Member(*place) for extension, place in members.items()})
+            if (
+                not isinstance(key, str)
+                or not members
+                or any(m.offset < 0 or m.length < 0 for m in sample.members.values())
+            ):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise ShardError(f"line {number + 1} of {self.name} is no sample with its members") from None
+        return sample

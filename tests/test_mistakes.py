@@ -15,6 +15,10 @@ FILES = {
     "nested.yaml": "train: {steps: {a: 1}}\n",
     "ten.yaml": "train: {steps: 10}\n",
     "others/a.doc": "x",
+    "dots.txt": ".\n",
+    "nul.txt": "a\0b.mp4\n",
+    "deep.json": "[" * 100_000,
+    "none.json": '{"data": []}',
 }
 NOTHING_IN = "`equiav pack` writes one; `equiav index` makes the index of shards that are there already"
 
@@ -62,6 +66,17 @@ MISTAKES = {
     "show nowhere --png x.jpg": "png is x.jpg, expected a name that ends in .png",
     "show nowhere --png nowhere/x.png": "png is nowhere/x.png, expected a file in a folder that is there",
     "stats": "url is not given, expected the folder of a dataset",
+    "plan --price -1": "price is -1.0, expected 0 or more",
+    "plan --stream.url nowhere --write nowhere/x.yaml": "write is nowhere/x.yaml, expected a file in a folder that is there",
+    "stats nowhere --write nowhere/x.yaml": "write is nowhere/x.yaml, expected a file in a folder that is there",
+    "pack dots.txt --to out": "source dots.txt: '.' names no file, expected a video's path a line",
+    "pack nul.txt --to out": "names no file, expected a video's path a line",
+    "pack deep.json --to out": "source deep.json is not a list of clips (RecursionError",
+    "pack none.json --to out": "source none.json lists no clips",
+    "pack synthetic:99999999999999999999 --to out": "expected synthetic:COUNT with a positive number below 10^8",
+    "pack synthetic:4 --to out --frames 1000000000": "frames is 1000000000, expected at most 1000",
+    "pack synthetic:4 --to out --short_side 1": "short_side is 1, expected 2 or more",
+    "pack others --to out --clip_seconds 2 --clip_overlap 1.99": "clip_overlap is 1.99, expected 0 to nine tenths",
     "plan --keep": "keep is True, expected a dataset to try the settings with (--stream.url)",
     "index": "url is not given, expected the folder of the shards",
     "index nowhere": "nowhere has no shards: no file there ends in .tar",

@@ -101,6 +101,39 @@ def write_video(
     return path
 
 
+def shown_from(path, at):
+    """Cuts a video as `ffmpeg -ss -c copy` does: packets from the key frame before, of which those before `at` are not shown."""
+    source = path.with_name(f"whole-{path.name}")
+    path.rename(source)
+    with av.open(str(source)) as whole, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as cut:
+        streams = {stream.index: cut.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in whole.demux():
+            stream = packet.stream
+            if packet.dts is None or (stream.type == "audio" and packet.pts * stream.time_base < at):
+                continue
+            shift = round(at / stream.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, streams[stream.index]
+            cut.mux(packet)
+    source.unlink()
+
+
+def pause(path, at, seconds):
+    """Nothing for so long in the sound, from a moment on."""
+    source = path.with_name(f"whole-{path.name}")
+    path.rename(source)
+    with av.open(str(source)) as whole, av.open(str(path), "w") as late:
+        streams = {stream.index: late.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in whole.demux():
+            if packet.dts is None:
+                continue
+            if packet.stream.type == "audio" and packet.pts * packet.stream.time_base >= at:
+                packet.pts += round(seconds / packet.stream.time_base)
+                packet.dts += round(seconds / packet.stream.time_base)
+            packet.stream = streams[packet.stream.index]
+            late.mux(packet)
+    source.unlink()
+
+
 def rotate(path, matrix):
     """Writes another display matrix into the only video track of an MP4: (a, b, c, d), x' = a x + c y, y' = b x + d y."""
     content = bytearray(path.read_bytes())

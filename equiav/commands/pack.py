@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -34,13 +33,14 @@ from equiav.data.sources import (
     EncodeVideo,
     Shape,
     cut,
+    files_of,
     list_frames,
     list_videos,
 )
 from equiav.data.synthetic import World
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
-from streaming.dataset import INDEX, NoDataset, Shard, index_shard, unusable, verify_shard, write_index
+from streaming.dataset import INDEX, NoDataset, Shard, index_shard, require_plain, unusable, verify_shard, write_index
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
@@ -101,12 +101,10 @@ class PackConfig:
                 self.clip_seconds,
                 f"data.min_seconds={self.data.min_seconds} to max_seconds={self.max_seconds}",
             )
-        require(
-            0 <= self.clip_overlap < (self.clip_seconds or math.inf),
-            "clip_overlap",
-            self.clip_overlap,
-            "0 to below clip_seconds",
-        )
+        most = 0.9 * self.clip_seconds
+        require(0 <= self.clip_overlap <= most, "clip_overlap", self.clip_overlap, "0 to nine tenths of clip_seconds")
+        require(self.short_side >= 2, "short_side", self.short_side, "2 or more")
+        require(self.frames <= 1000, "frames", self.frames, "at most 1000")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
         require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
         require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
@@ -186,7 +184,7 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             max_shard_bytes=config.max_shard_bytes,
             part_items=config.shard_samples,
             settings=repr(shape),
-            stamps=[stamp(content) for _, content in items],
+            stamps=[stamp(content, config.frames) for _, content in items],
             timeout=config.timeout,
             report=report,
         )
@@ -208,16 +206,18 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         say(f"  passed over: {count}, {why} ({PASSED_OVER} names them)")
 
 
-def stamp(content: Any) -> str:
-    """Of an item that is a file: one that is another now is to be packed again."""
-    path = content[0] if isinstance(content, tuple) else content
-    if not isinstance(path, str):
+def stamp(content: Any, frames: int) -> str:
+    """Of an item's files: one that is another now is to be packed again."""
+    if isinstance(content, int):
         return ""
-    try:
-        about = os.stat(path)
-    except OSError:  # it may come back
-        return "absent"
-    return f"{about.st_size} {about.st_mtime_ns}"
+    told = []
+    for path in files_of(content, frames):
+        try:
+            about = os.stat(path)
+            told.append(f"{about.st_size} {about.st_mtime_ns}")
+        except OSError:  # it may come back
+            told.append("absent")
+    return ", ".join(told)
 
 
 def open_source(
@@ -227,10 +227,10 @@ def open_source(
     kind, _, count = config.source.partition(":")
     if kind == "synthetic":
         require(
-            count.isdecimal() and count.isascii() and int(count) > 0,
+            count.isdecimal() and count.isascii() and int(count[:9]) > 0 and len(count) <= 8,
             "source",
             config.source,
-            "synthetic:COUNT with a positive number",
+            "synthetic:COUNT with a positive number below 10^8",
         )
         world = World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate)
         return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape), {}
@@ -254,7 +254,9 @@ def open_source(
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
     require(bool(config.url), "url", "not given", "the folder of the shards")
     store = Store(config.url, config.patience, options)
-    names = [name for name in store.list() if name.endswith(".tar")]
+    names = [name for name in store.list() if name.endswith(".tar") and not name.startswith(".")]  # a Mac leaves ._NAME
+    for name in names:
+        require_plain(store, name)
     if not names:
         raise NoDataset(f"{config.url} has no shards: no file there ends in .tar")
     shards = _each("indexing", names, lambda name: index_shard(store, name), config.processes)
@@ -290,7 +292,7 @@ def say_what_is_unusable(
         first = next(one for one in bad if one.reason == reason)
         say(f"  training cannot use {count} of {tried}: {reason}, such as {first.where}: {first.detail}")
     allowed = StreamConfig().max_bad
-    if len(bad) > max(allowed * tried, FEW):
+    if len(bad) > max(allowed * tried, FEW) or len(bad) == tried:
         raise DatasetError(
             f"{store.url}: training would end for {len(bad)} samples of {tried} that it cannot use (stream.max_bad={allowed:g}); "
             "`equiav pack` makes samples that it can, docs/streaming.md says what one has to be"

@@ -38,6 +38,7 @@ class PlanConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.price >= 0, "price", self.price, "0 or more")
         require(
             0 <= self.world_size <= self.train.micro_batches,
             "world_size",
@@ -132,6 +133,7 @@ def run_plan(config: PlanConfig) -> None:
     if config.write:
         require(bool(config.stream.url), "write", config.write, "a dataset to fit the settings to (--stream.url)")
         require(not config.write.exists(), "write", f"{config.write}, which exists", "a file that does not")
+        require(config.write.parent.is_dir(), "write", config.write, "a file in a folder that is there")
     require(
         bool(config.stream.url) or not config.keep, "keep", True, "a dataset to try the settings with (--stream.url)"
     )

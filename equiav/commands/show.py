@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from equiav.data.decoder import ClipDecoder
 from equiav.data.sources import PASSED_OVER
 from equiav.data.stream import frame_draw
 from equiav.data.survey import THREADS, Looked, labels_of, member, pictures_of, shares, spread, survey
-from equiav.evaluate.pictures import Titled, blocks, coloured, seen, sheet
+from equiav.evaluate.pictures import Titled, blocks, coloured, scaled, seen, sheet
 from equiav.terminal import say
 from streaming import BadSample, Dataset, Store
 from streaming.dataset import read_offsets
@@ -91,10 +92,12 @@ def some_clips(config: ShowConfig, dataset: Dataset) -> list[list[Titled]]:
         if listed := _listed(dataset.store, file, field):
             say(f"{what} when it was packed ({file} names each): {_most(listed)}")
     looked = [one for chosen in shares(dataset, SHOWN, config.seed) for one in spread(dataset, *chosen)]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(4) as pool:  # whose pictures may be large
         pictures = [one for one in pool.map(lambda one: _middle(dataset.store, one), looked) if one]
     if looked:
-        say(f"a clip's frames, sound and views: equiav show {config.url} {_quoted(looked[0].sample.key)}")
+        say(
+            f"a clip's frames, sound and views: equiav show {shlex.quote(config.url)} {shlex.quote(looked[0].sample.key)}"
+        )
     return [pictures[k : k + ACROSS] for k in range(0, len(pictures), ACROSS)]
 
 
@@ -120,14 +123,11 @@ def _middle(store: Store, looked: Looked) -> Titled | None:
     if not names:
         return None
     try:
-        return looked.sample.key, decode_frame(member(store, looked, names[len(names) // 2]), looked.sample.key)
+        frame = decode_frame(member(store, looked, names[len(names) // 2]), looked.sample.key)
+        return looked.sample.key, scaled(frame, HEIGHT)
     except BadClipError as error:
         say(f"training cannot use {looked.sample.key}: {error.reason}")
         return None
-
-
-def _quoted(key: str) -> str:
-    return key if key.replace("/", "").replace("-", "").replace("_", "").isalnum() else f"'{key}'"
 
 
 # ---- a clip

@@ -41,6 +41,8 @@ def run_stats(config: StatsConfig) -> None:
     require(bool(config.url), "url", "not given", "the folder of a dataset")
     if config.write and config.write.exists():
         raise ConfigError(f"write: {config.write} exists already; name a file that does not")
+    if config.write:
+        require(config.write.parent.is_dir(), "write", config.write, "a file in a folder that is there")
     dataset = Dataset(Store(config.url, config.patience))
     stats = survey(dataset, config.model, config.data, config.samples, config.seed)
     say(

@@ -67,7 +67,8 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
     words = list(argv)
     while words:
         word = words.pop(0)
-        if not word.startswith("-") or _number(word):
+        # A clip's name may begin with a dash.
+        if not word.startswith("--") and word != "-h" and (not word.startswith("-") or places or _number(word)):
             if not places:
                 raise ConfigError(f"{word!r} is not expected; settings are given as --section.field value")
             kind = options[places[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import wave
 
 import numpy as np
@@ -12,6 +13,9 @@ import soundfile
 from PIL import Image, UnidentifiedImageError
 
 from equiav.config import DataConfig
+
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # more pixels than a picture has
 
 
 class BadClipError(ValueError):
@@ -46,7 +50,7 @@ def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
             mode, frame = image.mode, np.asarray(image)
     except UnidentifiedImageError:  # its text has an address in memory
         raise BadClipError(sample, "image cannot be decoded: no format that Pillow knows") from None
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, MemoryError, *BOMB) as error:
         raise BadClipError(sample, f"image cannot be decoded: {error}") from None
     if mode != "RGB":
         raise BadClipError(sample, f"image has mode {mode}, expected RGB")

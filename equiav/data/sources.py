@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -29,6 +29,7 @@ STILL, BLOCK = 8, 8  # of 255; pixels
 TWICE = "it is listed more than once, and was taken once"
 PASSED_OVER = "passed-over.jsonl"  # of a dataset: files that are no videos
 AV_TIME_BASE = 1_000_000  # of a seek, a second
+WIDEST = 20  # a picture's longer side over its shorter
 GAP = 0.1  # seconds of sound that may be missing without being filled
 APART = 0.8  # picture and sound belong together if the shorter is so much of the longer, or within a second
 
@@ -54,7 +55,7 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
     the folder has."""
     if not source.is_dir():
         try:
-            lines = [line.strip() for line in source.read_text("utf-8-sig").splitlines()]
+            lines = [line.strip() for line in source.read_text("utf-8-sig").split("\n")]
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"source {source}: byte {error.start} is no UTF-8, expected a video's path a line"
@@ -62,9 +63,12 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError(f"source {source} lists no videos")
+        for name in named:
+            if not Path(name).name or "\0" in name:
+                raise ConfigError(f"source {source}: {name!r} names no file, expected a video's path a line")
         other = {name: TWICE for name, count in Counter(named).items() if count > 1}
         named = list(dict.fromkeys(named))
-        return list(_keys([Path(name) for name in named], [str(source.parent / name) for name in named])), other
+        return list(_keys([Path(name) for name in named], [absolute(source.parent / name) for name in named])), other
     taken, other = [], {}
     for folder, folders, files in os.walk(source):
         for name in folders:
@@ -72,7 +76,9 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
                 other[os.path.join(folder, name)] = "a linked folder"
         for name in files:
             ending = Path(name).suffix.lower()
-            if ending in VIDEOS:
+            if not os.path.isfile(os.path.join(folder, name)):
+                other[os.path.join(folder, name)] = "it is no file"
+            elif ending in VIDEOS:
                 taken.append(Path(folder, name))
             else:
                 other[os.path.join(folder, name)] = f"its name ends in {ending}" if ending else "its name has no ending"
@@ -80,16 +86,16 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
         passed = f"; {len(other)} other file(s) are there, such as {min(other)}" if other else ""
         raise ConfigError(f"source {source} has no video files ({', '.join(VIDEOS)}){passed}")
     taken.sort()
-    return list(_keys([path.relative_to(source) for path in taken], map(str, taken), whole=True)), other
+    return list(_keys([path.relative_to(source) for path in taken], map(absolute, taken), whole=True)), other
 
 
 def _keys(names: Sequence[Path], contents: Iterable[Any], whole: bool = False) -> Iterator[tuple[str, Any]]:
     """A name for each, of its own: short where that suffices, else with its folders, else with its ending. `whole`: always with
     its folders."""
     forms = [
-        lambda name: _key(str(name.with_suffix("")) if whole else name.with_suffix("").name),
-        lambda name: _key(str(name.with_suffix("")).lstrip("/")),
-        lambda name: _key(str(name).lstrip("/")),
+        lambda name: key_of(str(name.with_suffix("")) if whole else name.with_suffix("").name),
+        lambda name: key_of(str(name.with_suffix("")).lstrip("/")),
+        lambda name: key_of(str(name).lstrip("/")),
     ]
     keys = [forms[0](name) for name in names]
     for form in forms[1:]:
@@ -127,13 +133,20 @@ def cut(found: Found, seconds: float, overlap: float) -> Found:
             if k and begin + seconds / 2 > length:
                 break
             clips.append((f"{key}-{round(1000 * begin):09d}", (path, begin, min(begin + seconds, length))))
-    return clips
+    return list(zip(_distinct([key for key, _ in clips]), [content for _, content in clips], strict=True))
+
+
+def absolute(path: Path) -> str:
+    """FFmpeg takes what stands before a colon for a protocol, unless a folder stands before that."""
+    return str(path.absolute())
 
 
 def length_of(path: str) -> float:
     """Seconds; 0: not known."""
     import av.error
 
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return 0.0
     try:
         with av.open(path) as file:
             if file.duration:
@@ -202,22 +215,35 @@ def list_frames(source: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[st
                 if not isinstance(entry[name], str):
                     raise TypeError(f"{name} is {entry[name]!r}, expected text")
         entries = [{name: entry[name] for name in ("video_id", "wav", "video_path", "labels")} for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"source {source} is not a list of clips ({type(error).__name__}: {error}), expected "
             '{"data": [{"video_id": ..., "wav": ..., "video_path": ..., "labels": ...}]}'
         ) from None
+    if not entries:
+        raise ConfigError(f"source {source} lists no clips")
     once = {json.dumps(entry, sort_keys=True): entry for entry in entries}
     often = Counter(json.dumps(entry, sort_keys=True) for entry in entries)
     other = {once[text]["video_id"]: TWICE for text, count in often.items() if count > 1}
     for entry in once.values():  # as in every list: beside the list itself
-        entry["wav"], entry["video_path"] = str(source.parent / entry["wav"]), str(source.parent / entry["video_path"])
-    return list(zip(_distinct([_key(e["video_id"]) for e in once.values()]), once.values(), strict=True)), other
+        entry["wav"], entry["video_path"] = (absolute(source.parent / entry[name]) for name in ("wav", "video_path"))
+    return list(zip(_distinct([key_of(e["video_id"]) for e in once.values()]), once.values(), strict=True)), other
 
 
-def _key(name: str) -> str:
-    """A sample's key ends at its first dot: names keep what they have of them as underscores."""
-    return name.replace(".", "_")
+def files_of(content: Any, frames: int) -> list[str]:
+    """What a clip is made of."""
+    if isinstance(content, dict):
+        names = [f"{content['video_path']}/frame_{k}/{content['video_id']}.jpg" for k in range(frames)]
+        return [content["wav"], *names]
+    return [content[0] if isinstance(content, tuple) else content]
+
+
+def key_of(name: str) -> str:
+    """A sample's key ends at its first dot, and is UTF-8: names keep what they have of them as underscores, and of bytes that are
+    no UTF-8 the number."""
+    return "".join(c if c.isascii() or c.encode(errors="ignore") else f"_{ord(c) - 0xDC00:02x}" for c in name).replace(
+        ".", "_"
+    )
 
 
 class EncodeSynthetic:
@@ -232,6 +258,16 @@ class EncodeSynthetic:
         )
 
 
+def account(source: str, call: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    """Files hold what nobody foresaw. One that a library stumbles over is named, and costs itself alone."""
+    try:
+        return call()
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample("unforeseen", f"{source}: {type(error).__name__}: {error}") from error
+
+
 class EncodeFrames:
     """An entry of a list: frames at video_path/frame_K/video_id.jpg, copied as they are, and the sound."""
 
@@ -239,9 +275,10 @@ class EncodeFrames:
         self.shape = shape
 
     def __call__(self, entry: dict[str, Any]) -> dict[str, bytes]:
-        paths = [
-            Path(entry["video_path"]) / f"frame_{k}" / f"{entry['video_id']}.jpg" for k in range(self.shape.frames)
-        ]
+        return account(entry["video_id"], lambda: self._encode(entry))
+
+    def _encode(self, entry: dict[str, Any]) -> dict[str, bytes]:
+        paths = [Path(path) for path in files_of(entry, self.shape.frames)[1:]]
         absent = [str(path) for path in paths if not path.is_file()]
         if absent:
             raise BadSample("missing frames", f"{len(absent)} of {len(paths)}, first {absent[0]}")
@@ -263,6 +300,11 @@ class EncodeVideo:
 
     def __call__(self, content: str | Span) -> dict[str, bytes]:
         path, *span = (content,) if isinstance(content, str) else content
+        return account(path, lambda: self._encode(path, *span))
+
+    def _encode(self, path: str, *span: float) -> dict[str, bytes]:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise BadSample("missing", f"{path} is no file")
         audio = read_audio(path, self.shape, *span)
         seconds = len(audio) / self.shape.data.sample_rate
         frames, times, length = read_frames(path, self.shape, *span)
@@ -294,6 +336,8 @@ def read_audio(path: str, shape: Shape, begin: float = 0.0, end: float = math.in
                 first = (time or 0.0) if first is None else first
                 missing = 0 if time is None else round((time - first) * rate) - told
                 if missing > GAP * rate:  # what is not there is silence, or all that follows would be early
+                    if end == math.inf and told + missing > shape.max_seconds * rate:
+                        raise BadSample("too long", f"{path} has a pause of {missing / rate:,.0f} s in its sound")
                     parts.append(np.zeros(missing, np.int16))
                     told += missing
                 for part in to_mono.resample(frame):
@@ -346,7 +390,9 @@ def read_frames(
                 length = min(end, float((stream.duration or 0) * (stream.time_base or 0)) or end) - begin
             else:
                 times = [
-                    float(packet.pts * packet.time_base) for packet in file.demux(stream) if packet.pts is not None
+                    float(packet.pts * packet.time_base)
+                    for packet in file.demux(stream)
+                    if packet.pts is not None and not packet.is_discard  # before what an edit of the file shows
                 ]
                 if not times:
                     raise BadSample("corrupt", f"{path}: the video stream is empty")
@@ -355,7 +401,11 @@ def read_frames(
                 raise BadSample("lengths differ", f"{path} has no picture from {begin:.1f} s on")
             wanted = [first + length * (k + 0.5) / shape.frames for k in range(shape.frames)]
             nearest: list[Any] = [None] * shape.frames
+            last = first
             for frame in frames_from(file, stream, first) if begin else all_frames(path, stream.index):
+                if frame.time is None:
+                    continue
+                last = max(last, frame.time)
                 for k, at in enumerate(wanted):
                     if nearest[k] is None or abs(frame.time - at) < abs(nearest[k].time - at):
                         nearest[k] = frame
@@ -367,8 +417,10 @@ def read_frames(
         raise BadSample("corrupt", f"{path}: {error}") from None
     for frame, at in zip(nearest, wanted, strict=True):
         if frame is None or abs(frame.time - at) > max(length / shape.frames, 0.5):
-            raise BadSample("corrupt", f"{path}: nothing can be decoded near {at:.2f} s")
-    seconds = [round(frame.time - (first if end < math.inf else 0), 3) for frame in nearest]
+            if end < math.inf and last < at:
+                raise BadSample("lengths differ", f"{path}: its picture ends at {last - first + begin:.1f} s")
+            raise BadSample("corrupt", f"{path}: nothing can be decoded near {at - first + begin:.2f} s")
+    seconds = [round(frame.time - first, 3) for frame in nearest]
     return [_picture(frame, aspect, shape.short_side) for frame in nearest], seconds, length
 
 
@@ -377,10 +429,14 @@ def _picture(frame: Any, aspect: Any, short_side: int) -> np.ndarray:
     picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
     width, height = picture.size
     if aspect:
-        width = round(width * float(aspect))
+        width = max(1, round(width * float(aspect)))
     if frame.rotation:
         picture = picture.rotate(frame.rotation, expand=True)
         width, height = (height, width) if frame.rotation % 180 else (width, height)
+    if max(width, height) > WIDEST * min(width, height):
+        raise BadSample(
+            "odd shape", f"its picture is {width} x {height} pixels, expected at most {WIDEST} times as long as wide"
+        )
     scale = short_side / min(width, height)
     return np.asarray(picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
 

@@ -108,7 +108,7 @@ def labels_of(about: bytes) -> list[str]:
     """Of a sample's `json`, as packing writes it: `label`, or `labels` (a list, or text with commas)."""
     try:
         said = json.loads(about)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if not isinstance(said, dict):
         return []

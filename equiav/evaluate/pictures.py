@@ -21,11 +21,11 @@ LEVELS = np.array([[8, 12, 48], [72, 24, 120], [184, 56, 92], [248, 150, 60], [2
 
 def sheet(rows: Sequence[Sequence[Titled]], height: int) -> Image.Image:
     """Rows of pictures of one height, each with its title above it."""
-    scaled = [[(title, _to_height(picture, height)) for title, picture in row] for row in rows]
-    widths = [sum(picture.width + GAP for _, picture in row) + GAP for row in scaled]
+    drawn = [[(title, Image.fromarray(scaled(picture, height))) for title, picture in row] for row in rows]
+    widths = [sum(picture.width + GAP for _, picture in row) + GAP for row in drawn]
     whole = Image.new("RGB", (max(widths), (height + LINE + GAP) * len(rows) + GAP), PAPER)
     draw, font = ImageDraw.Draw(whole), ImageFont.load_default(11)
-    for k, row in enumerate(scaled):
+    for k, row in enumerate(drawn):
         left, top = GAP, GAP + k * (height + LINE + GAP)
         for title, picture in row:
             draw.text((left, top), _fitting(plain(title), draw, font, picture.width), INK, font)
@@ -59,15 +59,17 @@ def seen(image: Tensor) -> np.ndarray:
     return np.clip(255 * picture + 0.5, 0, 255).astype(np.uint8)
 
 
-def _to_height(picture: np.ndarray, height: int) -> Image.Image:
-    image = Image.fromarray(picture)
-    return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.BICUBIC)
+def scaled(picture: np.ndarray, height: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, w, 3), of its shape as far as that is a picture's."""
+    width = min(max(1, round(picture.shape[1] * height / picture.shape[0])), 4 * height)
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _fitting(title: str, draw: ImageDraw.ImageDraw, font: object, width: int) -> str:
     """The end of a name says more than its beginning."""
-    if draw.textlength(title, font) <= width:  # type: ignore[arg-type]
+    if len(title) <= width and draw.textlength(title, font) <= width:  # type: ignore[arg-type]
         return title
+    title = title[-width:]
     while title and draw.textlength("…" + title, font) > width:  # type: ignore[arg-type]
         title = title[1:]
     return "…" + title

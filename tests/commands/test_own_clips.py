@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from equiav import cli
+from equiav.commands.pack import stamp
 from equiav.config import DataConfig
 from equiav.data.clips import decode_frame, decode_wav
 from streaming import Dataset, Store
 from tests.commands.test_pack import read_plainly, reasons
-from tests.videos import peaks, photo, rotate, time_of, tones, write_video
+from tests.videos import pause, peaks, photo, rotate, shown_from, time_of, tones, write_video
 
 SECONDS = 4.0
 QUARTER = (0, 1, -1, 0)  # turns a picture by 90 degrees
@@ -49,6 +50,8 @@ GOOD = {
     "SHOUTED.MP4": ({"video": "libx264"}, (32, 48)),
     "ünïcode 猫 [bold].mp4": ({"video": "libx264"}, (32, 48)),
     "new\nline.mp4": ({"video": "libx264"}, (32, 48)),
+    "12:30.mp4": ({"video": "libx264"}, (32, 48)),
+    os.fsdecode(b"caf\xe9.mp4"): ({"video": "libx264"}, (32, 48)),
     "-dash.mp4": ({"video": "libx264"}, (32, 48)),
 }
 # name -> how it is written, and the reason for which it is rejected
@@ -61,6 +64,8 @@ BAD = {
     "dark.mp4": ({"video": None}, "no picture"),
     "silent.mp4": ({"loudness": 0.0}, "silent"),
     "short.mp4": ({"seconds": 0.4}, "too short"),
+    "line.mp4": ({"video": "libx264", "size": (600, 2)}, "odd shape"),
+    "pause.mkv": ({"video": "libx264", "then": lambda path: pause(path, 2.0, 5e6)}, "too long"),
     "long.mp4": ({"seconds": 31.0, "fps": 2}, "too long"),
     "little sound.mp4": ({"seconds": 12.0, "audio": tones(3.0, 44100, (440,))}, "lengths differ"),
 }
@@ -69,8 +74,14 @@ OTHER = {
     "no ending": "its name has no ending",
     "song.mp3": "its name ends in .mp3",
     "linked": "a linked folder",
+    "pipe.mp4": "it is no file",
 }
-KEYS = {"same.mp4": "same_mp4", "same.mkv": "same_mkv", "dotted.name.v2.mp4": "dotted_name_v2"}
+KEYS = {
+    os.fsdecode(b"caf\xe9.mp4"): "caf_e9",
+    "same.mp4": "same_mp4",
+    "same.mkv": "same_mkv",
+    "dotted.name.v2.mp4": "dotted_name_v2",
+}
 
 
 def key_of(name):
@@ -88,6 +99,8 @@ def folder(tmp_path_factory):
     for name in OTHER:
         if name == "linked":
             (folder / name).symlink_to(folder / "a")
+        elif name == "pipe.mp4":
+            os.mkfifo(folder / name)
         else:
             (folder / name).write_text("something else")
     return folder
@@ -123,6 +136,39 @@ def test_a_good_one_is_upright_in_time_and_in_tune(packed, name):
     assert np.allclose(peaks(audio, 16000, 2), [440, 1000], atol=2)
     about = json.loads(members["json"])
     assert about["source"] == os.path.basename(name)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov"])
+@pytest.mark.parametrize("at", [2.0, 5.3])
+def test_of_a_video_that_was_cut_without_encoding_what_is_shown_is_packed(tmp_path, ending, at):
+    path = write_video(tmp_path / f"cut.{ending}", seconds=10.0, fps=25, video="libx264", pitches=(440,))
+    shown_from(path, at)
+    assert cli.main(["pack", str(tmp_path), "--to", str(tmp_path / "out"), "--short_side", "32"]) == 0
+    members = read_plainly(tmp_path / "out")["cut"]
+    times = np.array([10 * time_of(decode_frame(members[f"{k}.jpg"], "cut")) for k in range(10)])
+    assert np.abs(times - (at + (np.arange(10) + 0.5) * (10 - at) / 10)).max() < 0.15
+    said = json.loads(members["json"])["frame_seconds"]
+    assert np.abs(np.array(said) + at - times).max() < 0.15
+
+
+def test_a_list_in_the_folder_where_one_stands(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (tmp_path / "list.txt").write_text("12:30.mp4\n")
+    (folder / "list.txt").write_text("12:30.mp4\n")
+    assert cli.main(["pack", "list.txt", "--to", str(tmp_path / "out"), "--short_side", "32"]) == 0
+    (folder / "list.txt").unlink()
+    assert list(read_plainly(tmp_path / "out")) == ["12:30"]
+
+
+def test_an_entry_of_a_list_is_another_when_any_of_its_files_is(tmp_path):
+    entry = {"video_id": "a", "wav": str(tmp_path / "a.wav"), "video_path": str(tmp_path), "labels": ""}
+    stamps = [stamp(entry, 2)]
+    for name in ("a.wav", "frame_0/a.jpg", "frame_1/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        stamps.append(stamp(entry, 2))
+    assert len(set(stamps)) == 4
+    assert stamp(17, 2) == ""
 
 
 def test_what_was_packed_is_whole_and_can_be_used(packed, capsys):

@@ -209,6 +209,21 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
         run_pack(replace(config, quality=30))
 
 
+def test_a_dataset_of_which_nothing_can_be_used_is_refused_however_small(tmp_path, capsys):
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
+        tar.write({"__key__": "a", "0.jpg": encode_frame(ramp(0.5, (60, 40)), 90)})
+    assert cli.main(["index", str(tmp_path)]) == 1
+    assert "training would end for 1 samples of 1" in capsys.readouterr().err
+
+
+def test_names_that_cutting_makes_are_each_clips_own(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name, seconds in (("clip.mp4", 4.0), ("clip-000000000.mp4", 2.0)):
+        write_video(tmp_path / "videos" / name, seconds=seconds)
+    run_pack(PackConfig(str(tmp_path / "videos"), str(tmp_path / "out"), clip_seconds=2, short_side=32, processes=1))
+    assert sorted(read_plainly(tmp_path / "out")) == ["clip-000000000", "clip-000000000-2", "clip-000002000"]
+
+
 def test_a_long_video_is_cut_into_clips(tmp_path, capsys):
     """Picture and sound of a clip are of the same time, and its name says which."""
     (tmp_path / "videos").mkdir()
@@ -309,7 +324,10 @@ def test_shards_of_ones_own_are_judged_as_training_will(tmp_path, capsys):
         ({"quality": 101}, "quality is 101, expected 1 to 100"),
         ({"quality": 0}, "quality is 0, expected 1 to 100"),
         ({"clip_seconds": 0.5}, r"clip_seconds is 0\.5, expected data\.min_seconds=1\.0 to max_seconds=30\.0"),
-        ({"clip_seconds": 5.0, "clip_overlap": 5.0}, r"clip_overlap is 5\.0, expected 0 to below clip_seconds"),
+        (
+            {"clip_seconds": 5.0, "clip_overlap": 5.0},
+            r"clip_overlap is 5\.0, expected 0 to nine tenths of clip_seconds",
+        ),
         ({"max_shard_bytes": 1000}, "max_shard_bytes is 1000, expected 65536 or more"),
     ],
 )

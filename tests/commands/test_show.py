@@ -1,7 +1,9 @@
 """`equiav show`: what it says is so, and what it draws is what a run would see."""
 
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -128,6 +130,47 @@ def test_what_training_cannot_use_is_said_and_nothing_bites(shards, capsys):
         assert "\x1b" not in told
     assert cli.main(["show", str(shards), "esc\x1b[31m", "--png", str(shards / "x.png")]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")  # as the program does
+def test_what_is_hostile_costs_itself_alone(tmp_path, capsys):
+    """Brackets without end, a picture that is a line, one that is a bomb, a name of 20,000 letters."""
+    sound, bomb, line = encode_wav(tones(2.0, 16000, [440])[0], 16000), io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (10_000, 10_000)).save(bomb, "png")
+    Image.new("RGB", (2_000_000, 2)).save(line, "png")
+    clips = {
+        "deep": (line, b"[" * 200_000),
+        "k" * 20_000: (line, b"{}"),
+        "bomb": (bomb, b"{}"),
+        "$(touch x)'": (line, b"{}"),
+    }
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
+        for key, (picture, about) in clips.items():
+            tar.write({"__key__": key, "0.png": picture.getvalue(), "wav": sound, "json": about})
+    (tmp_path / "._0.tar").write_text("what a Mac leaves")
+    run_index(IndexConfig(str(tmp_path), tried=0))
+    assert cli.main(["show", str(tmp_path), "--png", str(tmp_path / "x.png")]) == 0
+    told = capsys.readouterr().out
+    assert "training cannot use bomb: image cannot be decoded: Image size (100000000 pixels) exceeds limit" in told
+    assert max(map(len, told.splitlines())) < 3000
+    assert Image.open(tmp_path / "x.png").width < 10_000
+    for key in ("deep", "$(touch x)'"):
+        assert cli.main(["show", str(tmp_path), key]) == 0
+    capsys.readouterr()
+
+
+def test_what_show_proposes_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "odd name"
+    with_key = {"__key__": "-it's $(touch x)", "0.jpg": encode_frame(ramp(0.5, (60, 40)), 90)}
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "0.tar"), encoder=False) as tar:
+        tar.write({**with_key, "wav": encode_wav(tones(2.0, 16000, [440])[0], 16000)})
+    run_index(IndexConfig(str(folder), tried=0))
+    assert cli.main(["show", str(folder)]) == 0
+    (proposed,) = [line for line in capsys.readouterr().out.splitlines() if "equiav show" in line]
+    typed = shlex.split(proposed.partition("equiav ")[2])
+    assert cli.main(typed) == 0
+    assert capsys.readouterr().out.startswith("-it's $(touch x): sample 0")
 
 
 def test_a_list_that_packing_did_not_write(shards, capsys):

@@ -513,6 +513,25 @@ def test_of_a_cut_shard_the_samples_beyond_the_end_are_named(s3, tmp_path, where
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c[: c.index(b"\n") + 1], "its offsets file has 1 samples, the index says "),
+        (lambda c: b"", "its offsets file has 0 samples"),
+        (lambda c: c.replace(b"[", b"{", 1), "its offsets file says otherwise than the shard"),
+        (lambda c: c.replace(b":[", b":[-", 1), "its offsets file says otherwise than the shard"),
+        (lambda c: c.replace(b":[", b":[9", 1), "its offsets file says otherwise than the shard"),
+    ],
+)
+def test_offsets_that_an_index_vouches_for_have_to_fit_the_shard(tmp_path, shard, change, said):
+    path = tmp_path / "x.tar.offsets"
+    path.write_bytes(change(path.read_bytes()))
+    forged = shard._replace(offsets=xxh3_64_hexdigest(path.read_bytes()))
+    ((key, reason),) = problems(tmp_path, forged)
+    assert key == ""
+    assert reason.startswith(said)
+
+
 def test_missing_parts_and_other_offsets_are_named(tmp_path, shard):
     offsets = tmp_path / "x.tar.offsets"
     right = offsets.read_bytes()

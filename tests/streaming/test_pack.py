@@ -298,6 +298,14 @@ def test_a_mistake_of_the_encoder_is_raised_as_it_is(whole, tmp_path, processes)
     assert files(tmp_path) == files(whole)
 
 
+def test_shards_of_a_killed_attempt_do_not_stay(whole, tmp_path):
+    for name in ("000003-07.tar", "000003-07.tar.offsets", "000001-00.tar.1a2b3c4d.part", "mine.txt"):
+        (tmp_path / name).write_text("of an attempt that was killed before its record")
+    packed(tmp_path)
+    (tmp_path / "mine.txt").unlink()
+    assert files(tmp_path) == files(whole)
+
+
 def test_what_is_another_file_now_is_packed_again_and_nothing_else_is(tmp_path):
     """Rejected before, mended now, and the other way round; a shard that is not needed any more is gone."""
     before, now = ["as it was"] * COUNT, ["as it was"] * COUNT
