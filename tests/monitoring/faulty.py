@@ -7,9 +7,9 @@ import time
 from equiav.cli import main
 from equiav.model.head import ProjectionHead
 from equiav.model.predictor import AttentionPredictor
-from equiav.train import loop
+from equiav.tasks import pretraining
 
-make_views = loop.make_views
+make_views = pretraining.make_views
 
 
 def identity(self, h, t):
@@ -31,7 +31,7 @@ def slow_views(*arguments):
 
 FAULTS = {"identity": (AttentionPredictor, "forward", identity), "collapse": (ProjectionHead, "forward", collapse)}
 if os.environ.get("RANK") == "1":
-    FAULTS["straggler"] = (loop, "make_views", slow_views)
+    FAULTS["straggler"] = (pretraining, "make_views", slow_views)
 if os.environ["FAULT"] in FAULTS:
     setattr(*FAULTS[os.environ["FAULT"]])
 sys.exit(main(sys.argv[1:]))

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from equiav.cli import main
-from equiav.train import loop
+from equiav.tasks import pretraining
 
-views, calls = loop.make_views, iter(range(10**6))
+views, calls = pretraining.make_views, iter(range(10**6))
 
 
 def sleeps(config, batch):
@@ -19,5 +19,5 @@ def sleeps(config, batch):
     return views(config, batch)
 
 
-loop.make_views = sleeps
+pretraining.make_views = sleeps
 sys.exit(main(sys.argv[1:]))
