@@ -39,6 +39,12 @@ COMMANDS = {
         "PretrainConfig",
         "run_pretrain",
     ),
+    "finetune": Command(
+        "fine-tune on a dataset's labels, from a pretrained model; test it",
+        "finetune",
+        "FinetuneConfig",
+        "run_finetune",
+    ),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
     "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(
@@ -55,6 +61,7 @@ COMMANDS = {
         "ShowConfig",
         "run_show",
     ),
+    "label": Command("give the clips of a dataset their labels", "label", "LabelConfig", "run_label"),
     "stats": Command(
         "say what a dataset is like: lengths, pictures, mean and deviation of its spectrograms",
         "stats",

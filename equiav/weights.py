@@ -79,6 +79,7 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
                 for name in ("heads", "predictor_heads"):  # which no shape shows
                     found, here = getattr(theirs.model, name), getattr(settings.model, name)
                     require(found == here, f"model.{name}", here, f"{found}, as that model has")
+                trim(state, theirs, settings)
                 other = theirs.model.predictor != settings.model.predictor
                 if other:  # what fits of another kind of predictor fits by chance
                     state = {name: x for name, x in state.items() if ".predictor." not in name}
@@ -105,6 +106,15 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
             f"this run draws those of {settings.augment.variant}; set augment.variant={theirs.augment.variant}"
         )
     return imported
+
+
+def trim(state: dict[str, Tensor], theirs: ModelSettings, settings: ModelSettings) -> None:
+    """Of the positions of a longer or larger input, the first rows and columns: not the first of the list."""
+    for side in ("audio", "image"):
+        (R, C), (rows, columns) = (getattr(of.model, f"{side}_grid") for of in (theirs, settings))
+        name = f"{side}.encoder.positions"
+        if (rows, columns) != (R, C) and rows <= R and columns <= C and name in state:
+            state[name] = state[name].view(R, C, -1)[:rows, :columns].reshape(rows * columns, -1)
 
 
 def bring(url: str, folder: Path, patience: float) -> Path:

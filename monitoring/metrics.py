@@ -63,6 +63,7 @@ def _of(name: str, *values: str, alone: str = "") -> dict[str, tuple[str, ...]]:
 
 
 TERMS = ("inter", "intra_audio", "intra_image")
+CLASS = "class"
 SIDES = ("audio", "image")
 
 # ---- where the run is
@@ -125,7 +126,7 @@ ACCURACY = _gauge(
     "Rises from near 0 to near 1 within the batch. 1 at once: the batch has the same clip twice, or the task "
     "is too easy.",
     "term",
-    logged=_of("accuracy", *TERMS),
+    logged=_of("accuracy", *TERMS, CLASS),
     brief="accuracy {:.2f}",
 )
 GRADIENT = _gauge(

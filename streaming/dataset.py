@@ -125,7 +125,7 @@ class Dataset:
             width = int(head["name_width"])
             if not 0 < width <= LONGEST_NAME:
                 raise ValueError
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, DatasetError):
                 raise
             raise DatasetError(

@@ -35,6 +35,8 @@ def test_print_config_shows_what_would_run(capsys, command):
     settings = yaml.safe_load(capsys.readouterr().out)
     if command in ("pack", "index", "verify"):
         assert settings["processes"] >= 1
+    elif command == "label":
+        assert settings["labels"] == []
     elif command == "diff":
         assert settings == {"one": "", "two": ""}
     elif command == "top":

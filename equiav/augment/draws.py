@@ -22,6 +22,9 @@ class Purpose(IntEnum):
     CENTROID_AUDIO = 4
     FRAME = 5
     ORDER = 6
+    MIXUP = 7
+    DROP_PATH = 8
+    TIME_ROLL = 9
 
 
 def uniforms(seed: int, epoch: int, samples: Tensor, purpose: Purpose, count: int) -> Tensor:

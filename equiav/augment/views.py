@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ class Clips(NamedTuple):
 
     epoch: int
     samples: Tensor  # (B,) int64, the ids that the draws depend on
-    frames: Tensor  # (B, 3, H, W) uint8, one frame of each clip
-    waveform: Tensor  # (B, L) int16
-    lengths: Tensor  # (B,) int64, samples of each waveform that are its own; the rest is filling
+    frames: Any  # (B, 3, H, W) uint8, one frame of each clip; None, as the next two, where the run does not use it
+    waveform: Any  # (B, L) int16
+    lengths: Any  # (B,) int64, samples of each waveform that are its own; the rest is filling
     valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it cannot be used)
 
     def rows(self, part: slice) -> Clips:
         """Some of the clips."""
-        return Clips(self.epoch, *(x[part] for x in self[1:]))
+        return Clips(self.epoch, *_each(lambda x: x[part], self[1:]))
 
     def padded(self, rows: int) -> Clips:
         """With as many rows as asked for; those added are no clips."""
@@ -35,16 +36,17 @@ class Clips(NamedTuple):
         if not missing:
             return self
         samples = F.pad(self.samples, (0, missing), value=-1)
-        others = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) for x in self[2:])
+        others = _each(lambda x: F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)), self[2:])
         return Clips(self.epoch, samples, *others)
 
     def to(self, device: torch.device) -> Clips:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
-        tensors = self[1:5]
-        if device.type == "cuda":
-            tensors = (x.pin_memory() for x in tensors)
-        there = (x.to(device, non_blocking=True) for x in tensors)
-        return Clips(self.epoch, *there, valid=self.valid)
+        pinned = _each(lambda x: x.pin_memory() if device.type == "cuda" else x, self[1:5])
+        return Clips(self.epoch, *_each(lambda x: x.to(device, non_blocking=True), pinned), valid=self.valid)
+
+
+def _each(change: Callable[[Tensor], Tensor], tensors: Iterable[Any]) -> list[Any]:
+    return [None if x is None else change(x) for x in tensors]
 
 
 class Views(NamedTuple):

@@ -26,8 +26,11 @@ from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.decoder import ClipDecoder
+from equiav.data.labels import Found, give, read_label_file
 from equiav.data.sources import (
     PASSED_OVER,
+    SOUNDS,
+    VIDEOS,
     EncodeFrames,
     EncodeSynthetic,
     EncodeVideo,
@@ -37,10 +40,12 @@ from equiav.data.sources import (
     list_frames,
     list_videos,
 )
-from equiav.data.synthetic import World
+from equiav.data.stream import modalities
+from equiav.data.synthetic import CLASSES, World
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import INDEX, NoDataset, Shard, index_shard, require_plain, unusable, verify_shard, write_index
+from streaming.labels import LABELS, write_labels
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
@@ -63,6 +68,8 @@ class PackConfig:
     """Of a frame, pixels. Frames of a list are packed as they are."""
     quality: int = 90
     """Of the JPEGs, 1 to 100."""
+    modality: Literal["both", "audio", "image"] = "both"
+    """What is packed of each clip. audio: sound files are taken, too; image: videos need no sound. Pretraining needs both."""
     audio: Literal["wav", "flac"] = "wav"
     """flac takes about half the space, and ten times as long to decode."""
     clip_seconds: float = 0.0
@@ -158,6 +165,8 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         config.max_seconds,
         config.keep_frozen,
         config.data,
+        config.modality != "image",
+        config.modality != "audio",
     )
     items, encode, passed_over = open_source(config, shape)
     if not config.in_order:
@@ -189,6 +198,9 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             report=report,
         )
         report(done)
+    if not store.exists(LABELS) and (found := labels_of(config)):
+        dataset = Dataset(store)
+        write_labels(store, dataset.fingerprint, give(dataset, found).labels)
     if passed_over and not finished:
         store.write(
             PASSED_OVER, "".join(json.dumps({"path": p, "why": w}) + "\n" for p, w in passed_over.items()).encode()
@@ -243,12 +255,23 @@ def open_source(
         import av  # noqa: F401
     except ModuleNotFoundError:
         raise ConfigError("av is not installed; `pip install 'equiav[prep]'` brings it") from None
-    videos, other = list_videos(source)
+    videos, other = list_videos(source, (*VIDEOS, *SOUNDS) if config.modality == "audio" else VIDEOS)
     return (
         cut(videos, config.clip_seconds, config.clip_overlap) if config.clip_seconds else videos,
         EncodeVideo(shape),
         other,
     )
+
+
+def labels_of(config: PackConfig) -> Found:
+    """Those that a source says of its clips; `equiav label` gives others."""
+    kind, _, count = config.source.partition(":")
+    if kind == "synthetic":
+        world = World(config.seed)
+        return {f"synthetic-{config.seed}-{k}": [CLASSES[world.label(k)]] for k in range(int(count))}
+    if not config.source.endswith(".json"):
+        return {}
+    return {name: labels for name, labels in read_label_file(Path(config.source).expanduser()).items() if labels}
 
 
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
@@ -285,7 +308,12 @@ def say_what_is_unusable(
     store: Store, shards: list[Shard], data: DataConfig, threads: int, most: int | None = None
 ) -> None:
     """By the decoder of training, so that it is what training will say."""
-    decoder = ClipDecoder(ModelConfig(), data)
+    hears, sees = modalities(Dataset(store))
+    if not (hears and sees) and (hears or sees):
+        say(
+            f"its clips have {'sound' if hears else 'pictures'} alone: for `equiav finetune --tune.modality`, not for pretraining"
+        )
+    decoder = ClipDecoder(ModelConfig(), data, hears, sees) if hears or sees else ClipDecoder(ModelConfig(), data)
     found = _each("decoding", shards, lambda shard: unusable(store, shard, decoder, most), threads)
     tried, bad = sum(count for count, _ in found), [one for _, listed in found for one in listed]
     for reason, count in Counter(one.reason for one in bad).most_common():

@@ -28,6 +28,7 @@ from equiav.evaluate.pictures import Titled, blocks, coloured, scaled, seen, she
 from equiav.terminal import say
 from streaming import BadSample, Dataset, Store
 from streaming.dataset import read_offsets
+from streaming.labels import LABELS, read_labels
 from streaming.pack import REJECTED
 from streaming.shards import Sample
 
@@ -85,7 +86,11 @@ def some_clips(config: ShowConfig, dataset: Dataset) -> list[list[Titled]]:
     say(f"{dataset.samples:,} clips in {len(dataset):,} shards, {dataset.bytes / 2**20:,.1f} MiB{hours}")
     counts = ", ".join(f"{count:,} with {number}" for number, count in sorted(found.pictures.items()))
     say(f"pictures: {counts}{of}")
-    say(f"labels{of}: {_most(found.labels) or 'none'}")
+    if dataset.store.exists(LABELS):
+        labels = read_labels(dataset)
+        say(f"labels: {_most(Counter(dict(zip(labels.classes, labels.counts.tolist(), strict=True))))}")
+    else:
+        say(f"labels{of}: {_most(found.labels) or 'none'}")
     for reason, count in found.refused.most_common(NAMED):
         say(f"training cannot use {count}{of}: {reason}")
     for file, what, field in ((REJECTED, "rejected", "reason"), (PASSED_OVER, "passed over", "why")):

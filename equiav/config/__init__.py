@@ -17,6 +17,7 @@ from equiav.config.settings import (
     RunConfig,
     StreamConfig,
     TrainConfig,
+    TuneConfig,
     require,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "StreamConfig",
     "TrainConfig",
+    "TuneConfig",
     "differences",
     "flat",
     "from_dict",

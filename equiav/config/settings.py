@@ -447,6 +447,42 @@ class RunConfig(Config):
         require(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 or more")
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    """What fine-tuning learns, and how its inputs are made (docs/downstream.md)."""
+
+    modality: Literal["audio", "image", "both"] = "both"
+    """What the labels are told from."""
+    loss: Literal["one", "many"] = "many"
+    """one: a clip has one class (cross-entropy). many: each class by itself (binary cross-entropy, its mean over the classes)."""
+    epochs: float = 0.0
+    """Times that the dataset is gone through: `train.steps` follows. 0: train.steps as it is."""
+    warmup_epochs: float = 0.0
+    """As `epochs`, for train.warmup_steps."""
+    mixup: float = 0.0
+    """Probability with which a clip is mixed with another of its micro-batch; the share is drawn from Beta(10, 10)."""
+    drop_path: float = 0.0
+    """Probability with which a clip passes the last block by; it grows from 0 with the depth."""
+    time_roll: bool = False
+    """Turn the spectrogram by a random number of frames."""
+    test_url: str = ""
+    """Folder of the dataset on which the model is tested at the end, of the same classes."""
+    test_frames: int = 1
+    """Frames of a clip over which probabilities are averaged in testing; 1: the middle one."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "drop_path"):
+            require(0 <= getattr(self, name) < 1 or (name == "mixup" and self.mixup == 1), f"tune.{name}", getattr(self, name),
+                    "a probability")  # fmt: skip
+        require(
+            0 <= self.warmup_epochs <= self.epochs,
+            "tune.warmup_epochs",
+            self.warmup_epochs,
+            f"0 to tune.epochs={self.epochs}",
+        )
+        require(1 <= self.test_frames <= 1000, "tune.test_frames", self.test_frames, "1 to 1000")
+
+
 ROUNDING = ("device", "train.micro_batch", "train.compile")
 """Settings that a run may change on its way: its numbers are rounded otherwise from there on."""
 

@@ -23,6 +23,7 @@ from streaming import BadSample
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".flv", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".wmv",
           ".asf", ".ogv", ".vob", ".mxf")  # fmt: skip
+SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff")
 # Frames are the same picture if the means of their blocks differ by no more than this. What a codec makes of one picture differs
 # by up to 29 in a value and 7 in a mean at starving bit rates; a picture that darkens by 6 % does by 9, what moves by far more.
 STILL, BLOCK = 8, 8  # of 255; pixels
@@ -48,9 +49,11 @@ class Shape:
     max_seconds: float
     keep_frozen: bool
     data: DataConfig
+    hears: bool = True
+    sees: bool = True
 
 
-def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
+def list_videos(source: Path, endings: Sequence[str] = VIDEOS) -> tuple[Found, dict[str, str]]:
     """A folder (searched through), or a text file with a path a line -> (key, path) of each video; and path -> why, of what else
     the folder has."""
     if not source.is_dir():
@@ -78,13 +81,13 @@ def list_videos(source: Path) -> tuple[Found, dict[str, str]]:
             ending = Path(name).suffix.lower()
             if not os.path.isfile(os.path.join(folder, name)):
                 other[os.path.join(folder, name)] = "it is no file"
-            elif ending in VIDEOS:
+            elif ending in endings:
                 taken.append(Path(folder, name))
             else:
                 other[os.path.join(folder, name)] = f"its name ends in {ending}" if ending else "its name has no ending"
     if not taken:
         passed = f"; {len(other)} other file(s) are there, such as {min(other)}" if other else ""
-        raise ConfigError(f"source {source} has no video files ({', '.join(VIDEOS)}){passed}")
+        raise ConfigError(f"source {source} has no video files ({', '.join(endings)}){passed}")
     taken.sort()
     return list(_keys([path.relative_to(source) for path in taken], map(absolute, taken), whole=True)), other
 
@@ -253,9 +256,8 @@ class EncodeSynthetic:
     def __call__(self, index: int) -> dict[str, bytes]:
         clip = self.world.clip(index)
         about = {"synthetic": index, "seed": self.world.seed, "label": clip.label}
-        return _members(
-            [encode_frame(frame, self.shape.quality) for frame in clip.frames], clip.audio, about, self.shape
-        )
+        frames = [encode_frame(frame, self.shape.quality) for frame in clip.frames] if self.shape.sees else []
+        return _members(frames, clip.audio if self.shape.hears else None, about, self.shape)
 
 
 def account(source: str, call: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
@@ -278,7 +280,7 @@ class EncodeFrames:
         return account(entry["video_id"], lambda: self._encode(entry))
 
     def _encode(self, entry: dict[str, Any]) -> dict[str, bytes]:
-        paths = [Path(path) for path in files_of(entry, self.shape.frames)[1:]]
+        paths = [Path(path) for path in files_of(entry, self.shape.frames)[1:]] if self.shape.sees else []
         absent = [str(path) for path in paths if not path.is_file()]
         if absent:
             raise BadSample("missing frames", f"{len(absent)} of {len(paths)}, first {absent[0]}")
@@ -288,7 +290,7 @@ class EncodeFrames:
         except BadClipError as error:
             raise BadSample("corrupt", str(error)) from None
         _check_motion(frames, self.shape)
-        audio = read_audio(entry["wav"], self.shape)
+        audio = read_audio(entry["wav"], self.shape) if self.shape.hears else None
         return _members(contents, audio, {"video_id": entry["video_id"], "labels": entry["labels"]}, self.shape)
 
 
@@ -305,10 +307,14 @@ class EncodeVideo:
     def _encode(self, path: str, *span: float) -> dict[str, bytes]:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise BadSample("missing", f"{path} is no file")
-        audio = read_audio(path, self.shape, *span)
-        seconds = len(audio) / self.shape.data.sample_rate
-        frames, times, length = read_frames(path, self.shape, *span)
-        if min(seconds, length) < min(APART * max(seconds, length), max(seconds, length) - 1):
+        audio = read_audio(path, self.shape, *span) if self.shape.hears else None
+        frames, times, length = read_frames(path, self.shape, *span) if self.shape.sees else ([], [], math.inf)
+        seconds = length if audio is None else len(audio) / self.shape.data.sample_rate
+        if (
+            self.shape.hears
+            and self.shape.sees
+            and min(seconds, length) < min(APART * max(seconds, length), max(seconds, length) - 1)
+        ):
             raise BadSample("lengths differ", f"{path} has {length:.1f} s of picture and {seconds:.1f} s of sound")
         _check_motion(frames, self.shape)
         about: dict[str, Any] = {"source": Path(path).name, "seconds": round(seconds, 3), "frame_seconds": times}
@@ -457,8 +463,11 @@ def _block_means(frame: np.ndarray) -> np.ndarray:
     return sums / (heights[:, None] * widths)[..., None]
 
 
-def _members(frames: Sequence[bytes], audio: np.ndarray, about: dict[str, Any], shape: Shape) -> dict[str, bytes]:
+def _members(
+    frames: Sequence[bytes], audio: np.ndarray | None, about: dict[str, Any], shape: Shape
+) -> dict[str, bytes]:
     members = {f"{k}.jpg": frame for k, frame in enumerate(frames)}
-    members[shape.audio] = ENCODE_AUDIO[shape.audio](audio, shape.data.sample_rate)
+    if audio is not None:
+        members[shape.audio] = ENCODE_AUDIO[shape.audio](audio, shape.data.sample_rate)
     members["json"] = json.dumps(about).encode()
     return members

@@ -12,16 +12,25 @@ import torch
 import streaming
 from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
-from equiav.config import Config, NotHere, require
-from equiav.data.decoder import ClipDecoder
+from equiav.config import Config, ConfigError, NotHere, require
+from equiav.data.clips import DECODE_AUDIO
+from equiav.data.decoder import IMAGES, ClipDecoder
 from streaming import Dataset, Loader, Order, Store
+from streaming.dataset import read_offsets
 
 
 def open_stream(
-    config: Config, *, rank: int = 0, ranks: int = 1, sharers: int = 1, options: dict[str, Any] | None = None
+    config: Config,
+    *,
+    hears: bool = True,
+    sees: bool = True,
+    rank: int = 0,
+    ranks: int = 1,
+    sharers: int = 1,
+    options: dict[str, Any] | None = None,
 ) -> Loader:
-    """The loader of one rank. `sharers`: ranks on this node. `options`: for the file system, beside what the environment
-    says."""
+    """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `sharers`: ranks on this node. `options`: for the
+    file system, beside what the environment says."""
     s = config.stream
     require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     cache = s.cache.expanduser()
@@ -32,13 +41,14 @@ def open_stream(
         except OSError as error:
             raise NotHere(f"stream.cache: {cache} cannot be made ({error}); set a folder that can be written") from None
     dataset = Dataset(store, None if store.local else cache)
+    require_modalities(dataset, hears, sees)
     order = Order(dataset.fingerprint, config.seed, config.train.batch_size, s.lanes, s.window)
 
     empty = pinned if config.device == "cuda" else np.empty
     return Loader(
         dataset,
         order,
-        ClipDecoder(config.model, config.data),
+        ClipDecoder(config.model, config.data, hears, sees),
         rank=rank,
         ranks=ranks,
         unit=config.train.micro_batch,
@@ -50,6 +60,23 @@ def open_stream(
         draw=partial(frame_draw, config.seed),
         empty=empty,
     )
+
+
+def modalities(dataset: Dataset) -> tuple[bool, bool]:
+    """Whether its clips have sound, and pictures: those of the first have what all have."""
+    members = read_offsets(dataset.store, dataset[0])[0].members
+    return any(name in DECODE_AUDIO for name in members), any(name.rpartition(".")[2] in IMAGES for name in members)
+
+
+def require_modalities(dataset: Dataset, hears: bool, sees: bool) -> None:
+    sound, pictures = modalities(dataset)
+    lacks = ["sound"] * (hears and not sound) + ["pictures"] * (sees and not pictures)
+    if lacks:
+        has = " and ".join(["sound"] * sound + ["pictures"] * pictures) or "neither sound nor pictures"
+        raise ConfigError(
+            f"stream.url: the clips of {dataset.store.url} have {has}, and this run needs {' and '.join(lacks)}, too; "
+            "`equiav finetune --tune.modality` can use one alone"
+        )
 
 
 def frame_draw(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
@@ -71,6 +98,8 @@ def batches(loader: Loader, start: int = 0) -> Iterator[Clips]:
 
 def as_tensors(batch: streaming.Batch) -> Clips:
     fields = {name: torch.from_numpy(values) for name, values in batch.fields.items()}
-    frames = fields["frames"].permute(0, 3, 1, 2)  # (b, 3, H, W), channels last in memory
+    frames = (
+        fields["frames"].permute(0, 3, 1, 2) if "frames" in fields else None
+    )  # (b, 3, H, W), channels last in memory
     samples, valid = torch.from_numpy(batch.samples), torch.from_numpy(batch.valid)
-    return Clips(batch.epoch, samples, frames, fields["waveform"], fields["lengths"], valid)
+    return Clips(batch.epoch, samples, frames, fields.get("waveform"), fields.get("lengths"), valid)

@@ -53,6 +53,12 @@ class World:
         frames, audio = self._frames(attributes, scene, rng), self._audio(attributes, scene, rng)
         return SyntheticClip(frames, audio, int(attributes[0, 0] * len(SHAPES) + attributes[1, 0]), attributes, scene)
 
+    def label(self, index: int) -> int:
+        """Of that clip, without making it."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
+        left, right = np.floor(rng.random((2, 6), dtype=np.float32)[:, 0] * len(SHAPES)).astype(int)
+        return int(left * len(SHAPES) + right)
+
     # ---- sight
 
     @cached_property

@@ -38,12 +38,29 @@ def forward_backward(model: ModelConfig, objective: ObjectiveConfig) -> int:
     return sum(side.forward_backward for side in count(model, objective))
 
 
+def encoders(model: ModelConfig, audio: bool, image: bool) -> int:
+    """Forward and backward, of one view through those encoders: what fine-tuning takes."""
+    total = 0
+    for used, grid, patch in (
+        (audio, model.audio_grid, model.audio_patch**2),
+        (image, model.image_grid, 3 * model.image_patch**2),
+    ):
+        N = grid[0] * grid[1]
+        total += used * (3 * _encoder(model, N, patch, 1) - N * patch * model.width)  # no gradient goes to pictures
+    return total
+
+
+def _encoder(m: ModelConfig, N: int, patch: int, views: int) -> int:
+    D = m.width
+    return views * N * patch * D + views * m.depth * (N * 12 * D * D + 2 * N * N * D)
+
+
 def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], patch: int, d_t: int) -> Side:
     """patch: numbers of one."""
     N, D = grid[0] * grid[1], m.width
     views = 2 if objective.needs_augmented else 1
     patches = views * N * patch * D
-    encoder = patches + views * m.depth * (N * 12 * D * D + 2 * N * N * D)
+    encoder = _encoder(m, N, patch, views)
     shared, query = _predictor(m, N, d_t)
     predicted = objective.intra == "equivariant" or objective.inter_on in ("equivariant", "centroid")
     queries = 1 + objective.sampled if predicted else 0

@@ -34,7 +34,17 @@ class Encoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, channels: int, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int):
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        augmented: bool = True,
+    ):
+        """augmented: it is given augmented views, too, which have a norm of their own."""
         super().__init__()
         self.picture = (channels, grid[0] * patch, grid[1] * patch)
         self.patch_embed = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
@@ -49,7 +59,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             block.attn.qkv = QueryKeyValue(width, 3 * width)  # type: ignore[assignment]
         self.norm = LayerNorm(width)
-        self.norm_aug = LayerNorm(width)
+        self.norm_aug = LayerNorm(width) if augmented else None
 
     def reset_positions(self) -> None:
         self.positions.copy_(sincos_positions(self.positions.shape[1], *self.grid))
@@ -66,6 +76,7 @@ class Encoder(nn.Module):
             tokens = block(tokens)
         if x_aug is None:
             return self.norm(tokens), None
+        assert self.norm_aug is not None
         h, h_aug = tokens.chunk(2)
         return self.norm(h), self.norm_aug(h_aug)
 

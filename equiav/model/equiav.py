@@ -140,21 +140,26 @@ class EquiAV(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fills every parameter from (seed, its name) alone: no other state, and no order of creation, plays a part."""
-        for name, parameter in self.named_parameters():
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            value = torch.empty(parameter.shape)
-            if name.endswith("modality"):
-                value.normal_(std=0.02, generator=generator)
-            elif name == "log_temperature":
-                value.fill_(math.log(self.objective.temperature))
-            elif parameter.dim() >= 2:  # the patch embedding counts as a linear layer
-                nn.init.xavier_uniform_(value.view(value.shape[0], -1), generator=generator)
-            else:
-                value.fill_(1.0 if "norm" in _owner(self, name) and name.endswith("weight") else 0.0)
-            parameter.copy_(value)
+        fill(self, seed)
+        if self.log_temperature is not None:
+            self.log_temperature.fill_(math.log(self.objective.temperature))
         for branch in (self.audio, self.image):
             branch.encoder.reset_positions()
+
+
+def fill(model: nn.Module, seed: int) -> None:
+    """Each parameter from (seed, its name) alone."""
+    for name, parameter in model.named_parameters():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        value = torch.empty(parameter.shape)
+        if name.endswith("modality"):
+            value.normal_(std=0.02, generator=generator)
+        elif parameter.dim() >= 2:  # the patch embedding counts as a linear layer
+            nn.init.xavier_uniform_(value.view(value.shape[0], -1), generator=generator)
+        else:
+            value.fill_(1.0 if "norm" in _owner(model, name) and name.endswith("weight") else 0.0)
+        parameter.copy_(value)
 
 
 def _spread(predicted: Tensor) -> Tensor:

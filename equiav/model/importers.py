@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,15 @@ class Imported:
     ignored: dict[str, str] = field(default_factory=dict)  # key of the source -> why
     fresh: dict[str, str] = field(default_factory=dict)  # our key that has its initial value -> why
     notes: list[str] = field(default_factory=list)  # of what else is not as it was there
+
+    def restrict_to(self, names: Collection[str]) -> None:
+        """Of a model that has less, or a layer of its own: what it does not have is left aside."""
+        unneeded = self.state.keys() - set(names)
+        self.used = [name for name in self.used if name not in unneeded]
+        self.ignored |= {name: "this model has no such part" for name in unneeded if name not in self.fresh}
+        self.fresh = {name: why for name, why in self.fresh.items() if name not in unneeded}
+        self.fresh |= {name: "not in that model" for name in names if name not in self.state}
+        self.state = {name: x for name, x in self.state.items() if name not in unneeded}
 
     def account(self) -> list[str]:
         """Lines for a reader."""

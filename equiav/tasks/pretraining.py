@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from equiav.tasks.task import Metrics
 
 class Pretraining:
     fewest = 2  # a contrast needs a negative
+    hears = sees = True
+    learns_from: Mapping[str, str] = {}
 
     def __init__(self, config: Config):
         self.config = config

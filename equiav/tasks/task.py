@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,6 +24,11 @@ class Task(Protocol):
 
     fewest: int
     """Clips; a step with fewer changes nothing."""
+    hears: bool
+    sees: bool
+    """What it uses of a clip."""
+    learns_from: Mapping[str, str]
+    """Digests of what the run is a function of, beside its settings and its clips."""
 
     def build(self) -> nn.Module:
         """The model, on whatever device is the default; `init_weights(seed)` fills it."""

@@ -98,12 +98,20 @@ def run(
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
     checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
     state = initial_state(task, ranks)
-    loader = open_stream(config, rank=ranks.rank, ranks=ranks.size, sharers=ranks.local_size, options=options)
+    loader = open_stream(
+        config,
+        hears=task.hears,
+        sees=task.sees,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        sharers=ranks.local_size,
+        options=options,
+    )
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
     patience = max(config.stream.patience, c.patience)
     with loader, checkpoints:
-        found = find(config, checkpoints, state, loader, quarantine)
+        found = find(config, task, checkpoints, state, loader, quarantine)
         began_with = found.get("init", {}) if found else begin_with(config, ranks, state, tell) if config.init else {}
         if first:
             how = "is finished" if state.step == config.train.steps else "goes on" if found else "begins"
@@ -160,7 +168,7 @@ def run(
 
 
 def find(
-    config: RunConfig, checkpoints: Checkpoints, state: TrainState, loader: Loader, quarantine: Quarantine
+    config: RunConfig, task: Task, checkpoints: Checkpoints, state: TrainState, loader: Loader, quarantine: Quarantine
 ) -> dict[str, Any] | None:
     """The newest checkpoint of this run, into `state` -> its manifest. Takes the folder over, when all is known to be good."""
     url = checkpoints.store.url
@@ -176,6 +184,10 @@ def find(
             config.init and named(config.init) != before
         ):  # what it began with is not needed again, nor has it to be said
             refused.append(f"init is {named(config.init)}, was {before or 'empty'}")
+        before_it = manifest.get("learns_from", {})
+        refused += [
+            f"the {what} are others" for what, digest in task.learns_from.items() if before_it.get(what) != digest
+        ]
         if refused:
             raise ConfigError(
                 f"the checkpoints at {url} are of a run with other settings: {'; '.join(refused)}. Set them back, or begin a "
@@ -247,6 +259,7 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -
     imported, problem = None, ""
     try:
         imported = initial_weights(config.init, config, config.seed, config.checkpoint.patience)
+        imported.restrict_to(state.model.state_dict())
     except (ConfigError, StoreError) as error:
         problem = str(error)
     digest = digest_of(imported.state) if imported else ""
@@ -258,6 +271,8 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -
     assert imported
     with torch.no_grad():
         for name, x in state.model.state_dict().items():
+            if name not in imported.state:
+                continue  # it has its initial value
             own = slab(x, ranks)
             rows = (
                 imported.state[name] if x.dim() == 0 else imported.state[name][own.first : own.first + len(own.local)]
@@ -313,7 +328,7 @@ def train(
                 append(config.out / f"samples-{ranks.rank}.jsonl", [checkpoints.token, number, ids])
             bad[number] = batch.bad
             clips = as_tensors(batch)
-            if log and number == 0 and (said := unlike(config, clips)):
+            if log and number == 0 and task.hears and (said := unlike(config, clips)):
                 numbers.tell(said)
             yield clips
 
@@ -364,6 +379,7 @@ def train(
             "quarantine": quarantine.state(),
             "config": shown(config, loader, checkpoints),
             "init": began_with,
+            "learns_from": dict(task.learns_from),
             **environment(),
         }
         checkpoints.save(state, about, log.since(checkpoints.saved_step) if log else (0, b""))

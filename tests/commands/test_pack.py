@@ -211,7 +211,7 @@ def test_synthetic_clips_are_packed_by_count(tmp_path, capsys):
 
 def test_a_dataset_of_which_nothing_can_be_used_is_refused_however_small(tmp_path, capsys):
     with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
-        tar.write({"__key__": "a", "0.jpg": encode_frame(ramp(0.5, (60, 40)), 90)})
+        tar.write({"__key__": "a", "0.jpg": encode_frame(ramp(0.5, (60, 40)), 90), "wav": b"no sound"})
     assert cli.main(["index", str(tmp_path)]) == 1
     assert "training would end for 1 samples of 1" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from equiav.config import from_dict
 from equiav.data.clips import encode_frame, encode_wav
 from equiav.data.stream import batches, open_stream
 from equiav.data.survey import labels_of, member
+from equiav.data.synthetic import CLASSES
 from equiav.terminal import plain
 from streaming import Dataset, Store
 from tests.videos import ramp, tones
@@ -60,7 +61,7 @@ def test_a_dataset_is_described(dataset, tmp_path, capsys):
     assert "18 clips in 4 shards" in told
     assert "0.05 hours: 10.0 to 10.0 s" in told
     assert "pictures: 18 with 4" in told
-    labels = [json.loads(member_of(dataset, k)["json"])["label"] for k in range(18)]
+    labels = [CLASSES[json.loads(member_of(dataset, k)["json"])["label"]] for k in range(18)]
     top = max(set(labels), key=labels.count)
     assert f"{top} {labels.count(top)}" in told
     width, height = Image.open(tmp_path / "x.png").size

@@ -54,6 +54,27 @@ def test_the_fields_are_what_the_model_takes(decoder):
     assert ClipDecoder(ModelConfig(), DataConfig()).fields["waveform"] == ((1023 * 160 + 400,), "int16")
 
 
+def test_what_a_run_does_not_use_is_neither_asked_for_nor_read():
+    image, pixels = picture()
+    sound = encode_wav(noise(LENGTH), 16000)
+    for hears, sees, names, members in [
+        (True, False, ["wav"], {"wav": sound}),
+        (False, True, ["0.png"], {"0.png": image}),
+    ]:
+        decoder = ClipDecoder(MODEL, DATA, hears, sees)
+        assert decoder.members(["0.png", "wav", "json"], 0.5) == names
+        assert decoder.members([*names, "json"], 0.5) == names
+        out = blank(decoder)
+        decoder.decode("key", members, out)
+        assert set(out) == ({"waveform", "lengths"} if hears else {"frames"})
+        if sees:
+            assert np.array_equal(out["frames"], pixels)
+        else:
+            assert out["lengths"] == LENGTH
+        with pytest.raises(BadSample, match=r"has json; expected (K\.jpg|one of wav, flac)$"):
+            decoder.members(["json"], 0.5)
+
+
 @pytest.mark.parametrize("count", [1, 2, 10, 12, 101])
 def test_the_draw_goes_over_all_frames_in_the_order_of_their_numbers(decoder, count):
     names = [*(f"{k}.jpg" for k in range(count)), "wav", "json", "9.txt"]

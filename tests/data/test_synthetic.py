@@ -173,3 +173,8 @@ def test_motion_is_tremolo():
         motion.append(clip.attributes[0, MOTION])
     assert len(swell) >= 10
     assert correlation(swell, motion) > 0.9
+
+
+def test_a_label_is_known_without_the_clip():
+    world = World(5, 32, 2, seconds=0.5)
+    assert [world.label(k) for k in range(20)] == [world.clip(k).label for k in range(20)]

@@ -8,13 +8,13 @@ worker_itself = launch.agent.worker
 
 
 def worker(command):
-    import equiav.commands.pretrain as pretrain
+    from equiav.train import carry
 
-    save = pretrain.save_model
+    save = carry.save_model
 
     def slow(*arguments):
         time.sleep(12)
         save(*arguments)
 
-    pretrain.save_model = slow
+    carry.save_model = slow
     worker_itself(command)

@@ -12,10 +12,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from equiav.augment import Clips
-from equiav.config import Config, from_dict
+from equiav.config import Config, TuneConfig, from_dict
 from equiav.data.synthetic import World
 from equiav.parallel import Ranks
-from equiav.tasks import Pretraining
+from equiav.tasks import Classification, Pretraining
 from equiav.train import initial_state, steps
 from equiav.train.loop import Laps, forward_backward
 from streaming.order import share
@@ -50,16 +50,37 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+CLASSES = 5
+
+
+def targets(samples):
+    """Of a clip: one class by its number, and another now and then."""
+    hot = np.zeros((len(samples), CLASSES), np.float32)
+    for row, sample in enumerate(samples.tolist()):
+        if sample >= 0:
+            hot[row, sample % CLASSES] = 1
+            hot[row, sample % 3] = max(hot[row, sample % 3], sample % 4 == 0)
+    return hot
+
+
+def task_of(settings):
+    settings = dict(settings)
+    tune = settings.pop("tune", None)
+    config = from_dict(Config, settings, "test")
+    return Pretraining(config) if tune is None else Classification(config, TuneConfig(**tune), CLASSES, targets)
+
+
 def run(ranks, settings, missing=()):
     """-> gradient of the first step by name, metrics of each step, weights after the last."""
-    config = from_dict(Config, settings, "test")
-    state = initial_state(Pretraining(config), ranks)
+    task = task_of(settings)
+    config = task.config
+    state = initial_state(task, ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    forward_backward(Pretraining(config), ranks, state.model, next(source), 0, Laps(ranks.device))
+    forward_backward(task, ranks, state.model, next(source), 0, Laps(ranks.device))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    rows = [step.read()[0] for step in steps(Pretraining(config), ranks, state, source)]
+    rows = [step.read()[0] for step in steps(task, ranks, state, source)]
     return gradient, rows, {name: whole(value) for name, value in state.model.state_dict().items()}
 
 

@@ -19,9 +19,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
 
 
 class Run:
-    """One start of `equiav pretrain`, under torchrun where W is given."""
+    """One start of `equiav pretrain`, or another command, under torchrun where W is given."""
 
-    def __init__(self, config, out, W=None, *arguments, module="equiav", env=None):
+    def __init__(self, config, out, W=None, *arguments, module="equiav", env=None, command="pretrain"):
         program = [sys.executable, "-m"]
         if W:
             program += [
@@ -37,7 +37,7 @@ class Run:
                 "-m",
             ]
         self.out = Path(out)
-        program += [module, "pretrain", "--config", str(config), "--out", str(out), *arguments]
+        program += [module, command, "--config", str(config), "--out", str(out), *arguments]
         self.process = subprocess.Popen(
             program,
             env={**ENV, **(env or {})},

@@ -19,6 +19,11 @@ def settings(steps=2, objective=None, **train):
     return {**TINY, "train": train, "objective": {"centroid_size": 3, **(objective or {})}}
 
 
+def tuned(tune=None, **train):
+    everything = {"mixup": 0.5, "drop_path": 0.3, "time_roll": True}
+    return {**settings(**train), "tune": {**everything, **(tune or {})}}
+
+
 # name -> settings, places of the global batch without a clip
 CASES = {
     "plain": (settings(), []),
@@ -32,6 +37,15 @@ CASES = {
         [],
     ),
     "recomputed": (settings(recompute=True), []),
+    "labels": (tuned(), []),
+    "one label, from sound, clips missing": (
+        tuned({"loss": "one", "modality": "audio"}, batch_size=7, micro_batch=2),
+        [0, 4, 5],
+    ),
+    "labels from pictures, recomputed": (
+        tuned({"modality": "image"}, recompute=True, batch_size=7, micro_batch=3),
+        [3],
+    ),
     "recomputed, learned temperature": (
         settings(recompute=True, batch_size=7, objective={"learnable_temperature": True}),
         [3],

@@ -1,0 +1,165 @@
+"""Labels: each dataset's own files, by the names that its clips have; counted without a pass over shards."""
+
+import json
+
+import numpy as np
+import pytest
+import webdataset
+
+from equiav import cli
+from equiav.commands.pack import IndexConfig, run_index
+from equiav.config import ConfigError
+from equiav.data.labels import read_label_file
+from streaming import Dataset, DatasetError, Store
+from streaming.dataset import NoDataset
+from streaming.labels import Labels, read_labels, write_labels
+
+FILES = {
+    "audioset.csv": (
+        "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
+        '--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"\n-0RWZT-miFs, 420.000, 430.000, "/m/03v3yw"\n',
+        {"--PJHxphWEs": ["/m/09x0r", "/t/dd00088"], "-0RWZT-miFs": ["/m/03v3yw"]},
+    ),
+    "vggsound.csv": (
+        '---g-f_I2yQ,1,"people marching",test\n--0PQM4-hqg,30,"waterfall, burbling",train\n',
+        {"---g-f_I2yQ_000001": ["people marching"], "--0PQM4-hqg_000030": ["waterfall, burbling"]},
+    ),
+    "esc50.csv": (
+        "filename,fold,target,category,esc10,src_file,take\n1-100032-A-0.wav,1,0,dog,True,100032,A\n",
+        {"1-100032-A-0": ["dog"]},
+    ),
+    "dev.csv": ('fname,labels,mids,split\n64760,"Purr,Cat","/m/02yds9,/m/01yrx",train\n', {"64760": ["Purr", "Cat"]}),
+    "kinetics.csv": (
+        "label,youtube_id,time_start,time_end,split\nabseiling,_4YTwq0-73Y,4,14,train\n",
+        {"_4YTwq0-73Y_000004_000014": ["abseiling"]},
+    ),
+    "trainlist01.txt": (
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\n",
+        {"ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01": ["ApplyEyeMakeup"]},
+    ),
+    "brush_hair_test_split1.txt": (
+        "April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1 \n",
+        {"April_09_brush_hair_u_nm_np1_ba_goo_0": ["brush_hair"]},
+    ),
+    "testing_list.txt": ("right/bb05582b_nohash_3.wav\n", {"right/bb05582b_nohash_3": ["right"]}),
+    "mine.csv": ("a/x.mp4,dog;cat\ny.v2.mp4,dog\ny.v2.mp4,cow\n", {"a/x": ["dog", "cat"], "y.v2": ["dog", "cow"]}),
+    "list.json": (
+        json.dumps({"data": [{"video_id": "a", "labels": "/m/1,/m/2"}, {"video_id": "b", "labels": ["/m/1"]}]}),
+        {"a": ["/m/1", "/m/2"], "b": ["/m/1"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_dataset_is_read_in_its_own_format(tmp_path, name):
+    content, found = FILES[name]
+    (tmp_path / name).write_text(content)
+    assert read_label_file(tmp_path / name) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no labels"),
+        ("# only\n", "has no labels"),
+        ("x.mp4,\n", "x has no label"),
+        ("x.mp4,a,b\n", r"row 1: found \['x.mp4', 'a', 'b'\], expected path,label"),
+        ("x.mp4\n", r"row 1: found \['x.mp4'\], expected CLASS/name, or path,label"),
+        ("filename,category\nx.wav\n", r"row 2: found \['x.wav'\], expected 2 columns"),
+        (b"\xff\n", "byte 0 is no UTF-8"),
+    ],
+)
+def test_a_file_that_says_no_labels(tmp_path, content, message):
+    (tmp_path / "l.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        read_label_file(tmp_path / "l.csv")
+
+
+# ---- given to a dataset
+
+KEYS = ["dog/a", "dog/b_v2", "cat/c", "cat/d-000010000", "cat/e"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five clips in two shards, the names of which the index does not know."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number, keys in enumerate((KEYS[:3], KEYS[3:])):
+        with webdataset.TarWriter(str(folder / f"{number}.tar"), encoder=False) as tar:
+            for key in keys:
+                tar.write({"__key__": key, "json": b"{}"})
+    run_index(IndexConfig(str(folder), tried=0))
+    return folder
+
+
+def labels_of(folder):
+    found = read_labels(Dataset(Store(str(folder))))
+    return {key: [found.classes[k] for k in found[n]] for n, key in enumerate(KEYS)}
+
+
+def test_by_name_by_the_last_part_and_without_the_time_of_a_cut(dataset, tmp_path, capsys):
+    (tmp_path / "l.csv").write_text("dog/a.mp4,x\nb.v2.mp4,y;x\nd.mp4,z\nother/e.mp4,x\ngone.mp4,x\n")
+    assert cli.main(["label", str(dataset), str(tmp_path / "l.csv")]) == 0
+    assert labels_of(dataset) == {
+        "dog/a": ["x"],
+        "dog/b_v2": ["x", "y"],
+        "cat/c": [],
+        "cat/d-000010000": ["z"],
+        "cat/e": ["x"],
+    }
+    told = capsys.readouterr().out
+    assert "4 of 5 clips have labels, 5 in all, of 3 classes" in told
+    assert "1 clips without a label: cat/c" in told
+    assert "1 names in the files that no clip has: gone" in told
+    found = read_labels(Dataset(Store(str(dataset))))
+    assert found.counts.tolist() == [3, 1, 1]
+    assert found.many_hot(np.array([1, -1, 2])).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_folders_are_classes_and_all_classes_may_be_named(dataset, tmp_path, capsys):
+    assert cli.main(["label", str(dataset), "folders"]) == 0
+    assert labels_of(dataset)["cat/e"] == ["cat"]
+    (tmp_path / "classes.csv").write_text('index,mid,display_name\n1,dog,"Dog, a"\n0,cow,Cow\n2,cat,Cat\n')
+    assert cli.main(["label", str(dataset), "folders", "--classes", str(tmp_path / "classes.csv")]) == 0
+    assert read_labels(Dataset(Store(str(dataset)))).classes == ["cow", "dog", "cat"]
+    assert "1 classes without a clip: cow" in capsys.readouterr().out
+    (tmp_path / "few.txt").write_text("dog\n")
+    assert cli.main(["label", str(dataset), "folders", "--classes", str(tmp_path / "few.txt")]) == 2
+    assert "labels: cat (1 in all) are not among the 1 classes" in capsys.readouterr().err
+
+
+def test_names_of_other_clips_are_said(dataset, tmp_path, capsys):
+    (tmp_path / "l.csv").write_text("q.mp4,x\n")
+    assert cli.main(["label", str(dataset), str(tmp_path / "l.csv")]) == 2
+    assert "none of 1 names, such as 'q', is that of a clip, such as 'dog/a'" in capsys.readouterr().err
+    assert not (dataset / "labels").exists()
+
+
+def test_labels_of_other_shards_or_damaged_ones_are_refused(dataset):
+    opened = Dataset(Store(str(dataset)))
+    with pytest.raises(NoDataset, match="has no labels; `equiav label`"):
+        read_labels(opened)
+    right = Labels.of(["a", "b"], [[0], [1, 0], [], [1], [0]])
+    write_labels(opened.store, opened.fingerprint, right)
+    assert read_labels(opened)[1].tolist() == [0, 1]
+    path = dataset / "labels"
+    content = path.read_bytes()
+    for wrong in (
+        content[:-2],
+        content.replace(b"\n0 1\n", b"\n0 0\n"),
+        content + b"\n",
+        b"",
+        b"[]\n",
+        b"{}\n",
+        b"[" * 100_000,
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(DatasetError, match="labels is damaged"):
+            read_labels(opened)
+    write_labels(opened.store, "another", right)
+    with pytest.raises(DatasetError, match="was made for other shards"):
+        read_labels(opened)
+    write_labels(opened.store, opened.fingerprint, Labels.of(["a"], [[0], [3], [], [], []]))
+    with pytest.raises(DatasetError, match="labels is damaged"):
+        read_labels(opened)
