@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from monitoring.board import Board
 
 PORT = 29400  # of the rendezvous, where each node is a machine of its own
-COMMANDS = ("pretrain",)  # those that nodes share
+COMMANDS = ("pretrain", "finetune")  # those that nodes share
 SETTINGS = "EQUIAV_CONFIG"  # environment variable with the run's settings, as YAML
 MESSAGE = Path("/dev/termination-log")  # what Kubernetes shows of a container that has ended
 AWAY = 1800.0  # seconds without a node 0, after which the others hold their machines no longer

@@ -1,13 +1,12 @@
 """`torchx run -s kubernetes launch/pretrain.py`: pretraining on one node or many, on a cluster or on this machine."""
 
-import dataclasses
 import functools
-from pathlib import Path
 from typing import Any, List, Optional  # noqa: UP035  TorchX reads these spellings only
 
-from torchx.specs import AppDef, macros
+from torchx.specs import AppDef
 
-from launch.component import IMAGE, app, bytes_of, checked, literal, on_volumes, refuse, say, size_of
+from launch.component import IMAGE, app, checked, literal, refuse, say, size_of
+from launch.trained import trained
 
 
 def pretrain(
@@ -52,12 +51,10 @@ def pretrain(
         workers: processes of a node (default: one for each GPU, else 1)
         metrics_port: where Prometheus can ask each node for the run's numbers; 0: nowhere
     """
-    least, most = size_of(nodes)
     common = {"image": image, "cpu": cpu, "memory": memory, "gpus": gpus, "env": env, "mounts": mounts}
     where = {"scratch": scratch, "queue": queue, "secret": secret}
-    disk = bytes_of("scratch", scratch)
     if not data:
-        if most > 1 or config or out:
+        if size_of(nodes)[1] > 1 or config or out:
             refuse("data: no dataset is named. Give its folder (--data s3://BUCKET/NAME; `equiav pack` fills one)")
         chosen = ["--out", "/tmp/smoke", *settings]
         checked("equiav.commands.smoke" if settings else "equiav.config", "SmokeConfig" if settings else "RunConfig",
@@ -68,38 +65,9 @@ def pretrain(
         return app(name or "smoke", ["equiav", "smoke", *map(literal, chosen)], metadata=where, **common)
     if not out:
         refuse("out: no folder is named for the run. Give one that outlives its nodes (--out s3://BUCKET/NAME)")
-    name = name or out.rstrip("/").rpartition("/")[2]
-    remote = "://" in out
-    folder = f"{out.rstrip('/')}/checkpoints"
-    given = ["--stream.url", data, "--out", f"/tmp/{name}" if remote else out, "--device", "cuda" if gpus else "cpu"]
-    given += ["--checkpoint.url", folder] if remote else []
-    run = checked("equiav.config", "RunConfig", "pretrain", [*given, *settings], config or "smoke")
-    if run.resume == "never":
-        refuse(
-            "resume is never: a node that is replaced could not go on. Choose a folder that is empty instead (--out)"
-        )
-    if run.device == "cuda" and not gpus:
-        refuse("device is cuda, and gpus is 0: say how many a node has (--gpus 8)")
-    if run.stream.cache_bytes > disk * 3 // 4:
-        stream = dataclasses.replace(run.stream, cache_bytes=disk * 3 // 4)
-        run = dataclasses.replace(run, stream=stream)
-    if workers < 0:
-        refuse(f"workers is {workers}, expected 0 or more")
-    workers = workers or gpus or 1
     size = "" if config or "--config" in settings else ", recipe smoke (--config audioset2m is the paper's)"
-    say(f"pretrains {run.model.size} on {run.stream.url}{size}: {nodes} node(s) of {workers} worker(s), into {out}")
-    if most * workers > run.train.micro_batches:
-        say(f"train.batch_size has work for {run.train.micro_batches} workers; further ones wait as spares")
-    from equiav.config import to_yaml
-
-    program = ["launch.node", f"--run={name}", "--nodes", f"{least}:{most}", "--workers", str(workers)]
-    folder = run.checkpoint.url or str(Path(run.out) / "checkpoints")
-    program += ["--folder", folder]
-    paths = {"out": folder, "data": run.stream.url} | ({"init": run.init} if run.init else {})
-    program += ["--metrics-port", str(metrics_port)] if metrics_port else []
-    program = [*map(literal, program), "--index", macros.replica_id, "--", "pretrain"]
-    return app(name, program, nodes=(least, most), settings=to_yaml(run),
-               metadata={**where, "metrics_port": metrics_port, "paths": on_volumes(paths)}, **common)  # fmt: skip
+    return trained("pretrain", "RunConfig", settings, size, name=name, data=data, out=out, config=config or "smoke",
+                   nodes=nodes, workers=workers, metrics_port=metrics_port, where=where, **common)  # fmt: skip
 
 
 @functools.wraps(pretrain)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
-from equiav.config import RunConfig, TuneConfig, require
+from equiav.config import FinetuneConfig, require
 from equiav.data.stream import require_modalities
 from equiav.evaluate.classification import results, score
 from equiav.parallel import Ranks
@@ -19,17 +18,8 @@ from equiav.train.run import Done
 from streaming import Dataset, DatasetError, Store
 from streaming.labels import Labels, read_labels
 
+__all__ = ["FinetuneConfig", "run_finetune"]
 CLASSES, RESULTS = "classes.json", "results.json"
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(RunConfig):
-    """Fine-tunes on a dataset with labels (`equiav label`). The same command starts the run, goes on where it was, or says that
-    it is finished. Begin with --init: a pretraining run, its model folder, or a published checkpoint."""
-
-    out: Path = Path("runs/finetune")
-    """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
-    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 def run_finetune(config: FinetuneConfig) -> None:

@@ -483,6 +483,16 @@ class TuneConfig:
         require(1 <= self.test_frames <= 1000, "tune.test_frames", self.test_frames, "1 to 1000")
 
 
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tunes on a dataset with labels (`equiav label`). The same command starts the run, goes on where it was, or says that
+    it is finished. Begin with --init: a pretraining run, its model folder, or a published checkpoint."""
+
+    out: Path = Path("runs/finetune")
+    """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+
+
 ROUNDING = ("device", "train.micro_batch", "train.compile")
 """Settings that a run may change on its way: its numbers are rounded otherwise from there on."""
 
@@ -503,5 +513,7 @@ WITHOUT_EFFECT = (
     "stream.max_bad",
     "train.recompute",
     "train.shard",
+    "tune.test_url",
+    "tune.test_frames",
 )
 """Settings, and sections, that a run may change on its way without a trace."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from torchx.components.component_test_base import ComponentTestCase
 
+import launch.finetune
 import launch.pack
 import launch.pretrain
 
@@ -36,7 +37,17 @@ def command(made):
     return made["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
 
 
-@pytest.mark.parametrize("component", [launch.pretrain.pretrain, launch.pretrain.py, launch.pack.pack, launch.pack.py])
+@pytest.mark.parametrize(
+    "component",
+    [
+        launch.pretrain.pretrain,
+        launch.pretrain.py,
+        launch.finetune.finetune,
+        launch.finetune.py,
+        launch.pack.pack,
+        launch.pack.py,
+    ],
+)
 def test_torchx_finds_no_fault_in_them(component):
     module = sys.modules[
         component.__wrapped__.__module__ if hasattr(component, "__wrapped__") else component.__module__
@@ -47,6 +58,36 @@ def test_torchx_finds_no_fault_in_them(component):
             self.validate(module, component.__name__)
 
     Case().runTest()
+
+
+def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
+    given = [
+        "--data",
+        "s3://b/clips",
+        "--out",
+        "s3://b/tuned",
+        "--init",
+        "s3://b/run",
+        "--test",
+        "s3://b/test",
+        "--nodes",
+        "1:2",
+    ]
+    made = dryrun("launch/finetune.py", *given, "--", "--tune.loss", "one", "--tune.epochs", "3", cwd=tmp_path)
+    assert command(made)[-2:] == ["--", "finetune"]
+    settings = yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])
+    assert (settings["stream"]["url"], settings["init"]) == ("s3://b/clips", "s3://b/run")
+    assert settings["tune"]["test_url"] == "s3://b/test"
+    assert (settings["tune"]["loss"], settings["tune"]["epochs"]) == ("one", 3.0)
+    assert settings["checkpoint"]["url"] == "s3://b/tuned/checkpoints"
+    for missing in ("--data", "--out"):
+        less = [word for k, word in enumerate(given) if word != missing and given[k - 1] != missing]
+        text = torchx("run", "-s", "kubernetes", "launch/finetune.py", *less, cwd=tmp_path, status=1)
+        assert f"{missing[2:]}: no " in text
+    text = torchx(
+        "run", "-s", "kubernetes", "launch/finetune.py", *given, "--", "--tune.mixup", "3", cwd=tmp_path, status=1
+    )
+    assert "tune.mixup is 3.0, expected a probability" in text
 
 
 def test_the_literal_command_runs_something_sensible_and_says_what(tmp_path):
