@@ -13,6 +13,7 @@ from equiav.config import ConfigError, DataConfig, ModelConfig, require
 from equiav.data.survey import survey
 from equiav.terminal import say
 from streaming import Dataset, Store
+from streaming.labels import LABELS, read_labels
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ def run_stats(config: StatsConfig) -> None:
     )
     pictures = ", ".join(f"{number} of {count:,} clips" for number, count in sorted(stats.pictures.items()))
     say(f"pictures: {pictures}")
+    if dataset.store.exists(LABELS):
+        labels = read_labels(dataset)
+        counts, of_each = labels.counts, np.diff(labels.starts)
+        say(
+            f"labels: {len(counts):,} classes of {counts.min():,} to {counts.max():,} clips; {of_each.mean():.2f} of a clip, "
+            f"{int((of_each == 0).sum()):,} clips have none"
+        )
     found = {"audio_mean": round(stats.mean, 3), "audio_std": round(stats.deviation, 3)}
     say(
         f"spectrograms: mean {stats.mean:.3f}, deviation {stats.deviation:.3f}: "

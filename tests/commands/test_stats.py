@@ -47,6 +47,10 @@ def test_they_are_what_is_heard(clips, capsys):
     assert found["audio_std"] == pytest.approx(float(values.std(correction=0)), abs=1e-3)
     config, _ = load(Config, "test", ["--config", str(folder / "data.yaml")])
     assert config.data.audio_mean == found["audio_mean"]
+    (folder / "labels.csv").write_text("clip-0,a;b\nclip-1,a\n")
+    assert cli.main(["label", str(folder), str(folder / "labels.csv")]) == 0
+    assert cli.main(["stats", str(folder)]) == 0
+    assert "labels: 2 classes of 1 to 2 clips; 0.38 of a clip, 6 clips have none" in capsys.readouterr().out
     assert cli.main(["stats", str(folder), "--write", str(folder / "data.yaml")]) == 2
     assert "exists already; name a file that does not" in capsys.readouterr().err
 
