@@ -58,6 +58,9 @@ class Classification:
         for side in model.sides:
             yield from side.encoder.blocks
 
+    def prepared(self, clips: Clips) -> Clips:
+        return clips._replace(targets=torch.from_numpy(self.targets(clips.samples.numpy())))
+
     def forward(self, model: nn.Module, clips: Clips, computes: Callable[[], Any]) -> Logits:
         mixture, keep = self.mixture(clips), self.kept(clips)
         audio, image = self.inputs(clips, mixture)
@@ -83,7 +86,7 @@ class Classification:
         return audio, image
 
     def loss(self, whole: Logits, clips: Clips, rows: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        right = torch.from_numpy(self.targets(clips.samples.cpu().numpy())).to(whole.z.device)  # (b, classes)
+        right = clips.targets  # (b, classes)
         mixed = [self.mixture(clips.rows(piece)) for piece in rows.pieces]
         wanted = torch.cat(
             [m.of(right[piece]) if m else right[piece] for m, piece in zip(mixed, rows.pieces, strict=True)]

@@ -32,6 +32,9 @@ class Pretraining:
         for branch in (model.audio, model.image):
             yield from branch.encoder.blocks
 
+    def prepared(self, clips: Clips) -> Clips:
+        return clips
+
     def forward(self, model: nn.Module, clips: Clips, computes: Callable[[], Any]) -> Embeddings:
         views = make_views(self.config, clips)
         with computes():

@@ -38,6 +38,10 @@ class Task(Protocol):
         """Parts of the model that are sharded, and compiled, each by itself."""
         ...
 
+    def prepared(self, clips: Clips) -> Clips:
+        """On the host, before they go to the device: with what the loss needs beside them."""
+        ...
+
     def forward(self, model: nn.Module, clips: Clips, computes: Callable[[], Any]) -> Outputs:
         """A micro-batch. `computes` is called when its inputs are ready: a context for the model."""
         ...

@@ -159,7 +159,7 @@ def forward_backward(
     shares = [share(settings.micro_batches, rank, ranks.size) for rank in range(ranks.size)]  # in micro-batches
     # As many micro-batches on every rank, so that the collectives of sharded parameters meet; and every one full.
     b = p * max(stop - first for first, stop in shares)
-    batch = batch.to(device).padded(b)
+    batch = task.prepared(batch).to(device).padded(b)
     parts = [slice(k, k + p) for k in range(0, b, p)]
 
     def gather(x: Tensor) -> Tensor:

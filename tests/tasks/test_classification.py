@@ -48,7 +48,7 @@ def many(count, epoch=0):
 def test_the_loss_is_torchs_over_the_clips_that_there_are(loss, missing):
     of, batch = task(loss=loss), some(8, missing=missing)
     z = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    total, terms = of.loss(Logits(z), batch, Rows.of(batch.valid, piece=4), 0)
+    total, terms = of.loss(Logits(z), of.prepared(batch), Rows.of(batch.valid, piece=4), 0)
     right, there = torch.from_numpy(targets(np.arange(8))), batch.valid
     if loss == "one":
         expected = F.cross_entropy(z[there], right[there], reduction="sum") / there.sum()
@@ -106,7 +106,7 @@ def test_sound_picture_and_labels_are_mixed_alike():
     right = torch.from_numpy(targets(np.arange(4)))
     share = mixture.share[:, None]
     wanted = share * right + (1 - share) * right[mixture.partner]
-    total, _ = of.loss(Logits(z), batch, Rows.of(batch.valid), 0)
+    total, _ = of.loss(Logits(z), of.prepared(batch), Rows.of(batch.valid), 0)
     assert total.item() == pytest.approx(F.cross_entropy(z, wanted).item(), rel=1e-6)
 
 
@@ -190,4 +190,6 @@ def test_guessing():
         of, batch = task(loss=loss, mixup=1.0), some(8)
         if loss == "one":
             of.targets = lambda samples: np.eye(CLASSES, dtype=np.float32)[samples % CLASSES]
-        assert of.loss(Logits(z), batch, Rows.of(batch.valid), 0)[0].item() == pytest.approx(of.chance(0, 8)["total"])
+        assert of.loss(Logits(z), of.prepared(batch), Rows.of(batch.valid), 0)[0].item() == pytest.approx(
+            of.chance(0, 8)["total"]
+        )
