@@ -23,7 +23,8 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("W", "limit"), [(8, 0.2e9), pytest.param(64, 0.5e9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("W", "limit"), [(8, 0.2e9), (64, 0.5e9)])
 def test_the_loss_takes_little_memory_however_large_the_batch(W, limit):
     """N = 8,192 and 65,536, of which this process has 1,024 in micro-batches of 256: a gathered pair, and some blocks."""
     done = subprocess.run([sys.executable, "-c", MEMORY, str(W)], capture_output=True, text=True, check=True)

@@ -68,5 +68,8 @@ def test_purposes_keep_their_numbers():
         "CENTROID_AUDIO": 4,
         "FRAME": 5,
         "ORDER": 6,
+        "MIXUP": 7,
+        "DROP_PATH": 8,
+        "TIME_ROLL": 9,
     }
     assert len(Purpose.__members__) == len(set(Purpose)) == 6

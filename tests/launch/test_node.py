@@ -107,6 +107,7 @@ def test_two_workers_of_one_node(long_config, whole, tmp_path):
     same_run(nodes.out, whole, STEPS)
 
 
+@pytest.mark.slow
 def test_an_end_for_good_is_remembered(nodes, long_config):
     """Here: a setting that the checkpoints do not have. No node starts again, and those that come look first."""
     nodes.start(0)

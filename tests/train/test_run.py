@@ -236,6 +236,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(run_config, tmp_path):
 # ---- what is said before the first step
 
 
+@pytest.mark.slow
 def test_a_run_says_what_to_expect(run_config, tmp_path):
     text = Run(run_config, tmp_path / "one", None).end()
     assert "26 clips, 4 step(s) an epoch, 6.0 epochs; guessing has a loss of 7.50" in text  # ln 8 + 2 ln 15
