@@ -72,4 +72,4 @@ def test_purposes_keep_their_numbers():
         "DROP_PATH": 8,
         "TIME_ROLL": 9,
     }
-    assert len(Purpose.__members__) == len(set(Purpose)) == 6
+    assert len(Purpose.__members__) == len(set(Purpose)) == 9
