@@ -66,9 +66,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
         raise ConfigError(f"{folder / WEIGHTS}: does not hold the weights of {source}: {error}") from None
 
 
-def initial_weights(source: str, settings: ModelSettings, seed: int, patience: float = 600.0) -> Imported:
+def initial_weights(
+    source: str, settings: ModelSettings, seed: int, patience: float = 600.0, predicts: bool = True
+) -> Imported:
     """What a run begins with: from a model folder (ours, also that within a run's folder) or a published checkpoint, on this
-    machine or in a store. `settings` are the run's own."""
+    machine or in a store. `settings` are the run's own; `predicts`: its model has predictors."""
     with tempfile.TemporaryDirectory(prefix="equiav-") as folder:
         try:
             path = bring(source, Path(folder), patience) if "://" in source else Path(source).expanduser()
@@ -76,7 +78,7 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
                 path = path / "model"
             if path.is_dir():
                 state, theirs = read_folder(path)
-                for name in ("heads", "predictor_heads"):  # which no shape shows
+                for name in ("heads", *(("predictor_heads",) if predicts else ())):  # which no shape shows
                     found, here = getattr(theirs.model, name), getattr(settings.model, name)
                     require(found == here, f"model.{name}", here, f"{found}, as that model has")
                 trim(state, theirs, settings)
@@ -99,7 +101,7 @@ def initial_weights(source: str, settings: ModelSettings, seed: int, patience: f
                 theirs = settings_of(kind, settings)
         except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"init: {str(error).replace(folder, source)}") from None
-    predicts = any(".predictor." in name for name in imported.state.keys() - imported.fresh.keys())
+    predicts = predicts and any(".predictor." in name for name in imported.state.keys() - imported.fresh.keys())
     if predicts and theirs.augment.variant != settings.augment.variant:
         raise ConfigError(
             f"init: the predictors of {source} were trained with the vectors of augment.variant={theirs.augment.variant}, "
@@ -113,7 +115,8 @@ def trim(state: dict[str, Tensor], theirs: ModelSettings, settings: ModelSetting
     for side in ("audio", "image"):
         (R, C), (rows, columns) = (getattr(of.model, f"{side}_grid") for of in (theirs, settings))
         name = f"{side}.encoder.positions"
-        if (rows, columns) != (R, C) and rows <= R and columns <= C and name in state:
+        fits = name in state and state[name].dim() == 2 and len(state[name]) == R * C
+        if (rows, columns) != (R, C) and rows <= R and columns <= C and fits:
             state[name] = state[name].view(R, C, -1)[:rows, :columns].reshape(rows * columns, -1)
 
 

@@ -111,7 +111,7 @@ LOSS = _gauge(
     "Of the global batch, by term of Eq. 16; `total` has the weights of the terms.",
     "Falls. A jump that stays: look at `gradient_norm`, then lower train.lr.",
     "term",
-    logged=_of("loss", *TERMS, alone="total"),
+    logged=_of("loss", *TERMS, CLASS, alone="total"),
     brief="loss {:.2f}",
 )
 CHANCE = _gauge(

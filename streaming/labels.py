@@ -67,7 +67,8 @@ def read_labels(dataset: Dataset) -> Labels:
     try:
         head = json.loads(first)
         classes, checksum, made_for = head["classes"], head["checksum"], head["dataset"]
-        if head["format"] != FORMAT or not all(isinstance(name, str) for name in classes):
+        texts = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        if head["format"] != FORMAT or not texts or len(set(classes)) != len(classes):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DatasetError(
@@ -76,13 +77,16 @@ def read_labels(dataset: Dataset) -> Labels:
     if made_for != dataset.fingerprint:
         raise DatasetError(f"{where} was made for other shards than are there; `equiav label` makes it anew")
     rows = lines.split(b"\n")[:-1]
-    values = np.array(lines.split(), np.int64) if checksum == _checksum(lines) else np.array([-1])
+    try:
+        values = np.array(lines.split(), np.int64) if checksum == _checksum(lines) else np.array([-1])
+    except (ValueError, OverflowError):
+        values = np.array([-1])
     if len(rows) != dataset.samples or (len(values) and not 0 <= values.min() <= values.max() < len(classes)):
         raise DatasetError(
             f"{where} is damaged: its lines are not those that its first line says; `equiav label` makes it anew"
         )
     starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([row.count(b" ") + bool(row) for row in rows], out=starts[1:])
+    np.cumsum([len(row.split()) for row in rows], out=starts[1:])
     return Labels(classes, starts, values.astype(np.int32), hashlib.sha256(content).hexdigest())
 
 

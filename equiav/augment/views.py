@@ -26,6 +26,7 @@ class Clips(NamedTuple):
     lengths: Any  # (B,) int64, samples of each waveform that are its own; the rest is filling
     valid: Tensor  # (B,) bool, on the host; false: no sample in this place (the epoch has ended, or it cannot be used)
     targets: Any = None  # (B, classes) float32, where a run learns labels
+    there: Any = None  # (B,) bool, `valid` on the device
 
     def rows(self, part: slice) -> Clips:
         """Some of the clips."""
@@ -42,9 +43,9 @@ class Clips(NamedTuple):
 
     def to(self, device: torch.device) -> Clips:
         """Through pinned memory where the device is a GPU, so that the copy does not hold up the host."""
-        pinned = _each(lambda x: x.pin_memory() if device.type == "cuda" else x, (*self[1:5], self.targets))
-        there = _each(lambda x: x.to(device, non_blocking=True), pinned)
-        return Clips(self.epoch, *there[:4], valid=self.valid, targets=there[4])
+        pinned = _each(lambda x: x.pin_memory() if device.type == "cuda" else x, (*self[1:5], self.targets, self.valid))
+        *tensors, targets, there = _each(lambda x: x.to(device, non_blocking=True), pinned)
+        return Clips(self.epoch, *tensors, valid=self.valid, targets=targets, there=there)
 
 
 def _each(change: Callable[[Tensor], Tensor], tensors: Iterable[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.decoder import ClipDecoder
-from equiav.data.labels import Found, give, read_label_file
+from equiav.data.labels import Found, give_by_key, labels_of_entry
 from equiav.data.sources import (
     PASSED_OVER,
     SOUNDS,
@@ -198,13 +198,13 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             report=report,
         )
         report(done)
-    if not store.exists(LABELS) and (found := labels_of(config)):
-        dataset = Dataset(store)
-        write_labels(store, dataset.fingerprint, give(dataset, found).labels)
     if passed_over and not finished:
         store.write(
             PASSED_OVER, "".join(json.dumps({"path": p, "why": w}) + "\n" for p, w in passed_over.items()).encode()
         )
+    if not store.exists(LABELS) and (found := labels_of(config, items)):
+        dataset = Dataset(store)
+        write_labels(store, dataset.fingerprint, give_by_key(dataset, found))
     kept = len(items) - done.rejected.total()
     say(
         f"{kept} of {len(items)} clips in {done.shards} shards, {done.bytes / 2**20:,.1f} MiB, at {config.to}"
@@ -263,15 +263,13 @@ def open_source(
     )
 
 
-def labels_of(config: PackConfig) -> Found:
+def labels_of(config: PackConfig, items: list[Item]) -> Found:
     """Those that a source says of its clips; `equiav label` gives others."""
-    kind, _, count = config.source.partition(":")
-    if kind == "synthetic":
+    if config.source.startswith("synthetic:"):
         world = World(config.seed)
-        return {f"synthetic-{config.seed}-{k}": [CLASSES[world.label(k)]] for k in range(int(count))}
-    if not config.source.endswith(".json"):
-        return {}
-    return {name: labels for name, labels in read_label_file(Path(config.source).expanduser()).items() if labels}
+        return {key: [CLASSES[world.label(k)]] for key, k in items}
+    listed = {key: labels_of_entry(entry["labels"]) for key, entry in items if isinstance(entry, dict)}
+    return {key: labels for key, labels in listed.items() if labels}
 
 
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:

@@ -17,9 +17,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from equiav.augment import Clips, make_views
+from equiav.augment import Clips, make_views, normalised_spectrogram
 from equiav.config import Config, ConfigError, require
-from equiav.data.clips import BadClipError, decode_frame
+from equiav.data.clips import DECODE_AUDIO, BadClipError, decode_frame
 from equiav.data.decoder import ClipDecoder
 from equiav.data.sources import PASSED_OVER
 from equiav.data.stream import frame_draw
@@ -171,6 +171,18 @@ def one_clip(config: ShowConfig, dataset: Dataset) -> list[list[Titled]]:
 
 def _views(config: ShowConfig, looked: Looked, contents: dict[str, bytes]) -> Iterator[list[Titled]]:
     """What the model is given of it, in the first epochs of a run with these settings and this seed."""
+    hears, sees = any(name in DECODE_AUDIO for name in contents), bool(pictures_of(looked.sample))
+    if hears != sees:  # for fine-tuning, which draws no views
+        say(
+            f"  it has {'sound' if hears else 'pictures'} alone: for `equiav finetune --tune.modality`, not for pretraining"
+        )
+    if hears and not sees:
+        clips = _decoded(config, looked, contents, 0, sees=False)
+        yield [
+            ("the sound", coloured(normalised_spectrogram(clips.waveform, clips.lengths, config.model, config.data)[0]))
+        ]
+    if hears != sees:
+        return
     images: list[Titled] = []
     sounds: list[Titled] = []
     for epoch in range(EPOCHS):
@@ -185,16 +197,15 @@ def _views(config: ShowConfig, looked: Looked, contents: dict[str, bytes]) -> It
     yield sounds
 
 
-def _decoded(config: ShowConfig, looked: Looked, contents: dict[str, bytes], epoch: int) -> Clips:
+def _decoded(config: ShowConfig, looked: Looked, contents: dict[str, bytes], epoch: int, sees: bool = True) -> Clips:
     """As the stream would: its decoder, its draw of a frame."""
-    decoder, number = ClipDecoder(config.model, config.data), np.array([looked.number])
+    decoder, number = ClipDecoder(config.model, config.data, True, sees), np.array([looked.number])
     names = decoder.members(list(contents), float(frame_draw(config.seed, epoch, number)[0]))
     out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in decoder.fields.items()}
     decoder.decode(looked.sample.key, {name: contents[name] for name in names}, out)
-    frames, waveform, lengths = (torch.from_numpy(out[name])[None] for name in ("frames", "waveform", "lengths"))
-    return Clips(
-        epoch, torch.from_numpy(number), frames.permute(0, 3, 1, 2), waveform, lengths, torch.ones(1, dtype=torch.bool)
-    )
+    waveform, lengths = (torch.from_numpy(out[name])[None] for name in ("waveform", "lengths"))
+    frames = torch.from_numpy(out["frames"])[None].permute(0, 3, 1, 2) if sees else None
+    return Clips(epoch, torch.from_numpy(number), frames, waveform, lengths, torch.ones(1, dtype=torch.bool))
 
 
 def find(dataset: Dataset, key: str) -> Looked:

@@ -10,6 +10,7 @@ import tyro
 import yaml
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, require
+from equiav.data.stream import modalities
 from equiav.data.survey import survey
 from equiav.terminal import say
 from streaming import Dataset, Store
@@ -49,6 +50,16 @@ def run_stats(config: StatsConfig) -> None:
     say(
         f"{dataset.samples:,} clips in {len(dataset):,} shards, {dataset.bytes / 2**30:,.2f} GiB; {stats.clips:,} were heard"
     )
+    if dataset.store.exists(LABELS):
+        labels = read_labels(dataset)
+        counts, of_each = labels.counts, np.diff(labels.starts)
+        say(
+            f"labels: {len(counts):,} classes of {counts.min():,} to {counts.max():,} clips; {of_each.mean():.2f} of a clip, "
+            f"{int((of_each == 0).sum()):,} clips have none"
+        )
+    if not stats.bins and modalities(dataset) == (False, True):
+        say("its clips have pictures alone: for `equiav finetune --tune.modality image`")
+        return
     for reason, count in stats.refused.most_common(5):
         say(f"  training cannot use {count}: {reason}")
     if not stats.bins:
@@ -61,13 +72,6 @@ def run_stats(config: StatsConfig) -> None:
     )
     pictures = ", ".join(f"{number} of {count:,} clips" for number, count in sorted(stats.pictures.items()))
     say(f"pictures: {pictures}")
-    if dataset.store.exists(LABELS):
-        labels = read_labels(dataset)
-        counts, of_each = labels.counts, np.diff(labels.starts)
-        say(
-            f"labels: {len(counts):,} classes of {counts.min():,} to {counts.max():,} clips; {of_each.mean():.2f} of a clip, "
-            f"{int((of_each == 0).sum()):,} clips have none"
-        )
     found = {"audio_mean": round(stats.mean, 3), "audio_std": round(stats.deviation, 3)}
     say(
         f"spectrograms: mean {stats.mean:.3f}, deviation {stats.deviation:.3f}: "

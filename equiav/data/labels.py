@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from equiav.config import ConfigError
-from equiav.data.sources import key_of
+from equiav.data.sources import SOUNDS, VIDEOS, key_of
 from streaming import Dataset
 from streaming.dataset import read_offsets
 from streaming.labels import Labels
 
 FOLDERS = "folders"
+HEADS = ("path", "file", "filename", "name", "clip", "video")
+ENDINGS = {*VIDEOS, *SOUNDS, ".jpg", ".jpeg", ".png"}
 THREADS = 16  # shards whose keys are read together
 
 Found = dict[str, list[str]]  # name of a clip -> its labels
@@ -27,44 +28,51 @@ def read_label_file(path: Path) -> Found:
     """By what the file looks like:
 
     - AudioSet's (# comments; YTID, start, end, "labels" in quotes)
-    - VGGSound's (id, start, label, split; no head): clips are id_start, or id
+    - VGGSound's (id, start, label, split; no head): clips are id_start, as they are usually fetched
     - a head with `filename` and `category` (ESC-50), `fname` and `labels` (FSD50K), `youtube_id` and `label` (Kinetics)
     - UCF101's and Speech Commands' lists: CLASS/name[.avi|.wav] [number] a line; HMDB51's CLASS_test_splitN.txt
-    - path,label[;label]
+    - path,label[;label], with or without a head
     - CAV-MAE's and EquiAV's lists (.json)
     """
     try:
         text = path.read_text("utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: no such file, expected a file of labels") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is no UTF-8; save it as UTF-8") from None
-    if path.suffix == ".json":
-        return dict(_json(path, text))
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not lines:
-        raise ConfigError(f"{path}: has no labels")
     found: Found = {}
-    for name, labels in _rows(path, lines):
-        if not labels:
-            raise ConfigError(f"{path}: {name} has no label")
+    try:
+        if path.suffix == ".json":
+            pairs = list(_json(text))
+        else:
+            lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
+            pairs = list(_rows(path, lines)) if lines else []
+    except (csv.Error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path} is no file of labels ({type(error).__name__}: {error}); docs/downstream.md lists them"
+        ) from None
+    for name, labels in pairs:
+        if not name or not labels:
+            raise ConfigError(f"{path}: {name or 'a line'} has no {'label' if name else 'name'}")
         found.setdefault(name, []).extend(label for label in labels if label not in found[name])
+    if not found:
+        raise ConfigError(f"{path}: has no labels")
     return found
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[str, list[str]]]:
-    try:
-        for entry in json.loads(text)["data"]:
-            labels = entry["labels"]
-            yield (
-                entry["video_id"],
-                [label for one in ([labels] if isinstance(labels, str) else labels) for label in _split(one, ",")],
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a list of clips ({type(error).__name__}: {error}), expected "
-            '{"data": [{"video_id": ..., "labels": ...}]}'
-        ) from None
+def labels_of_entry(labels: Any) -> list[str]:
+    """Of an entry of a CAV-MAE list; none, where they are no text."""
+    listed = [labels] if isinstance(labels, str) else labels if isinstance(labels, list) else []
+    return [label for one in listed if isinstance(one, str) for label in _split(one, ",")]
+
+
+def _json(text: str) -> Iterator[tuple[str, list[str]]]:
+    for entry in json.loads(text)["data"]:
+        if not isinstance(entry["video_id"], str):
+            raise TypeError(f"video_id is {entry['video_id']!r}, expected text")
+        yield entry["video_id"], labels_of_entry(entry["labels"])
 
 
 def _rows(path: Path, lines: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -75,27 +83,38 @@ def _rows(path: Path, lines: list[str]) -> Iterator[tuple[str, list[str]]]:
             rows = csv.reader(lines[1:], skipinitialspace=True)
             for number, row in enumerate(rows, 2):
                 _require(path, number, len(row) == len(head), row, f"{len(head)} columns")
-                clip = Path(row[name]).stem
+                clip = _stem(row[name])
                 if {"time_start", "time_end"} <= set(head):  # Kinetics, as it is usually fetched
-                    clip += "".join(f"_{int(row[head.index(at)]):06d}" for at in ("time_start", "time_end"))
+                    clip += "".join(f"_{int(float(row[head.index(at)])):06d}" for at in ("time_start", "time_end"))
                 yield clip, _split(row[label], ",") if columns[0] == "fname" else [row[label]]
             return
     of_one = re.fullmatch(r"(.+)_test_split\d", path.stem)
-    for number, row in enumerate(csv.reader(lines, skipinitialspace=True), 1):
+    named = len(head) == 2 and head[0].lower() in HEADS and head[1].lower() in ("label", "labels", "class", "category")
+    for number, row in enumerate(csv.reader(lines[named:], skipinitialspace=True), 1 + named):
         if of_one and len(row) == 1:  # HMDB51: name [number], of the class that the file is called after
-            yield Path(row[0].rsplit(" ", 1)[0]).stem, [of_one[1]]
+            yield _stem(_without_number(row[0])), [of_one[1]]
         elif len(row) == 1:  # CLASS/name [number]
-            place = Path(row[0].rsplit(" ", 1)[0] if row[0].rpartition(" ")[2].isdigit() else row[0])
+            place = Path(_without_number(row[0]))
             _require(path, number, len(place.parts) > 1, row, "CLASS/name, or path,label[;label]")
-            yield str(place.with_suffix("")), [place.parent.name]
+            yield _stem(str(place)), [place.parent.name]
         elif len(row) == 2:
-            yield str(Path(row[0]).with_suffix("")), _split(row[1], ";")
+            yield _stem(row[0]), _split(row[1], ";")
         elif len(row) == 4 and _is_number(row[1]) and _is_number(row[2]):  # AudioSet
             yield row[0], _split(row[3], ",")
         elif len(row) == 4 and _is_number(row[1]):  # VGGSound; its names have commas
             yield f"{row[0]}_{int(float(row[1])):06d}", [row[2]]
         else:
             _require(path, number, False, row, "path,label[;label], or AudioSet's or VGGSound's columns")
+
+
+def _stem(name: str) -> str:
+    """Without its ending, if that is one: a name may have dots."""
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in ENDINGS else name
+
+
+def _without_number(line: str) -> str:
+    name, _, last = line.strip().rpartition(" ")
+    return name if last.isdigit() and name else line.strip()
 
 
 def _split(text: str, by: str) -> list[str]:
@@ -122,25 +141,42 @@ class Given(NamedTuple):
 
 
 def give(dataset: Dataset, found: Found, classes: Sequence[str] = ()) -> Given:
-    """Labels to the clips of a dataset, by their names: a clip's key as it is, its last part, and either without the time that
-    cutting a video puts behind it. classes: all there are, in their order; none: those that occur, sorted."""
+    """Labels to the clips of a dataset, by their names: a clip's key, with or without the time that cutting a video puts behind
+    it; or where one of both has folders that the other has not, and nothing else fits. classes: all there are, in their order;
+    none: those that occur, sorted."""
     number = {name: k for k, name in enumerate(classes or sorted({one for listed in found.values() for one in listed}))}
     strange = sorted({one for listed in found.values() for one in listed} - number.keys())
     if strange:
         raise ConfigError(
             f"labels: {', '.join(strange[:5])} ({len(strange)} in all) are not among the {len(number)} classes"
         )
-    by_name = {key_of(name): (name, listed) for name, listed in found.items()}
-    last = Counter(name.rpartition("/")[2] for name in by_name)
-    for name, of_it in list(by_name.items()):  # a list may have folders that the dataset has not
-        if last[short := name.rpartition("/")[2]] == 1:
-            by_name.setdefault(short, of_it)
+    by_key: dict[str, str] = {}
+    by_last: dict[str, list[str]] = {}
+    for name in found:
+        key = key_of(name)
+        if key in by_key:
+            raise ConfigError(
+                f"labels: {by_key[key]!r} and {name!r} are names of one clip, {key!r}; give each its folder"
+            )
+        by_key[key] = name
+        by_last.setdefault(key.rpartition("/")[2], []).append(key)
+    fits: dict[str, str] = {}  # name by its last part -> the video that it was taken for
     samples: list[list[int]] = []
     without, used = [], set()
     for key in keys_of(dataset):
-        name, listed = next((by_name[form] for form in _forms(key) if form in by_name), ("", []))
+        video = re.sub(r"-\d{9}$", "", key)
+        match = key if key in by_key else video if video in by_key else ""
+        if not match:
+            last = video.rpartition("/")[2]
+            near = [one for one in by_last.get(last, ()) if one.endswith(f"/{video}") or video.endswith(f"/{one}")]
+            other = fits.setdefault(near[0], video) if near else video
+            if len(near) > 1 or other != video:
+                both = near[:2] if len(near) > 1 else [other, video]
+                raise ConfigError(f"labels: {last!r} may be {both[0]!r} or {both[1]!r}; write names with their folders")
+            match = near[0] if near else ""
+        listed = found[by_key[match]] if match else []
         samples.append([number[one] for one in listed])
-        used.add(name)
+        used.add(by_key.get(match, ""))
         if not listed:
             without.append(key)
     if not any(samples):
@@ -149,6 +185,13 @@ def give(dataset: Dataset, found: Found, classes: Sequence[str] = ()) -> Given:
             f"labels: none of {len(found)} names, such as {names}, is that of a clip, such as {without[0]!r}"
         )
     return Given(Labels.of(list(number), samples), without, sorted(found.keys() - used))
+
+
+def give_by_key(dataset: Dataset, found: Found) -> Labels:
+    """Those that packing knows of its clips; a clip that is not named has none."""
+    classes = sorted({one for listed in found.values() for one in listed})
+    number = {name: k for k, name in enumerate(classes)}
+    return Labels.of(classes, [[number[one] for one in found.get(key, ())] for key in keys_of(dataset)])
 
 
 def from_folders(dataset: Dataset) -> Found:
@@ -173,12 +216,6 @@ def keys_of(dataset: Dataset) -> Iterator[str]:
             yield from keys
 
 
-def _forms(key: str) -> Iterator[str]:
-    for form in (key, re.sub(r"-\d{9}$", "", key)):
-        yield form
-        yield form.rpartition("/")[2]
-
-
 def read_classes(path: Path) -> list[str]:
     """`index,mid,display_name` as CAV-MAE has it (a class is its mid), or a name a line."""
     try:
@@ -187,6 +224,9 @@ def read_classes(path: Path) -> list[str]:
         raise ConfigError(f"classes {path}: {error}; expected a name a line, or index,mid,display_name") from None
     rows = list(csv.reader(lines))
     if rows and rows[0][:2] == ["index", "mid"]:
+        wrong = [row for row in rows[1:] if len(row) < 2 or not row[0].isdigit()]
+        if wrong:
+            raise ConfigError(f"classes {path}: found {wrong[0]}, expected index,mid,display_name")
         names = [row[1] for row in sorted(rows[1:], key=lambda row: int(row[0]))]
     else:
         names = [line.strip() for line in lines]

@@ -63,7 +63,7 @@ def list_videos(source: Path, endings: Sequence[str] = VIDEOS) -> tuple[Found, d
             raise ConfigError(
                 f"source {source}: byte {error.start} is no UTF-8, expected a video's path a line"
             ) from None
-        named = [line for line in lines if line and not line.startswith("#")]
+        named = [line for line in lines if line and not line.startswith("# ")]
         if not named:
             raise ConfigError(f"source {source} lists no videos")
         for name in named:

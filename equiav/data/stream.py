@@ -41,7 +41,6 @@ def open_stream(
         except OSError as error:
             raise NotHere(f"stream.cache: {cache} cannot be made ({error}); set a folder that can be written") from None
     dataset = Dataset(store, None if store.local else cache)
-    require_modalities(dataset, hears, sees)
     order = Order(dataset.fingerprint, config.seed, config.train.batch_size, s.lanes, s.window)
 
     empty = pinned if config.device == "cuda" else np.empty
@@ -63,18 +62,24 @@ def open_stream(
 
 
 def modalities(dataset: Dataset) -> tuple[bool, bool]:
-    """Whether its clips have sound, and pictures: those of the first have what all have."""
-    members = read_offsets(dataset.store, dataset[0])[0].members
-    return any(name in DECODE_AUDIO for name in members), any(name.rpartition(".")[2] in IMAGES for name in members)
+    """Whether its clips have sound, and pictures: whether any does, of some that lie far apart."""
+    sound = pictures = False
+    for number in {0, len(dataset) // 2, len(dataset) - 1}:
+        offsets = read_offsets(dataset.store, dataset[number])
+        for place in {0, len(offsets) // 2, len(offsets) - 1}:
+            members = offsets[place].members
+            sound = sound or any(name in DECODE_AUDIO for name in members)
+            pictures = pictures or any(name.rpartition(".")[2] in IMAGES for name in members)
+    return sound, pictures
 
 
-def require_modalities(dataset: Dataset, hears: bool, sees: bool) -> None:
+def require_modalities(setting: str, dataset: Dataset, hears: bool, sees: bool) -> None:
     sound, pictures = modalities(dataset)
     lacks = ["sound"] * (hears and not sound) + ["pictures"] * (sees and not pictures)
     if lacks:
         has = " and ".join(["sound"] * sound + ["pictures"] * pictures) or "neither sound nor pictures"
         raise ConfigError(
-            f"stream.url: the clips of {dataset.store.url} have {has}, and this run needs {' and '.join(lacks)}, too; "
+            f"{setting}: the clips of {dataset.store.url} have {has}, and this run needs {' and '.join(lacks)}, too; "
             "`equiav finetune --tune.modality` can use one alone"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,14 +14,15 @@ from equiav.data.decoder import ClipDecoder
 from equiav.data.stream import as_tensors
 from equiav.parallel import Ranks
 from equiav.tasks import Classification
-from streaming import Dataset, Loader, Order
+from streaming import Dataset, DatasetError, Loader, Order
 
-DRAWS, SURE = 1000, 0.95  # of the bootstrap
+DRAWS, SURE = 200, 0.95  # of the bootstrap
 
 
 class Tested(NamedTuple):
-    samples: np.ndarray  # (n,) ascending; a clip that cannot be used is not there
+    samples: np.ndarray  # (n,) ascending; a clip of which nothing can be used is not there
     scores: np.ndarray  # (n, classes) float64, mean probabilities
+    bad: Counter[str]  # why clips, or frames of clips, could not be used -> how many
 
 
 @torch.no_grad()
@@ -29,6 +31,8 @@ def score(config: Config, task: Classification, model: Any, dataset: Dataset, ra
     s, t = config.stream, config.train
     order = Order(dataset.fingerprint, 0, t.batch_size, s.lanes, s.window)
     sums: dict[int, np.ndarray] = {}
+    terms: Counter[int] = Counter()
+    bad: Counter[str] = Counter()
     was_training, frames = model.training, task.tune.test_frames if task.sees else 1
     model.eval()
     for k in range(frames):
@@ -48,15 +52,18 @@ def score(config: Config, task: Classification, model: Any, dataset: Dataset, ra
             draw=lambda epoch, samples, at=at: np.full(len(samples), at),
         ) as loader:
             for _, batch in zip(range(loader.steps_per_epoch), loader.batches(0), strict=False):
-                own = _of_batch(config, task, model, as_tensors(batch), ranks)
-                for samples, scores in ranks.objects(own):
+                own = (*_of_batch(config, task, model, as_tensors(batch), ranks), [one.reason for one in batch.bad])
+                for samples, scores, reasons in ranks.objects(own):
+                    bad.update(reasons)
                     for sample, row in zip(samples, scores, strict=True):
                         sums[sample] = sums[sample] + row if sample in sums else row
+                        terms[sample] += 1
     model.train(was_training)
-    samples = np.array(sorted(sums), np.int64)
-    return Tested(
-        samples, np.stack([sums[k] for k in samples.tolist()]) / frames if len(samples) else np.zeros((0, task.classes))
-    )
+    if not sums:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
+        raise DatasetError(f"tune.test_url: no clip of {dataset.store.url} can be used ({reasons})")
+    samples = sorted(sums)
+    return Tested(np.array(samples, np.int64), np.stack([sums[k] / terms[k] for k in samples]), bad)
 
 
 def _of_batch(
@@ -79,16 +86,21 @@ def _of_batch(
 # ---- numbers
 
 
-def average_precision(right: np.ndarray, scores: np.ndarray) -> float:
-    """right (n,) bool. The mean of the precision at each right clip; clips of one score count together. nan: none is right."""
-    if not right.any():
-        return float("nan")
+def average_precisions(right: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """right, scores (n,), weights (d, n), how often each clip counts -> (d,). The mean of the precision at each right clip; clips
+    of one score count together. nan: there is no right one."""
     order = np.argsort(-scores, kind="stable")
-    right, scores = right[order], scores[order]
-    ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # the last of each score
-    hits = np.cumsum(right)[ends]
-    gained = np.diff(hits, prepend=0)
-    return float((gained * hits / (ends + 1)).sum() / right.sum())
+    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last of each score
+    ranked = np.cumsum(weights[:, order], axis=1)[:, ends]
+    hits = np.cumsum(weights[:, order] * right[order], axis=1)[:, ends]
+    gained = np.diff(hits, prepend=0, axis=1)
+    with np.errstate(invalid="ignore"):
+        precision = np.where(ranked > 0, hits / np.maximum(ranked, 1e-300), 0.0)
+        return (gained * precision).sum(axis=1) / hits[:, -1]
+
+
+def average_precision(right: np.ndarray, scores: np.ndarray) -> float:
+    return float(average_precisions(right, scores, np.ones((1, len(right))))[0])
 
 
 def area_under_curve(right: np.ndarray, scores: np.ndarray) -> float:
@@ -100,40 +112,62 @@ def area_under_curve(right: np.ndarray, scores: np.ndarray) -> float:
     return float((below + upto).mean() / (2 * len(wrong)))
 
 
+def mean_average_precisions(right: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """right (n, classes) bool, weights (d, n) -> (d,). Over the classes that have a clip, each as much."""
+    total, count = np.zeros(len(weights)), np.zeros(len(weights))
+    for k in np.flatnonzero(right.any(axis=0)):
+        found = average_precisions(right[:, k], scores[:, k], weights)
+        there = np.isfinite(found)
+        total, count = total + np.where(there, found, 0.0), count + there
+    with np.errstate(invalid="ignore"):
+        return total / count
+
+
 def mean_average_precision(right: np.ndarray, scores: np.ndarray) -> float:
-    """right (n, classes) bool. Over the classes that have a clip, each as much."""
-    found = [average_precision(right[:, k], scores[:, k]) for k in range(right.shape[1])]
-    return float(np.mean([x for x in found if np.isfinite(x)] or [np.nan]))
+    return float(mean_average_precisions(right, scores, np.ones((1, len(right))))[0])
+
+
+def accuracies(right: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    hit = right[np.arange(len(right)), scores.argmax(axis=1)]
+    return weights @ hit / weights.sum(axis=1)
 
 
 def accuracy(right: np.ndarray, scores: np.ndarray) -> float:
-    return float(right[np.arange(len(right)), scores.argmax(axis=1)].mean())
+    return float(accuracies(right, scores, np.ones((1, len(right))))[0])
 
 
-def interval(of: Callable[[np.ndarray, np.ndarray], float], right: np.ndarray, scores: np.ndarray) -> list[float]:
+def interval(
+    of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], right: np.ndarray, scores: np.ndarray
+) -> list[float]:
     """Of a number, by drawing clips with replacement: what lies between the 2.5th and the 97.5th percentile."""
-    rng = np.random.default_rng(0)
-    drawn = [of(right[rows], scores[rows]) for rows in (rng.integers(0, len(right), len(right)) for _ in range(DRAWS))]
-    return [float(x) for x in np.nanpercentile(drawn, (100 * (1 - SURE) / 2, 100 * (1 + SURE) / 2))]
+    n = len(right)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float64)
+    drawn = of(right, scores, weights)
+    return [float(x) for x in np.percentile(drawn[np.isfinite(drawn)], (50 * (1 - SURE), 50 * (1 + SURE)))]
 
 
 def results(right: np.ndarray, scores: np.ndarray, classes: list[str], one: bool) -> dict[str, Any]:
-    """right (n, classes) bool -> what is said of it, by class, too."""
-    name, of = ("accuracy", accuracy) if one else ("mAP", mean_average_precision)
+    """right (n, classes) bool -> what is said of it, by class, too. What cannot be said is null."""
+    name, of = ("accuracy", accuracies) if one else ("mAP", mean_average_precisions)
     by_class = {
         label: {
             "clips": int(right[:, k].sum()),
-            "AP": average_precision(right[:, k], scores[:, k]),
-            "AUC": area_under_curve(right[:, k], scores[:, k]),
+            "AP": _said(average_precision(right[:, k], scores[:, k])),
+            "AUC": _said(area_under_curve(right[:, k], scores[:, k])),
         }
         for k, label in enumerate(classes)
     }
+    areas = [c["AUC"] for c in by_class.values() if c["AUC"] is not None]
     return {
         "clips": len(right),
-        name: of(right, scores),
-        f"{name} 95%": interval(of, right, scores),
-        "mAP": mean_average_precision(right, scores),
-        "AUC": float(np.mean([c["AUC"] for c in by_class.values() if np.isfinite(c["AUC"])] or [np.nan])),
+        name: _said(float(of(right, scores, np.ones((1, len(right))))[0])),
+        f"{name} 95%": interval(of, right, scores) if right.any() else None,
+        "mAP": _said(mean_average_precision(right, scores)),
+        "AUC": float(np.mean(areas)) if areas else None,
         "classes without a clip": [label for label, c in by_class.items() if not c["clips"]],
         "by class": by_class,
     }
+
+
+def _said(number: float) -> float | None:
+    return number if np.isfinite(number) else None

@@ -154,7 +154,11 @@ def own_state(state: Mapping[str, Tensor], model: EquiAV) -> Imported:
         why = (
             "not in that model" if found is None else f"of shape {tuple(found.shape)} there, {tuple(value.shape)} here"
         )
-        if ".encoder." in name:
+        side = f"{name.partition('.encoder.')[0]}.encoder."
+        part = found is not None or any(other.startswith(side) for other in state)  # a model of one modality has none
+        if (
+            ".encoder." in name and part and (found is not None or ".norm_aug." not in name)
+        ):  # fine-tuning leaves that norm aside
             raise CheckpointError(f"{name} is {why}; choose the model.size (and input sizes) of that model")
         result.state[name], result.fresh[name] = value.clone(), why
     result.ignored |= {name: "not in this model" for name in state if name not in ours}

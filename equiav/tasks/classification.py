@@ -18,7 +18,7 @@ from equiav.augment.transforms import original_image
 from equiav.config import Config, TuneConfig
 from equiav.model.arithmetic import encoders
 from equiav.model.classifier import Classifier
-from equiav.objective import Rows
+from equiav.objective import Rows, aligned
 from equiav.tasks.task import Metrics
 
 Targets = Callable[[np.ndarray], np.ndarray]
@@ -91,11 +91,14 @@ class Classification:
         wanted = torch.cat(
             [m.of(right[piece]) if m else right[piece] for m, piece in zip(mixed, rows.pieces, strict=True)]
         )
-        of_rows = torch.cat([self.of_rows(whole.z[piece].float(), wanted[piece]) for piece in rows.pieces])
+        of_rows = torch.cat(
+            [self.of_rows(aligned(whole.z[piece]).float(), aligned(wanted[piece])) for piece in rows.pieces]
+        )
         counted = rows.own.double() / rows.N
         shares = of_rows.where(rows.own, 0).double() * counted
         best = right.gather(1, whole.z.argmax(dim=1, keepdim=True))[:, 0]  # of the clip itself, where it is mixed
-        return shares.sum(), {"loss": shares.detach(), "accuracy_class": best.double() * counted}
+        loss = shares.detach()
+        return shares.sum(), {"loss": loss, "loss_class": loss, "accuracy_class": best.double() * counted}
 
     def of_rows(self, z: Tensor, wanted: Tensor) -> Tensor:
         """(b, classes) each -> (b,)."""
@@ -106,7 +109,7 @@ class Classification:
     def mixture(self, clips: Clips) -> Mixture | None:
         if not self.tune.mixup:
             return None
-        b, valid = len(clips.samples), clips.valid.to(clips.samples.device)
+        b, valid = len(clips.samples), clips.valid if clips.there is None else clips.there
         draws = uniforms(self.config.seed, clips.epoch, clips.samples, Purpose.MIXUP, 2 * ALPHA + 1)
         partner = (torch.arange(b, device=valid.device) + 1 + (draws[:, 0] * max(1, b - 1)).long()) % b
         share = draws[:, 2:].sort(dim=1).values[:, ALPHA - 1].float()
@@ -118,8 +121,8 @@ class Classification:
         if not self.tune.drop_path:
             return None
         depth, sides = self.config.model.depth, self.hears + self.sees
-        share = 1 - torch.linspace(0, self.tune.drop_path, depth, dtype=torch.float64).repeat_interleave(2)
-        share = share.to(clips.samples.device)
+        with clips.samples.device:  # made where it is used: a copy would wait for the device
+            share = 1 - torch.linspace(0, self.tune.drop_path, depth, dtype=torch.float64).repeat_interleave(2)
         count = sides * 2 * depth
         draws = uniforms(self.config.seed, clips.epoch, clips.samples, Purpose.DROP_PATH, count).view(
             -1, sides, 2 * depth
@@ -139,7 +142,8 @@ class Classification:
         return sums
 
     def chance(self, step: int, clips: float) -> Metrics:
-        return {"total": math.log(self.classes) if self.tune.loss == "one" else math.log(2)}
+        loss = math.log(self.classes) if self.tune.loss == "one" else math.log(2)
+        return {"class": loss, "total": loss}
 
     def untrained(self, step: int) -> set[str]:
         return set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,18 @@ Then = Callable[[Ranks, Done, Callable[[str], None]], dict[str, str]]
 """What all processes do when the steps are done -> files to leave beside the model, on rank 0."""
 
 
-def carry_out(command: str, config: RunConfig, task: Task, then: Then = lambda *_: {}) -> None:
-    """Starts a run, goes on with it, or says that it is finished; alone, or as one of torchrun's processes."""
+def carry_out(
+    command: str,
+    config: RunConfig,
+    task: Task,
+    then: Then = lambda *_: {},
+    notes: Sequence[str] = (),
+    again: Callable[[], str] = lambda: "",
+) -> None:
+    """Starts a run, goes on with it, or says that it is finished; alone, or as one of torchrun's processes.
+
+    notes: what there is to say before it. again: to who asks once more for a run that is finished.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     if config.device == "cpu":
@@ -39,11 +49,15 @@ def carry_out(command: str, config: RunConfig, task: Task, then: Then = lambda *
     with launched(ranks, tell) as takes_part:
         if not takes_part:
             return
+        for note in notes if ranks.rank == 0 else ():
+            tell(note)
         with showing(config.train.steps) as show:
             done = run(config, task, ranks, tell, show)
         state = done.state
         weights = ranks.whole(state.model)
-        finished_before = any(ranks.objects(ranks.rank == 0 and done.began == state.step and left(config)))
+        finished_before = ranks.first(lambda: done.began == state.step and left(config))
+        if finished_before and ranks.rank == 0 and (said := again()):
+            tell(said)
         beside = {} if finished_before else then(ranks, done, tell)
 
         def leave() -> None:

@@ -24,7 +24,7 @@ from xxhash import xxh3_128
 from equiav.augment import Clips
 from equiav.augment.logmel import moments
 from equiav.config import ConfigError, NotHere, RunConfig, differences, to_dict, to_yaml
-from equiav.data.stream import as_tensors, open_stream
+from equiav.data.stream import as_tensors, open_stream, require_modalities
 from equiav.ending import Ending, Interrupted, Stalled, Superseded, Terminated, Unsaved
 from equiav.parallel import Ranks, slab
 from equiav.tasks import Task
@@ -43,6 +43,7 @@ from streaming import (
     DatasetError,
     Loader,
     Quarantine,
+    ShardError,
     Stats,
     Store,
     StoreError,
@@ -98,6 +99,10 @@ def run(
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
     checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
     state = initial_state(task, ranks)
+    if any(other != dict(task.learns_from) for other in ranks.objects(dict(task.learns_from))):
+        raise StoreError(
+            f"the processes read different {', '.join(task.learns_from)} of the dataset: they were changed meanwhile"
+        )
     loader = open_stream(
         config,
         hears=task.hears,
@@ -107,6 +112,8 @@ def run(
         sharers=ranks.local_size,
         options=options,
     )
+    with suppress(DatasetError, ShardError, StoreError):  # what is damaged is each sample's matter
+        require_modalities("stream.url", loader.dataset, task.hears, task.sees)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
     patience = max(config.stream.patience, c.patience)
@@ -224,12 +231,12 @@ def expected(config: RunConfig, task: Task, loader: Loader) -> Iterator[str]:
         f"{samples:,} clips, {per_epoch:,} step(s) an epoch, {t.steps / per_epoch:,.1f} epochs; guessing has a loss of "
         f"{chance:.2f}; it is saved {saves}; look with `equiav top {config.out}`"
     )
-    if t.batch_size > samples:
+    if t.batch_size > samples and task.fewest > 1:
         yield (
             f"train.batch_size is {t.batch_size}, the dataset has {samples} clips: the rest of each step is empty, and "
             f"nothing is compared with more than {samples}; set it to {samples} or less"
         )
-    if t.steps / per_epoch > MANY:
+    if t.steps / per_epoch > MANY and task.fewest > 1:
         yield (
             f"train.steps is {t.steps:,}: each clip will be seen {t.steps / per_epoch:,.0f} times. The paper's 20 epochs "
             f"would be {20 * per_epoch:,} steps, with train.warmup_steps={2 * per_epoch:,}"
@@ -258,8 +265,16 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -
     """Weights from elsewhere, into the state -> what is to be remembered of them."""
     imported, problem = None, ""
     try:
-        imported = initial_weights(config.init, config, config.seed, config.checkpoint.patience)
-        imported.restrict_to(state.model.state_dict())
+        names = list(state.model.state_dict())
+        predicts = any(".predictor." in name for name in names)
+        imported = initial_weights(config.init, config, config.seed, config.checkpoint.patience, predicts)
+        imported.restrict_to(names)
+        if lacks := sorted(
+            {name.partition(".")[0] for name in imported.fresh if name.endswith(".encoder.blocks.0.attn.qkv.weight")}
+        ):
+            raise ConfigError(
+                f"init: {named(config.init)} has no encoder for {' and '.join(lacks)}, which this run needs"
+            )
     except (ConfigError, StoreError) as error:
         problem = str(error)
     digest = digest_of(imported.state) if imported else ""
@@ -562,6 +577,8 @@ def shown(config: RunConfig, loader: Loader, checkpoints: Checkpoints) -> dict[s
     values["stream"]["url"] = loader.dataset.store.url
     if config.checkpoint.url:
         values["checkpoint"]["url"] = checkpoints.store.url
+    if "tune" in values:
+        values["tune"]["test_url"] = named(values["tune"]["test_url"])
     return values
 
 

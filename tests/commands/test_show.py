@@ -123,7 +123,7 @@ def test_what_training_cannot_use_is_said_and_nothing_bites(shards, capsys):
     assert "training cannot use 1: audio is not a WAV file" in told
     assert "training cannot use broken: image cannot be decoded" in told
     for key, said in [
-        ("blind", "training cannot use it: has json, wav; expected K.jpg"),
+        ("blind", "it has sound alone: for `equiav finetune --tune.modality`, not for pretraining"),
         ("broken", "0.jpg: 13 bytes, image"),
     ]:
         assert cli.main(["show", str(shards), key]) == 0

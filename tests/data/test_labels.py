@@ -1,5 +1,6 @@
 """Labels: each dataset's own files, by the names that its clips have; counted without a pass over shards."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import webdataset
 from equiav import cli
 from equiav.commands.pack import IndexConfig, run_index
 from equiav.config import ConfigError
-from equiav.data.labels import read_label_file
+from equiav.data.labels import give, read_label_file
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import NoDataset
 from streaming.labels import Labels, read_labels, write_labels
@@ -63,6 +64,9 @@ def test_each_dataset_is_read_in_its_own_format(tmp_path, name):
         ("", "has no labels"),
         ("# only\n", "has no labels"),
         ("x.mp4,\n", "x has no label"),
+        (",dog\n", "a line has no name"),
+        ("label,youtube_id,time_start,time_end,split\na,b,x,14,train\n", "is no file of labels .*could not convert"),
+        ('"' + "a" * 200_000 + '",dog\n', "is no file of labels .*field larger"),
         ("x.mp4,a,b\n", r"row 1: found \['x.mp4', 'a', 'b'\], expected path,label"),
         ("x.mp4\n", r"row 1: found \['x.mp4'\], expected CLASS/name, or path,label"),
         ("filename,category\nx.wav\n", r"row 2: found \['x.wav'\], expected 2 columns"),
@@ -99,7 +103,7 @@ def labels_of(folder):
 
 
 def test_by_name_by_the_last_part_and_without_the_time_of_a_cut(dataset, tmp_path, capsys):
-    (tmp_path / "l.csv").write_text("dog/a.mp4,x\nb.v2.mp4,y;x\nd.mp4,z\nother/e.mp4,x\ngone.mp4,x\n")
+    (tmp_path / "l.csv").write_text("dog/a.mp4,x\nb.v2.mp4,y;x\nd.mp4,z\ne.mp4,x\ngone.mp4,x\n")
     assert cli.main(["label", str(dataset), str(tmp_path / "l.csv")]) == 0
     assert labels_of(dataset) == {
         "dog/a": ["x"],
@@ -115,6 +119,34 @@ def test_by_name_by_the_last_part_and_without_the_time_of_a_cut(dataset, tmp_pat
     found = read_labels(Dataset(Store(str(dataset))))
     assert found.counts.tolist() == [3, 1, 1]
     assert found.many_hot(np.array([1, -1, 2])).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "both"),
+    [
+        ("a.mp4,x\n", "'a' may be 'dog/a' or 'cat/a'"),  # a bare name, of two clips
+        ("one/dog/a.mp4,x\ntwo/dog/a.mp4,y\n", "'a' may be 'one/dog/a' or 'two/dog/a'"),  # two names, of one clip
+    ],
+)
+def test_what_may_be_another_is_said(tmp_path, rows, both, capsys):
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
+        for key in ("dog/a", "cat/a"):
+            tar.write({"__key__": key, "json": b"{}"})
+    run_index(IndexConfig(str(tmp_path), tried=0))
+    (tmp_path / "l.csv").write_text(rows)
+    assert cli.main(["label", str(tmp_path), str(tmp_path / "l.csv")]) == 2
+    assert both in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("dog/a.mp4,dog\n")  # not the cat's
+    assert cli.main(["label", str(tmp_path), str(tmp_path / "l.csv")]) == 0
+    assert "1 clips without a label: cat/a" in capsys.readouterr().out
+
+
+def test_a_head_is_no_clip_and_a_dot_no_ending(tmp_path):
+    (tmp_path / "l.csv").write_text("path,label\na.1,x\na.2,y\n#20_clap.avi,z\nv1.5.mp4,x\n")
+    assert read_label_file(tmp_path / "l.csv") == {"a.1": ["x"], "a.2": ["y"], "#20_clap": ["z"], "v1.5": ["x"]}
+    (tmp_path / "m.csv").write_text("x.1,a\nx_1,b\n")
+    with pytest.raises(ConfigError, match=r"'x\.1' and 'x_1' are names of one clip"):
+        give(None, read_label_file(tmp_path / "m.csv"))
 
 
 def test_folders_are_classes_and_all_classes_may_be_named(dataset, tmp_path, capsys):
@@ -155,6 +187,17 @@ def test_labels_of_other_shards_or_damaged_ones_are_refused(dataset):
         b"[" * 100_000,
     ):
         path.write_bytes(wrong)
+        with pytest.raises(DatasetError, match="labels is damaged"):
+            read_labels(opened)
+    head = json.loads(content.partition(b"\n")[0])
+    for lines, classes in [  # with a checksum that fits
+        (b"0\nx\n\n1\n0\n", ["a", "b"]),
+        (b"0\n99999999999999999999\n\n1\n0\n", ["a", "b"]),
+        (b"0\n1\n\n1\n0\n", "ab"),
+        (b"0\n1\n\n1\n0\n", ["a", "a"]),
+    ]:
+        forged = {**head, "classes": classes, "checksum": hashlib.sha256(lines).hexdigest()}
+        path.write_bytes(json.dumps(forged).encode() + b"\n" + lines)
         with pytest.raises(DatasetError, match="labels is damaged"):
             read_labels(opened)
     write_labels(opened.store, "another", right)

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from equiav.evaluate.classification import (
+    accuracies,
     accuracy,
     area_under_curve,
     average_precision,
@@ -56,6 +57,6 @@ def test_an_interval_holds_what_it_is_to_hold():
         hit = rng.random(200) < 0.7
         right = np.stack([hit, ~hit], axis=1)
         scores = np.tile([0.9, 0.1], (200, 1))
-        low, high = interval(accuracy, right, scores)
+        low, high = interval(accuracies, right, scores)
         inside += low <= 0.7 <= high
     assert inside >= 52

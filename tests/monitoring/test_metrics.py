@@ -80,7 +80,10 @@ def test_every_number_of_a_step_has_a_metric():
     from tests.test_objective import embeddings
 
     _, terms = equiav_loss(embeddings(), weights_at(0, 1, ObjectiveConfig()), ObjectiveConfig())
-    names = {name.replace("crowding", "effective_rank") for name in terms} | {"accuracy_class"}  # of fine-tuning
+    names = {name.replace("crowding", "effective_rank") for name in terms} | {
+        "accuracy_class",
+        "loss_class",
+    }  # of fine-tuning
     beside = {"step", "bad", "gradient_norm", "lr", "clips", "skipped"}
     timing = {"clips_per_second", "saved_step", "save_seconds", "failed_saves", "unsaved_seconds"}
     assert names | beside | timing == set(metrics.by_key())

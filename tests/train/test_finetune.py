@@ -8,10 +8,12 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+import webdataset
 import yaml
 
 from equiav import cli
 from equiav.config import ModelSettings, from_dict
+from equiav.data.clips import encode_frame, encode_wav
 from equiav.data.labels import give
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
@@ -21,7 +23,7 @@ from streaming import Dataset, Store
 from streaming.labels import write_labels
 from streaming.pack import pack
 from tests.train.test_pretrain import Run, same_weights, steps
-from tests.videos import tones, write_video
+from tests.videos import ramp, tones, write_video
 
 STEPS = 16  # 4 epochs of 26 clips in batches of 8
 
@@ -173,6 +175,40 @@ def test_one_modality_alone_from_files_to_a_result(config, tmp_path, modality, c
     assert f"and this run needs {lacks}, too" in capsys.readouterr().err
 
 
+def test_who_asks_for_another_test_of_a_finished_run_is_told(config, whole, tmp_path):
+    text = Run(config, whole, None, "--tune.test_frames", "1", command="finetune").end()
+    assert "and is not tested anew; remove" in text
+    assert "not tested anew" not in Run(config, whole, command="finetune").end()
+
+
+def test_bad_clips_of_the_test_are_said_and_do_not_count(config, tmp_path):
+    folder = tmp_path / "test"
+    picture, sound = encode_frame(ramp(0.5, (64, 64))), encode_wav(tones(2.0, 16000, [440])[0], 16000)
+    clips = {"good": (picture, sound), "half": (picture, sound), "none": (picture, b"no sound")}
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "0.tar"), encoder=False) as tar:
+        for key, (image, wav) in clips.items():
+            tar.write({"__key__": key, "0.jpg": image, "1.jpg": b"" if key == "half" else image, "wav": wav})
+    assert cli.main(["index", str(folder), "--tried", "0"]) == 0
+    (tmp_path / "l.csv").write_text("good,few\nhalf,many\nnone,few\n")
+    (tmp_path / "classes.txt").write_text("few\nmany\n")
+    assert cli.main(["label", str(folder), str(tmp_path / "l.csv"), "--classes", str(tmp_path / "classes.txt")]) == 0
+    typed = ["--tune.test_url", str(folder), "--tune.epochs", "1", "--tune.warmup_epochs", "0"]
+    text = Run(config, tmp_path / "out", 2, *typed, command="finetune").end()
+    assert "of 1 nothing could be used" in text
+    said = json.loads((tmp_path / "out" / "model" / "results.json").read_text())
+    assert (said["clips"], said["of"], said["bad"]) == (2, 3, {"image": 1, "audio": 2})
+
+
+def test_a_fine_tuned_model_is_a_beginning_too(config, whole, tmp_path):
+    typed = ["--init", str(whole), "--tune.epochs", "1", "--tune.warmup_epochs", "0"]
+    assert "begins with the weights" in Run(config, tmp_path, None, *typed, command="finetune").end()
+    alone = Run(config, tmp_path / "a", None, *typed, "--tune.modality", "audio", command="finetune")
+    alone.end()
+    text = Run(config, tmp_path / "b", None, *typed[2:], "--init", str(tmp_path / "a"), command="finetune").end(2)
+    assert "has no encoder for image, which this run needs" in text
+
+
 def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
     folder = Path(yaml.safe_load(config.read_text())["stream"]["url"])
     before = (folder / "labels").read_bytes()
@@ -191,7 +227,7 @@ def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
     [
         (["--tune.test_url", "nowhere"], "nowhere holds no dataset"),
         (["--stream.url", "bare"], "bare has no labels; `equiav label` gives it some"),
-        (["--stream.url", "several"], "1 of 3 clips have not exactly one label; tune.loss=one needs that"),
+        (["--stream.url", "several"], "1 of 3 clips of several have not exactly one label; tune.loss=one needs that"),
         (["--tune.test_url", "strange"], "has other classes than"),
         (["--stream.url", "alone"], "labels is 1 class, expected two or more"),
         (["--tune.mixup", "2"], "tune.mixup is 2.0, expected a probability"),
