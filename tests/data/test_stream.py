@@ -124,7 +124,7 @@ def test_the_place_after_the_last_clip_is_empty_and_marked(clips):
 
 
 def same(left, right):
-    return left.epoch == right.epoch and all(torch.equal(a, b) for a, b in zip(left[1:], right[1:], strict=True))
+    return left.epoch == right.epoch and all(torch.equal(a, b) for a, b in zip(left[1:6], right[1:6], strict=True))
 
 
 def test_a_stream_taken_up_in_the_middle_goes_on_as_it_would_have(clips):
