@@ -128,8 +128,9 @@ def bring(url: str, folder: Path, patience: float) -> Path:
     else:
         where, names = url, [SETTINGS, WEIGHTS]
     store = Store(where, patience)
-    if names[0] == SETTINGS and not store.exists(SETTINGS):
-        store = Store(f"{where}/model", patience)
+    if names[0] == SETTINGS:  # a model, a run's checkpoints, or a run on a cluster, which leaves its model beside those
+        places = (Store(f"{where}{inner}", patience) for inner in ("", "/model", "/checkpoints/model"))
+        store = next((place for place in places if place.exists(SETTINGS)), Store(f"{where}/model", patience))
     for name in names:
         try:
             (folder / name).write_bytes(store.read(name))

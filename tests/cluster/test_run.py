@@ -312,22 +312,6 @@ class Relay:
             target.shutdown(socket.SHUT_RDWR)
 
 
-def test_what_was_pretrained_is_fine_tuned_and_tested(kubectl, launcher):
-    """On the labels that the demonstration's clips have, by two pods, from the run before."""
-    arguments = ["--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi", "--secret", "equiav-store"]
-    arguments += ["--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--init", "s3://equiav/attacked"]
-    tuning = ["--tune.loss", "one", "--tune.epochs", "1", "--tune.mixup", "0.5", "--train.micro_batch", "8"]
-    torchx(
-        *launcher, "launch/finetune.py", *arguments, "--config", "smoke", "--out", "s3://equiav/tuned", "--", *tuning
-    )
-    until(lambda: ended(kubectl, "tuned"), 300, trouble(kubectl, "tuned"))
-    assert ended(kubectl, "tuned") == "Complete"
-    said = json.loads((store_folder(kubectl) / "tuned" / "model" / "results.json").read_text())
-    assert said["clips"] == said["of"] > 100
-    assert 0 < said["accuracy"] <= 1
-    assert len(said["by class"]) == 16
-
-
 def test_torchx_shows_and_ends_a_run(kubectl, launcher, tmp_path):
     arguments = [*launcher, "launch/pretrain.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi"]
     arguments += ["--data", "s3://equiav/clips", "--out", "s3://equiav/watched", "--secret", "equiav-store", "--", *RUN]

@@ -145,7 +145,8 @@ def test_from_a_store(config, whole, tmp_path, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["endpoint_url"])
-        for url in ("s3://runs/one", "s3://runs/one/model"):
+        shutil.copytree(s3.folder / "runs" / "one" / "model", s3.folder / "runs" / "jobs" / "checkpoints" / "model")
+        for url in ("s3://runs/one", "s3://runs/one/model", "s3://runs/jobs"):  # the last as a cluster leaves it
             assert not initial_weights(url, settings, 0).fresh
         assert len(initial_weights("s3://runs/mae.pth", settings, 0).used) == 28
         with pytest.raises(ConfigError, match=r"s3://runs/two/model/config\.json does not exist; expected a model"):
