@@ -3,7 +3,7 @@
 from streaming.cache import CacheError, CacheGone, CacheMisfit
 from streaming.dataset import Dataset, DatasetError
 from streaming.loader import Batch, Decoder, Loader, Stats
-from streaming.order import Epoch, Order
+from streaming.order import Epoch, Order, Selection
 from streaming.processes import ChildDied
 from streaming.quarantine import Bad, BadSample, Quarantine, TooManyBadSamples
 from streaming.shards import ShardError
@@ -24,6 +24,7 @@ __all__ = [
     "Loader",
     "Order",
     "Quarantine",
+    "Selection",
     "ShardError",
     "Stats",
     "Store",

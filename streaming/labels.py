@@ -1,7 +1,8 @@
-"""What a dataset says of its samples: a list of classes, and which of them each sample has.
+"""What a dataset says of its samples: a list of classes, and which of them each sample has; and of which parts (folds, splits)
+it is.
 
-It lies beside the index, so that nobody reads shards to count classes or to balance them. It names the index that it was
-made for, and can be made anew without touching a shard.
+It lies beside the index, so that nobody reads shards to count classes, to balance them or to leave a fold out. It names the
+index that it was made for, and can be made anew without touching a shard.
 """
 
 from __future__ import annotations
@@ -9,26 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from streaming.dataset import Dataset, DatasetError, NoDataset
+from streaming.order import sample_of
 from streaming.store import Missing, Store
 
-LABELS, FORMAT = "labels", 1
+LABELS, FORMAT = "labels", 2
 
 
-class Labels:
-    """Of a dataset: the classes of sample k are `values[starts[k] : starts[k + 1]]`, ascending."""
+class Sets:
+    """Of a dataset: sample k has the names of numbers `values[starts[k] : starts[k + 1]]`, ascending."""
 
-    def __init__(self, classes: Sequence[str], starts: np.ndarray, values: np.ndarray, digest: str = ""):
-        self.classes, self.starts, self.values, self.digest = list(classes), starts, values, digest
+    def __init__(self, names: Sequence[str], each: Sequence[int], values: np.ndarray):
+        """each: how many names a sample has."""
+        self.names, self.values = list(names), values
+        self.starts = np.zeros(len(each) + 1, np.int64)
+        np.cumsum(each, out=self.starts[1:])
 
     @classmethod
-    def of(cls, classes: Sequence[str], samples: Sequence[Sequence[int]]) -> Labels:
-        starts = np.zeros(len(samples) + 1, np.int64)
-        np.cumsum([len(set(one)) for one in samples], out=starts[1:])
-        return cls(classes, starts, np.array([k for one in samples for k in sorted(set(one))], np.int32))
+    def of(cls, names: Sequence[str], samples: Sequence[Sequence[int]]) -> Sets:
+        each = [sorted(set(one)) for one in samples]
+        return cls(names, [len(one) for one in each], np.array([k for one in each for k in one], np.int32))
 
     def __len__(self) -> int:
         """Samples."""
@@ -38,22 +43,58 @@ class Labels:
         return self.values[self.starts[sample] : self.starts[sample + 1]]
 
     @property
-    def counts(self) -> np.ndarray:
-        """(classes,) int64, samples of each."""
-        return np.bincount(self.values, minlength=len(self.classes))
+    def each(self) -> np.ndarray:
+        """(samples,) int64, how many it has."""
+        return np.diff(self.starts)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(values,) int64: the sample of each value."""
+        return np.repeat(np.arange(len(self)), self.each)
+
+    def counts(self, among: np.ndarray | None = None) -> np.ndarray:
+        """(names,) int64, samples of each; of those `among` (samples,) bool, where it is given."""
+        values = self.values if among is None else self.values[among[self.samples]]
+        return np.bincount(values, minlength=len(self.names))
 
     def many_hot(self, samples: np.ndarray) -> np.ndarray:
-        """samples (b,), below 0 where there is none -> (b, classes) float32."""
-        hot = np.zeros((len(samples), len(self.classes)), np.float32)
-        for row, sample in enumerate(samples.tolist()):
+        """ids of samples (b,), below 0 where there is none -> (b, names) float32."""
+        hot = np.zeros((len(samples), len(self.names)), np.float32)
+        for row, sample in enumerate(sample_of(samples).tolist()):
             if sample >= 0:
                 hot[row, self[sample]] = 1
         return hot
 
+    def has(self, names: Sequence[str]) -> np.ndarray:
+        """(samples,) bool: whether it has one of these."""
+        wanted = np.isin(self.values, [self.names.index(name) for name in names])
+        return np.bincount(self.samples, wanted, len(self)) > 0
+
+
+class Labels(NamedTuple):
+    classes: Sets
+    parts: Sets
+    digest: str = ""
+
+    def balanced(self, among: np.ndarray) -> np.ndarray:
+        """among (samples,) bool -> (samples,) how often each of them comes in an epoch of as many, if rare classes come more
+        often: in proportion to the sum of 1 / clips of a class over the classes that it has."""
+        with np.errstate(divide="ignore"):
+            rarity = 1 / (self.classes.counts(among) + 0.01)
+        weights = np.bincount(self.classes.samples, rarity[self.classes.values], len(among)) * among
+        total = np.cumsum(weights)[-1]
+        if not total:
+            raise DatasetError("none of the clips that are learned from has a label: there is nothing to balance")
+        return weights * (among.sum() / total)
+
 
 def write_labels(store: Store, fingerprint: str, labels: Labels) -> None:
-    lines = "".join(" ".join(map(str, labels[k].tolist())) + "\n" for k in range(len(labels))).encode()
-    head = {"format": FORMAT, "dataset": fingerprint, "classes": labels.classes, "checksum": _checksum(lines)}
+    lines = "".join(
+        f"{' '.join(map(str, labels.classes[k].tolist()))}|{' '.join(map(str, labels.parts[k].tolist()))}\n"
+        for k in range(len(labels.classes))
+    ).encode()
+    head = {"format": FORMAT, "dataset": fingerprint, "classes": labels.classes.names, "parts": labels.parts.names,
+            "checksum": _checksum(lines)}  # fmt: skip
     store.write(LABELS, json.dumps(head, ensure_ascii=False).encode() + b"\n" + lines)
 
 
@@ -66,28 +107,38 @@ def read_labels(dataset: Dataset) -> Labels:
     first, _, lines = content.partition(b"\n")
     try:
         head = json.loads(first)
-        classes, checksum, made_for = head["classes"], head["checksum"], head["dataset"]
-        texts = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        if head["format"] != FORMAT or not texts or len(set(classes)) != len(classes):
+        if head["format"] != FORMAT or not all(_names(head[what]) for what in ("classes", "parts")):
             raise ValueError
+        checksum, made_for = head["checksum"], head["dataset"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DatasetError(
             f"{where} is damaged: its first line is no list of classes; `equiav label` makes it anew"
         ) from None
     if made_for != dataset.fingerprint:
         raise DatasetError(f"{where} was made for other shards than are there; `equiav label` makes it anew")
-    rows = lines.split(b"\n")[:-1]
     try:
-        values = np.array(lines.split(), np.int64) if checksum == _checksum(lines) else np.array([-1])
-    except (ValueError, OverflowError):
-        values = np.array([-1])
-    if len(rows) != dataset.samples or (len(values) and not 0 <= values.min() <= values.max() < len(classes)):
+        if checksum != _checksum(lines):
+            raise ValueError
+        rows = [line.split(b"|") for line in lines.split(b"\n")[:-1]]
+        sets = [_read(head[what], rows, k) for k, what in enumerate(("classes", "parts"))]
+        if len(rows) != dataset.samples:
+            raise ValueError
+    except (ValueError, IndexError, OverflowError):
         raise DatasetError(
             f"{where} is damaged: its lines are not those that its first line says; `equiav label` makes it anew"
-        )
-    starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row.split()) for row in rows], out=starts[1:])
-    return Labels(classes, starts, values.astype(np.int32), hashlib.sha256(content).hexdigest())
+        ) from None
+    return Labels(*sets, hashlib.sha256(content).hexdigest())
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+
+
+def _read(names: list[str], rows: list[list[bytes]], column: int) -> Sets:
+    values = np.array(b" ".join(row[column] for row in rows).split(), np.int64)
+    if len(values) and not 0 <= values.min() <= values.max() < len(names):
+        raise ValueError
+    return Sets(names, [len(row[column].split()) for row in rows], values.astype(np.int32))
 
 
 def _checksum(lines: bytes) -> str:

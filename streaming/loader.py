@@ -20,7 +20,7 @@ from xxhash import xxh3_64_hexdigest
 from streaming.cache import Cache, CacheError, CacheMisfit, Claim, gone
 from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
-from streaming.order import Epoch, Order, share
+from streaming.order import COPY, Epoch, Order, Selection, sample_of, share
 from streaming.processes import Child, stop
 from streaming.quarantine import Bad, BadSample
 from streaming.shards import Member, Offsets, Sample
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     epoch: int
     step: int  # in the epoch
-    samples: np.ndarray  # (b,) int64 ids; -1: the epoch has ended before this slot
+    samples: np.ndarray  # (b,) int64 ids, plus COPY for each time that it came before; -1: the epoch has ended before this slot
     valid: np.ndarray  # (b,) bool; false: it could not be used, or there is no sample
     bad: list[Bad]  # what could not be used and why, in the order of the rows
     fields: dict[str, np.ndarray]  # (b, ...) each; zero where not valid
@@ -125,6 +125,7 @@ class Loader:
         unit: int = 1,
         workers: int = 4,
         ahead: int = 2,
+        selection: Selection | None = None,
         cache: Path | None = None,
         cache_bytes: int = 64 << 30,
         sharers: int = 1,
@@ -132,7 +133,7 @@ class Loader:
         empty: Empty = np.empty,
     ):
         """unit: rows of a batch that stay on one rank together. workers: decoding processes; 0: everything in threads of this
-        one. ahead: batches prepared beyond the one being used. cache: folder for shards of a remote store, `cache_bytes` of it
+        one. ahead: batches prepared beyond the one being used. selection: how often each sample comes; None: once. cache: folder for shards of a remote store, `cache_bytes` of it
         shared by the loaders of `sharers` ranks. draw: a number for each sample of an epoch, handed to the decoder. empty: makes
         the arrays of a batch."""
         if order.fingerprint != dataset.fingerprint:
@@ -140,8 +141,8 @@ class Loader:
                 f"the order is of dataset {order.fingerprint[:16]}, this one is {dataset.fingerprint[:16]}"
             )
         self.dataset, self.order, self.decoder, self.draw, self.empty = dataset, order, decoder, draw, empty
-        self.first, self.stop = share(order.batch, rank, ranks, unit)
-        self._epoch = Epoch(order, dataset.sizes, 0)
+        self.selection, self.first, self.stop = selection, *share(order.batch, rank, ranks, unit)
+        self._epoch = Epoch(order, dataset.sizes, 0, selection)
         self._folder, self._hold = dataset.fingerprint[:16], 3  # windows at a time
         if dataset.store.local:
             cache = None
@@ -187,6 +188,15 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         return self._epoch.steps
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self._epoch.samples
+
+    @property
+    def samples(self) -> int:
+        """That come at all."""
+        return int(np.count_nonzero(self.selection.often)) if self.selection else self.dataset.samples
 
     def batches(self, start: int = 0) -> Generator[Batch]:
         """From step `start`, counted over all epochs, without end."""
@@ -250,7 +260,7 @@ class Loader:
         slots = self._epochs(e).slots(k, self.first, self.stop)
         b = self.stop - self.first
         samples = np.full(b, -1, np.int64)
-        samples[: len(slots.shards)] = self.dataset.starts[slots.shards] + slots.places
+        samples[: len(slots.shards)] = self.dataset.starts[slots.shards] + slots.places + COPY * slots.turns
         step = _Step(samples, samples >= 0, slots.windows, -1)
         draws = self.draw(e, samples[: len(slots.shards)])
         step.rows = dict(enumerate(zip(slots.shards.tolist(), slots.places.tolist(), draws.tolist(), strict=True)))
@@ -284,7 +294,9 @@ class Loader:
         pieces = []
         for number, places in self._epochs(key[0]).needs(key[1], self.first, self.stop).items():
             shard = self.dataset[number]
-            pieces.append(Piece(number, shard, None if len(places) == shard.samples else places))
+            # Another epoch of a selection wants others: whole shards are found in the cache again.
+            most = len(places) == shard.samples or (self.selection and 2 * len(places) >= shard.samples)
+            pieces.append(Piece(number, shard, None if most else places))
         self._fetcher.send(("want", self._asked, pieces, self._ranking(key)))
 
     def _ranking(self, now: tuple[int, int]) -> dict[str, float]:
@@ -302,7 +314,7 @@ class Loader:
 
     def _epochs(self, epoch: int) -> Epoch:
         if epoch not in self._known:
-            self._known[epoch] = Epoch(self.order, self.dataset.sizes, epoch)
+            self._known[epoch] = Epoch(self.order, self.dataset.sizes, epoch, self.selection)
             if len(self._known) > 3:
                 del self._known[next(iter(self._known))]
         return self._known[epoch]
@@ -361,7 +373,7 @@ class Loader:
         shard, place, _ = step.rows[row]
         step.valid[row] = False
         where = f"{self.dataset.store.url}/{self.dataset[shard].name}, sample {place}" + (f" ({key})" if key else "")
-        step.bad[row] = Bad(int(step.samples[row]), reason, where, detail)
+        step.bad[row] = Bad(int(sample_of(step.samples[row])), reason, where, detail)
 
     def _deliver(self) -> Batch:
         number, step = self._flight.popitem(last=False)
@@ -404,6 +416,12 @@ class Loader:
         held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
         # Shards that a rank's part of a window touches:
         shards = -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
+        if self.selection:  # which gives shards much or little, of every epoch within one sample of its mean
+            shard_of = np.repeat(np.arange(len(self.dataset)), self.dataset.sizes)
+            means = np.bincount(shard_of, self.selection.often, len(self.dataset))
+            least = np.sort(np.maximum(means - 1, 0))[: self.order.window].sum()
+            held = max(2, min(self._epoch.windows, 2 + int(-(-self.order.batch // max(1, least)))))
+            shards = self.order.window
         beside = 1 << 16  # of a shard: blocks that are not full
         whole = self.dataset.bytes + len(self.dataset) * beside
 

@@ -1,7 +1,7 @@
 """The order of samples: computed from (fingerprint, seed, epoch, step), never stored. docs/streaming.md says it in words.
 
 position   0 <= P < N, place in the epoch's delivery; step = P // G, slot = P % G
-storage    0 <= s < N, place in the epoch's permuted shards laid end to end
+storage    0 <= s < N, place in the epoch's permuted shards laid end to end; N counts copies, where a selection makes some
 window     M consecutive shards of that; a window's positions and its storage are the same range of numbers
 lane       neighbouring slots; within a window each owns a contiguous part of the storage
 """
@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 GOLDEN, MIX_1, MIX_2, WORD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
-SHARDS, LANE = 1, 2  # what a permutation is of
+SHARDS, LANE, COPIES = 1, 2, 3  # what a permutation is of
+COPY = 1 << 40  # added to a sample's id for each further time that it comes in an epoch: its draws are others then
+FINE = 1 << 20  # of a copy
 
 
 class Slots(NamedTuple):
@@ -23,7 +25,13 @@ class Slots(NamedTuple):
 
     shards: np.ndarray  # (b,) int64, numbers in the index
     places: np.ndarray  # (b,) int64, in the shard
+    turns: np.ndarray  # (b,) int64, how often the sample came before in this epoch's storage
     windows: tuple[int, int]  # first and last window that they come from
+
+
+def sample_of(ids: np.ndarray) -> np.ndarray:
+    """Numbers of samples, whatever the copy; -1 stays."""
+    return np.where(ids < 0, ids, ids & (COPY - 1))
 
 
 def share(total: int, part: int, parts: int, unit: int = 1) -> tuple[int, int]:
@@ -55,12 +63,42 @@ class Order:
         return key
 
 
-class Epoch:
-    """The order of one epoch. 12 bytes a shard."""
+class Selection:
+    """How often each sample comes in an epoch: not at all, once, or as often as a weight says."""
 
-    def __init__(self, order: Order, sizes: np.ndarray, epoch: int):
+    def __init__(self, often: np.ndarray):
+        """often (samples,), 0 or more: the mean over the epochs. Their sum, rounded, is the length of every epoch."""
+        self.often = np.asarray(often, np.float64)
+        self.samples = round(float(np.cumsum(self.often)[-1]))  # in one order on every machine
+        if self.samples < 1:
+            raise ValueError("a selection of no sample")
+
+    def copies(self, key: int, sizes: np.ndarray) -> np.ndarray:
+        """-> (samples,) int64. Systematic sampling within each shard: a sample comes as often as its mean says, rounded up or
+        down; a shard, too, so that windows have one size in every epoch; and so many in all, exactly."""
+        shards = np.repeat(np.arange(len(sizes)), sizes)
+        turn = permutation(key, len(shards))
+        turn = turn[np.argsort(shards[turn], kind="stable")]
+        turn = turn[self.often[turn] > 0]
+        ends = np.cumsum(self.often[turn])  # one after the other, so that every machine rounds alike
+        ends = np.round(ends * (self.samples / ends[-1]) * FINE).astype(np.int64)
+        ends = (ends + _mix_int(key) % FINE) // FINE
+        copies = np.zeros(len(shards), np.int64)
+        copies[turn] = np.diff(ends, prepend=0)
+        return copies
+
+
+class Epoch:
+    """The order of one epoch. 12 bytes a shard; with a selection, 16 bytes a sample, too."""
+
+    def __init__(self, order: Order, sizes: np.ndarray, epoch: int, selection: Selection | None = None):
         self.order, self.epoch = order, epoch
         self.permuted = permutation(order.key(epoch, SHARDS), len(sizes)).astype(np.int32)
+        self._starts = self._copies = None
+        if selection:
+            self._starts = np.cumsum(sizes, dtype=np.int64) - sizes  # of shards, in samples
+            self._copies = np.concatenate([[0], np.cumsum(selection.copies(order.key(epoch, COPIES), sizes))])
+            sizes = np.diff(self._copies[np.append(self._starts, len(self._copies) - 1)])
         self._ends = np.cumsum(sizes[self.permuted], dtype=np.int64)
         self.samples = int(self._ends[-1])
         self.steps = -(-self.samples // order.batch)
@@ -75,7 +113,7 @@ class Epoch:
             raise IndexError(f"step {step}: the epoch has {self.steps}")
         storage = np.empty_like(P)
         if not len(P):
-            return Slots(storage, storage, (self.windows, -1))
+            return Slots(storage, storage, storage, (self.windows, -1))
         windows = self.window_of(int(P[0])), self.window_of(int(P[-1]))
         lane = ((P % G + 1) * self.order.lanes - 1) // G
         for w in range(windows[0], windows[1] + 1):
@@ -91,7 +129,8 @@ class Epoch:
         return Slots(*self._find(storage), windows)
 
     def needs(self, window: int, first: int, stop: int) -> dict[int, np.ndarray]:
-        """What slots `first` to `stop` take from a window: shard -> places in it, ascending. Shards come in storage order."""
+        """What slots `first` to `stop` take from a window: shard -> places in it, ascending, each once. Shards come in storage
+        order."""
         G, L = self.order.batch, self.order.lanes
         begin, end = self.bounds(window)
         parts = []
@@ -109,7 +148,10 @@ class Epoch:
             P = P[(a <= P % G) & (b > P % G)]
             parts.append(np.sort(base + self._lane(window, number)[(first <= P % G) & (stop > P % G)]))
         storage = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-        shards, places = self._find(storage)
+        shards, places, _ = self._find(storage)
+        if self._copies is not None:  # the first copy may be another process's
+            new = np.append(True, (np.diff(shards) != 0) | (np.diff(places) != 0))[: len(shards)]
+            shards, places = shards[new], places[new]
         edges = np.flatnonzero(np.diff(shards)) + 1
         return {int(s[0]): p for s, p in zip(np.split(shards, edges), np.split(places, edges), strict=True) if len(s)}
 
@@ -129,10 +171,17 @@ class Epoch:
         begin = int(self._ends[window * M - 1]) if window else 0
         return begin, int(self._ends[min((window + 1) * M, len(self._ends)) - 1])
 
-    def _find(self, storage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _find(self, storage: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """-> shards, places, turns."""
         p = np.searchsorted(self._ends, storage, side="right")
         begins = np.where(p > 0, self._ends[p - 1], 0)
-        return self.permuted[p].astype(np.int64), storage - begins
+        shards, places = self.permuted[p].astype(np.int64), storage - begins
+        if self._copies is None or self._starts is None:
+            return shards, places, np.zeros_like(places)
+        first = self._starts[shards]
+        of_all = self._copies[first] + places  # counted over the copies of the whole dataset
+        samples = np.searchsorted(self._copies, of_all, side="right") - 1
+        return shards, samples - first, of_all - self._copies[samples]
 
     def _lane_slots(self, lane: int) -> tuple[int, int]:
         return share(self.order.batch, lane, self.order.lanes)

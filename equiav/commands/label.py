@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from equiav.config import require
-from equiav.data.labels import FOLDERS, from_folders, give, read_classes, read_label_file
+from equiav.data.labels import FOLDERS, Said, from_folders, give, read_classes, read_label_file
 from equiav.terminal import say
 from streaming import Dataset, Store
 from streaming.labels import write_labels
@@ -24,9 +24,12 @@ class LabelConfig:
     """Folder of the dataset; it must be writable."""
     labels: tyro.conf.Positional[tuple[str, ...]] = field(default=())
     """Files of labels: AudioSet's, VGGSound's, ESC-50's, FSD50K's, Kinetics' or UCF101's, CAV-MAE's lists (.json), or
-    path,label[;label] a line. Or `folders`: a clip's class is the folder that it lay in."""
+    path,label[;label] a line. And `folders`: a clip's class is the folder that it lay in."""
     classes: Path | None = None
-    """File of all classes in their order: a name a line, or CAV-MAE's index,mid,display_name. Without it: those that occur."""
+    """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those that
+    occur."""
+    other: str = ""
+    """Of these classes, the one of clips whose label is none of them."""
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
 
@@ -39,22 +42,21 @@ def run_label(config: LabelConfig) -> None:
     require(bool(config.labels), "labels", "not given", f"files of labels, or {FOLDERS}")
     dataset = Dataset(Store(config.url, config.patience))
     classes = read_classes(config.classes.expanduser()) if config.classes else []
-    if FOLDERS in config.labels:
-        require(len(config.labels) == 1, "labels", " ".join(config.labels), f"files, or {FOLDERS} alone")
-        found = from_folders(dataset)
-    else:
-        found = {}
-        for name in config.labels:
-            for clip, labels in read_label_file(Path(name).expanduser()).items():
-                found.setdefault(clip, []).extend(label for label in labels if label not in found[clip])
-    given = give(dataset, found, classes)
+    found = from_folders(dataset) if FOLDERS in config.labels else {}
+    for name in config.labels:
+        for clip, said in read_label_file(Path(name).expanduser()).items() if name != FOLDERS else ():
+            found.setdefault(clip, Said([], [])).add(*said)
+    given = give(dataset, found, classes, config.other)
     write_labels(dataset.store, dataset.fingerprint, given.labels)
-    labelled, all_of_them = dataset.samples - len(given.without), len(given.labels.values)
+    of, parts = given.labels.classes, given.labels.parts
     say(
-        f"{labelled:,} of {dataset.samples:,} clips have labels, {all_of_them:,} in all, of {len(given.labels.classes):,} classes"
+        f"{dataset.samples - len(given.without):,} of {dataset.samples:,} clips have labels, {len(of.values):,} in all, "
+        f"of {len(of.names):,} classes"
     )
-    counts = given.labels.counts
-    empty = [name for name, count in zip(given.labels.classes, counts, strict=True) if not count]
+    if parts.names:
+        listed = [f"{name} ({count:,})" for name, count in zip(parts.names, parts.counts().tolist(), strict=True)]
+        say(f"  parts: {', '.join(listed[:NAMED])}{', ...' if len(listed) > NAMED else ''}")
+    empty = [name for name, count in zip(of.names, of.counts(), strict=True) if not count]
     for listed, what in (
         (given.without, "clips without a label"),
         (given.unused, "names in the files that no clip has"),

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.decoder import ClipDecoder
-from equiav.data.labels import Found, give_by_key, labels_of_entry
+from equiav.data.labels import give_by_key, labels_of_entry
 from equiav.data.sources import (
     PASSED_OVER,
     SOUNDS,
@@ -263,7 +263,7 @@ def open_source(
     )
 
 
-def labels_of(config: PackConfig, items: list[Item]) -> Found:
+def labels_of(config: PackConfig, items: list[Item]) -> dict[str, list[str]]:
     """Those that a source says of its clips; `equiav label` gives others."""
     if config.source.startswith("synthetic:"):
         world = World(config.seed)

@@ -87,8 +87,8 @@ def some_clips(config: ShowConfig, dataset: Dataset) -> list[list[Titled]]:
     counts = ", ".join(f"{count:,} with {number}" for number, count in sorted(found.pictures.items()))
     say(f"pictures: {counts}{of}")
     if dataset.store.exists(LABELS):
-        labels = read_labels(dataset)
-        say(f"labels: {_most(Counter(dict(zip(labels.classes, labels.counts.tolist(), strict=True))))}")
+        labels = read_labels(dataset).classes
+        say(f"labels: {_most(Counter(dict(zip(labels.names, labels.counts().tolist(), strict=True))))}")
     else:
         say(f"labels{of}: {_most(found.labels) or 'none'}")
     for reason, count in found.refused.most_common(NAMED):

@@ -52,11 +52,13 @@ def run_stats(config: StatsConfig) -> None:
     )
     if dataset.store.exists(LABELS):
         labels = read_labels(dataset)
-        counts, of_each = labels.counts, np.diff(labels.starts)
+        counts, of_each = labels.classes.counts(), labels.classes.each
         say(
             f"labels: {len(counts):,} classes of {counts.min():,} to {counts.max():,} clips; {of_each.mean():.2f} of a clip, "
             f"{int((of_each == 0).sum()):,} clips have none"
         )
+        for name, count in zip(labels.parts.names, labels.parts.counts().tolist(), strict=True):
+            say(f"  part {name}: {count:,} clips")
     if not stats.bins and modalities(dataset) == (False, True):
         say("its clips have pictures alone: for `equiav finetune --tune.modality image`")
         return

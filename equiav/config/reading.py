@@ -29,7 +29,7 @@ def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None)
     """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML."""
     given = read_line(cls, argv)
     name, show = given.pop("config", recipe), bool(given.pop("print_config", False))
-    values, source = read_yaml(name) if name else ({}, "defaults")
+    values, source = read_yaml(name, cls) if name else ({}, "defaults")
     if given.pop("help", False):
         explain(cls, command, from_dict(cls, values, source))
     for path, value in given.items():
@@ -49,7 +49,7 @@ def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None)
 def explain(cls: type, command: str, default: Any) -> None:
     """`--help`: prints, and ends."""
     footer = "also: --config NAME_OR_PATH (a recipe or YAML file), --print-config (show the resolved settings and stop)"
-    described = f"{cls.__doc__}\n\n{footer}\nrecipes: {', '.join(recipe_names())}"
+    described = f"{cls.__doc__}\n\n{footer}\nrecipes: {', '.join(recipe_names(cls))}"
     tyro.cli(
         cls, prog=f"equiav {command}", description=described, default=default, args=["--help"], use_underscores=True
     )
@@ -142,17 +142,25 @@ def _value(text: str, kind: Any) -> Any:
 # ---- YAML
 
 
-def recipe_names() -> list[str]:
-    return sorted(
+TUNING = "tune_"  # what the names of fine-tuning's recipes begin with
+
+
+def recipe_names(cls: type | None = None) -> list[str]:
+    """Those for one command, or all."""
+    names = sorted(
         p.name.removesuffix(".yaml")
         for p in resources.files("equiav.config.recipes").iterdir()
         if p.name.endswith(".yaml")
     )
+    tunes = cls is not None and "tune" in typing.get_type_hints(cls)
+    return [name for name in names if cls is None or name.startswith(TUNING) == tunes]
 
 
-def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
+def read_yaml(name_or_path: str, cls: type | None = None) -> tuple[dict[str, Any], str]:
     """A recipe by name or a YAML file by path -> its values, and what to call it in an error."""
     if name_or_path in recipe_names():
+        if name_or_path.startswith(TUNING) and name_or_path not in recipe_names(cls):
+            raise ConfigError(f"--config {name_or_path} is a recipe for `equiav finetune`")
         source, text = (
             f"recipe {name_or_path}",
             (resources.files("equiav.config.recipes") / f"{name_or_path}.yaml").read_text(),
@@ -164,7 +172,7 @@ def read_yaml(name_or_path: str) -> tuple[dict[str, Any], str]:
         except UnicodeDecodeError as error:
             raise ConfigError(f"--config {source}: byte {error.start} is no UTF-8; save it as UTF-8") from None
     else:
-        raise ConfigError(f"--config {name_or_path}: no such file, and the recipes are {', '.join(recipe_names())}")
+        raise ConfigError(f"--config {name_or_path}: no such file, and the recipes are {', '.join(recipe_names(cls))}")
     try:
         values = yaml.load(text, Strict)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

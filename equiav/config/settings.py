@@ -455,8 +455,13 @@ class TuneConfig:
     """What the labels are told from."""
     loss: Literal["one", "many"] = "many"
     """one: a clip has one class (cross-entropy). many: each class by itself (binary cross-entropy, its mean over the classes)."""
+    train_on: str = ""
+    """Parts of the dataset that are learned from, with commas between (`equiav label` says which there are). Empty: all of it
+    that is not tested on."""
+    balance: bool = False
+    """Clips of rare classes come more often: in proportion to the sum of 1 / clips of a class over the classes that a clip has."""
     epochs: float = 0.0
-    """Times that the dataset is gone through: `train.steps` follows. 0: train.steps as it is."""
+    """Times that as many clips are gone through as are learned from: `train.steps` follows. 0: train.steps as it is."""
     warmup_epochs: float = 0.0
     """As `epochs`, for train.warmup_steps."""
     mixup: float = 0.0
@@ -466,9 +471,15 @@ class TuneConfig:
     time_roll: bool = False
     """Turn the spectrogram by a random number of frames."""
     test_url: str = ""
-    """Folder of the dataset on which the model is tested at the end, of the same classes."""
+    """Folder of the dataset on which the model is tested at the end, of the same classes. Empty: that of stream.url, where
+    test_on names parts of it."""
+    test_on: str = ""
+    """Parts of that dataset that are tested on, with commas between. Empty: all of it."""
     test_frames: int = 1
     """Frames of a clip over which probabilities are averaged in testing; 1: the middle one."""
+    benchmark: Literal["", "AudioSet-20K", "AudioSet-2M", "VGGSound", "ESC-50", "SPC-v1", "FSD-50K", "UCF101", "HMDB51",
+                       "Kinetics400"] = ""  # fmt: skip
+    """What the dataset is, of those in the paper's tables: its number is shown beside the result."""
 
     def __post_init__(self) -> None:
         for name in ("mixup", "drop_path"):
@@ -486,7 +497,8 @@ class TuneConfig:
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tunes on a dataset with labels (`equiav label`). The same command starts the run, goes on where it was, or says that
-    it is finished. Begin with --init: a pretraining run, its model folder, or a published checkpoint."""
+    it is finished. Begin with --init: a pretraining run, its model folder, or a published checkpoint. The paper's datasets have
+    recipes (docs/downstream.md)."""
 
     out: Path = Path("runs/finetune")
     """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
@@ -515,5 +527,6 @@ WITHOUT_EFFECT = (
     "train.shard",
     "tune.test_url",
     "tune.test_frames",
+    "tune.benchmark",
 )
 """Settings, and sections, that a run may change on its way without a trace."""

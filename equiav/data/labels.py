@@ -1,4 +1,4 @@
-"""Label files of datasets that people have -> which labels a clip has, by its name."""
+"""Label files of datasets that people have -> which labels a clip has, and of which parts (folds, splits) it is, by its name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,27 @@ from equiav.config import ConfigError
 from equiav.data.sources import SOUNDS, VIDEOS, key_of
 from streaming import Dataset
 from streaming.dataset import read_offsets
-from streaming.labels import Labels
+from streaming.labels import Labels, Sets
 
 FOLDERS = "folders"
 HEADS = ("path", "file", "filename", "name", "clip", "video")
 ENDINGS = {*VIDEOS, *SOUNDS, ".jpg", ".jpeg", ".png"}
 THREADS = 16  # shards whose keys are read together
 
-Found = dict[str, list[str]]  # name of a clip -> its labels
+
+
+class Said(NamedTuple):
+    """Of a clip."""
+
+    labels: list[str]
+    parts: list[str]
+
+    def add(self, labels: Sequence[str], parts: Sequence[str]) -> None:
+        self.labels.extend(label for label in dict.fromkeys(labels) if label not in self.labels)
+        self.parts.extend(part for part in dict.fromkeys(parts) if part not in self.parts)
+
+
+Found = dict[str, Said]  # by a clip's name
 
 
 def read_label_file(path: Path) -> Found:
@@ -33,6 +46,9 @@ def read_label_file(path: Path) -> Found:
     - UCF101's and Speech Commands' lists: CLASS/name[.avi|.wav] [number] a line; HMDB51's CLASS_test_splitN.txt
     - path,label[;label], with or without a head
     - CAV-MAE's and EquiAV's lists (.json)
+
+    A clip is of the part that a column `fold` or `split` says, or VGGSound's last; where there is none, of one that is called
+    after the file. HMDB51's numbers are splitN-train (1), splitN-test (2), and neither (0).
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -53,10 +69,10 @@ def read_label_file(path: Path) -> Found:
         raise ConfigError(
             f"{path} is no file of labels ({type(error).__name__}: {error}); docs/downstream.md lists them"
         ) from None
-    for name, labels in pairs:
+    for name, labels, part in pairs:
         if not name or not labels:
             raise ConfigError(f"{path}: {name or 'a line'} has no {'label' if name else 'name'}")
-        found.setdefault(name, []).extend(label for label in labels if label not in found[name])
+        found.setdefault(name, Said([], [])).add(labels, [path.stem if part is None else part] if part != "" else [])
     if not found:
         raise ConfigError(f"{path}: has no labels")
     return found
@@ -68,41 +84,48 @@ def labels_of_entry(labels: Any) -> list[str]:
     return [label for one in listed if isinstance(one, str) for label in _split(one, ",")]
 
 
-def _json(text: str) -> Iterator[tuple[str, list[str]]]:
+Row = tuple[str, list[str], str | None]  # name, labels, part; None: the file's own
+
+
+def _json(text: str) -> Iterator[Row]:
     for entry in json.loads(text)["data"]:
         if not isinstance(entry["video_id"], str):
             raise TypeError(f"video_id is {entry['video_id']!r}, expected text")
-        yield entry["video_id"], labels_of_entry(entry["labels"])
+        yield entry["video_id"], labels_of_entry(entry["labels"]), None
 
 
-def _rows(path: Path, lines: list[str]) -> Iterator[tuple[str, list[str]]]:
+def _rows(path: Path, lines: list[str]) -> Iterator[Row]:
     head = next(csv.reader(lines[:1], skipinitialspace=True))
     for columns in (("filename", "category"), ("fname", "labels"), ("youtube_id", "label")):
         if set(columns) <= set(head):
             name, label = (head.index(column) for column in columns)
+            part = next((head.index(column) for column in ("fold", "split") if column in head), None)
             rows = csv.reader(lines[1:], skipinitialspace=True)
             for number, row in enumerate(rows, 2):
                 _require(path, number, len(row) == len(head), row, f"{len(head)} columns")
                 clip = _stem(row[name])
                 if {"time_start", "time_end"} <= set(head):  # Kinetics, as it is usually fetched
                     clip += "".join(f"_{int(float(row[head.index(at)])):06d}" for at in ("time_start", "time_end"))
-                yield clip, _split(row[label], ",") if columns[0] == "fname" else [row[label]]
+                labels = _split(row[label], ",") if columns[0] == "fname" else [row[label]]
+                yield clip, labels, None if part is None else row[part].strip()
             return
-    of_one = re.fullmatch(r"(.+)_test_split\d", path.stem)
+    of_one = re.fullmatch(r"(.+)_test_(split\d)", path.stem)
     named = len(head) == 2 and head[0].lower() in HEADS and head[1].lower() in ("label", "labels", "class", "category")
     for number, row in enumerate(csv.reader(lines[named:], skipinitialspace=True), 1 + named):
         if of_one and len(row) == 1:  # HMDB51: name [number], of the class that the file is called after
-            yield _stem(_without_number(row[0])), [of_one[1]]
+            clip = _without_number(row[0])
+            part = {"1": f"{of_one[2]}-train", "2": f"{of_one[2]}-test"}.get(row[0].strip()[len(clip) :].strip(), "")
+            yield _stem(clip), [of_one[1]], part
         elif len(row) == 1:  # CLASS/name [number]
             place = Path(_without_number(row[0]))
             _require(path, number, len(place.parts) > 1, row, "CLASS/name, or path,label[;label]")
-            yield _stem(str(place)), [place.parent.name]
+            yield _stem(str(place)), [place.parent.name], None
         elif len(row) == 2:
-            yield _stem(row[0]), _split(row[1], ";")
+            yield _stem(row[0]), _split(row[1], ";"), None
         elif len(row) == 4 and _is_number(row[1]) and _is_number(row[2]):  # AudioSet
-            yield row[0], _split(row[3], ",")
+            yield row[0], _split(row[3], ","), None
         elif len(row) == 4 and _is_number(row[1]):  # VGGSound; its names have commas
-            yield f"{row[0]}_{int(float(row[1])):06d}", [row[2]]
+            yield f"{row[0]}_{int(float(row[1])):06d}", [row[2]], row[3].strip()
         else:
             _require(path, number, False, row, "path,label[;label], or AudioSet's or VGGSound's columns")
 
@@ -140,16 +163,21 @@ class Given(NamedTuple):
     unused: list[str]  # names in the file that no clip has
 
 
-def give(dataset: Dataset, found: Found, classes: Sequence[str] = ()) -> Given:
+def give(dataset: Dataset, found: Found, classes: Sequence[str] = (), other: str = "") -> Given:
     """Labels to the clips of a dataset, by their names: a clip's key, with or without the time that cutting a video puts behind
     it; or where one of both has folders that the other has not, and nothing else fits. classes: all there are, in their order;
-    none: those that occur, sorted."""
-    number = {name: k for k, name in enumerate(classes or sorted({one for listed in found.values() for one in listed}))}
-    strange = sorted({one for listed in found.values() for one in listed} - number.keys())
-    if strange:
+    none: those that occur, sorted. other: of them, the class of what is none of them."""
+    occur = {one for said in found.values() for one in said.labels}
+    number = {name: k for k, name in enumerate(classes or sorted(occur))}
+    if other and other not in number:
+        raise ConfigError(f"other is {other!r}, expected one of the {len(number)} classes")
+    strange = sorted(occur - number.keys())
+    if strange and not other:
         raise ConfigError(
-            f"labels: {', '.join(strange[:5])} ({len(strange)} in all) are not among the {len(number)} classes"
+            f"labels: {', '.join(strange[:5])} ({len(strange)} in all) are not among the {len(number)} classes; "
+            "--other CLASS makes them that one"
         )
+    part_names = sorted({part for said in found.values() for part in said.parts})
     by_key: dict[str, str] = {}
     by_last: dict[str, list[str]] = {}
     for name in found:
@@ -162,6 +190,7 @@ def give(dataset: Dataset, found: Found, classes: Sequence[str] = ()) -> Given:
         by_last.setdefault(key.rpartition("/")[2], []).append(key)
     fits: dict[str, str] = {}  # name by its last part -> the video that it was taken for
     samples: list[list[int]] = []
+    parts: list[list[int]] = []
     without, used = [], set()
     for key in keys_of(dataset):
         video = re.sub(r"-\d{9}$", "", key)
@@ -174,24 +203,27 @@ def give(dataset: Dataset, found: Found, classes: Sequence[str] = ()) -> Given:
                 both = near[:2] if len(near) > 1 else [other, video]
                 raise ConfigError(f"labels: {last!r} may be {both[0]!r} or {both[1]!r}; write names with their folders")
             match = near[0] if near else ""
-        listed = found[by_key[match]] if match else []
-        samples.append([number[one] for one in listed])
+        said = found[by_key[match]] if match else Said([], [])
+        samples.append([number[one if one in number else other] for one in said.labels])
+        parts.append([part_names.index(part) for part in said.parts])
         used.add(by_key.get(match, ""))
-        if not listed:
+        if not said.labels:
             without.append(key)
     if not any(samples):
         names = ", ".join(repr(name) for name in list(found)[:3])
         raise ConfigError(
             f"labels: none of {len(found)} names, such as {names}, is that of a clip, such as {without[0]!r}"
         )
-    return Given(Labels.of(list(number), samples), without, sorted(found.keys() - used))
+    labels = Labels(Sets.of(list(number), samples), Sets.of(part_names, parts))
+    return Given(labels, without, sorted(found.keys() - used))
 
 
-def give_by_key(dataset: Dataset, found: Found) -> Labels:
+def give_by_key(dataset: Dataset, found: dict[str, list[str]]) -> Labels:
     """Those that packing knows of its clips; a clip that is not named has none."""
     classes = sorted({one for listed in found.values() for one in listed})
     number = {name: k for k, name in enumerate(classes)}
-    return Labels.of(classes, [[number[one] for one in found.get(key, ())] for key in keys_of(dataset)])
+    samples = [[number[one] for one in found.get(key, ())] for key in keys_of(dataset)]
+    return Labels(Sets.of(classes, samples), Sets.of([], [[] for _ in samples]))
 
 
 def from_folders(dataset: Dataset) -> Found:
@@ -200,7 +232,7 @@ def from_folders(dataset: Dataset) -> Found:
         folder = key.rpartition("/")[0].rpartition("/")[2]
         if not folder:
             raise ConfigError(f"labels: clip {key!r} lay in no folder, so `{FOLDERS}` says nothing of its class")
-        found[key] = [folder]
+        found[key] = Said([folder], [])
     return found
 
 
@@ -217,7 +249,8 @@ def keys_of(dataset: Dataset) -> Iterator[str]:
 
 
 def read_classes(path: Path) -> list[str]:
-    """`index,mid,display_name` as CAV-MAE has it (a class is its mid), or a name a line."""
+    """`index,mid,display_name` as CAV-MAE has it (a class is its mid), `index,name,mid` without a head (FSD50K), `number name`
+    (UCF101), or a name a line."""
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -228,6 +261,10 @@ def read_classes(path: Path) -> list[str]:
         if wrong:
             raise ConfigError(f"classes {path}: found {wrong[0]}, expected index,mid,display_name")
         names = [row[1] for row in sorted(rows[1:], key=lambda row: int(row[0]))]
+    elif rows and all(len(row) == 3 and row[0] == str(k) for k, row in enumerate(rows)):
+        names = [row[1] for row in rows]
+    elif all(re.fullmatch(rf"{k} \S.*", line.strip()) for k, line in enumerate(lines, 1)):
+        names = [line.strip().partition(" ")[2].strip() for line in lines]
     else:
         names = [line.strip() for line in lines]
     twice = {name for name in names if names.count(name) > 1}

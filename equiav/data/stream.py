@@ -15,7 +15,7 @@ from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, ConfigError, NotHere, require
 from equiav.data.clips import DECODE_AUDIO
 from equiav.data.decoder import IMAGES, ClipDecoder
-from streaming import Dataset, Loader, Order, Store
+from streaming import Dataset, Loader, Order, Selection, Store
 from streaming.dataset import read_offsets
 
 
@@ -24,13 +24,14 @@ def open_stream(
     *,
     hears: bool = True,
     sees: bool = True,
+    selection: Selection | None = None,
     rank: int = 0,
     ranks: int = 1,
     sharers: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Loader:
-    """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `sharers`: ranks on this node. `options`: for the
-    file system, beside what the environment says."""
+    """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `selection`: how often each comes. `sharers`: ranks on this
+    node. `options`: for the file system, beside what the environment says."""
     s = config.stream
     require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     cache = s.cache.expanduser()
@@ -53,6 +54,7 @@ def open_stream(
         unit=config.train.micro_batch,
         workers=s.workers,
         ahead=s.ahead,
+        selection=selection,
         cache=cache,
         cache_bytes=s.cache_bytes,
         sharers=sharers,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from equiav.data.decoder import ClipDecoder
 from equiav.data.stream import as_tensors
 from equiav.parallel import Ranks
 from equiav.tasks import Classification
-from streaming import Dataset, DatasetError, Loader, Order
+from streaming import Dataset, DatasetError, Loader, Order, Selection
 
 DRAWS, SURE = 200, 0.95  # of the bootstrap
 
@@ -26,8 +28,10 @@ class Tested(NamedTuple):
 
 
 @torch.no_grad()
-def score(config: Config, task: Classification, model: Any, dataset: Dataset, ranks: Ranks) -> Tested:
-    """Collective. The mean of a clip's probabilities over `tune.test_frames` frames from the middles of equal parts."""
+def score(
+    config: Config, task: Classification, model: Any, dataset: Dataset, ranks: Ranks, chosen: np.ndarray
+) -> Tested:
+    """Collective. Of the `chosen` (samples,) bool: the mean of a clip's probabilities over `tune.test_frames` frames from the middles of equal parts."""
     s, t = config.stream, config.train
     order = Order(dataset.fingerprint, 0, t.batch_size, s.lanes, s.window)
     sums: dict[int, np.ndarray] = {}
@@ -46,6 +50,7 @@ def score(config: Config, task: Classification, model: Any, dataset: Dataset, ra
             unit=t.micro_batch,
             workers=s.workers,
             ahead=s.ahead,
+            selection=None if chosen.all() else Selection(chosen),
             cache=s.cache.expanduser(),
             cache_bytes=s.cache_bytes,
             sharers=ranks.local_size,
@@ -146,9 +151,10 @@ def interval(
     return [float(x) for x in np.percentile(drawn[np.isfinite(drawn)], (50 * (1 - SURE), 50 * (1 + SURE)))]
 
 
-def results(right: np.ndarray, scores: np.ndarray, classes: list[str], one: bool) -> dict[str, Any]:
-    """right (n, classes) bool -> what is said of it, by class, too. What cannot be said is null."""
-    name, of = ("accuracy", accuracies) if one else ("mAP", mean_average_precisions)
+def results(right: np.ndarray, scores: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    """right (n, classes) bool -> what is said of it, by class, too. What cannot be said is null. There is an accuracy where each
+    clip has one class."""
+    one = bool((right.sum(axis=1) == 1).all())
     by_class = {
         label: {
             "clips": int(right[:, k].sum()),
@@ -158,12 +164,15 @@ def results(right: np.ndarray, scores: np.ndarray, classes: list[str], one: bool
         for k, label in enumerate(classes)
     }
     areas = [c["AUC"] for c in by_class.values() if c["AUC"] is not None]
+    area = float(np.mean(areas)) if areas else None
+    said: dict[str, Any] = {"clips": len(right)}
+    for name, of in ((("accuracy", accuracies),) if one else ()) + (("mAP", mean_average_precisions),):
+        said[name] = _said(float(of(right, scores, np.ones((1, len(right))))[0]))
+        said[f"{name} 95%"] = interval(of, right, scores) if right.any() else None
     return {
-        "clips": len(right),
-        name: _said(float(of(right, scores, np.ones((1, len(right))))[0])),
-        f"{name} 95%": interval(of, right, scores) if right.any() else None,
-        "mAP": _said(mean_average_precision(right, scores)),
-        "AUC": float(np.mean(areas)) if areas else None,
+        **said,
+        "AUC": area,
+        "d'": None if area is None or not 0 < area < 1 else math.sqrt(2) * NormalDist().inv_cdf(area),
         "classes without a clip": [label for label, c in by_class.items() if not c["clips"]],
         "by class": by_class,
     }

@@ -20,9 +20,10 @@ from equiav.model.arithmetic import encoders
 from equiav.model.classifier import Classifier
 from equiav.objective import Rows, aligned
 from equiav.tasks.task import Metrics
+from streaming import Selection
 
 Targets = Callable[[np.ndarray], np.ndarray]
-"""Numbers of samples (b,), below 0 where there is none -> (b, classes) float32, 1 where a clip has the class."""
+"""Ids of samples (b,), below 0 where there is none -> (b, classes) float32, 1 where a clip has the class."""
 ALPHA = 10  # lambda ~ Beta(ALPHA, ALPHA): the ALPHA-th of 2 ALPHA - 1 numbers in order
 
 
@@ -44,9 +45,17 @@ class Mixture(NamedTuple):
 class Classification:
     fewest = 1
 
-    def __init__(self, config: Config, tune: TuneConfig, classes: int, targets: Targets, digest: str = ""):
+    def __init__(
+        self,
+        config: Config,
+        tune: TuneConfig,
+        classes: int,
+        targets: Targets,
+        digest: str = "",
+        selection: Selection | None = None,
+    ):
         """digest: of the labels."""
-        self.config, self.tune, self.classes, self.targets = config, tune, classes, targets
+        self.config, self.tune, self.classes, self.targets, self.selection = config, tune, classes, targets, selection
         self.learns_from: Mapping[str, str] = {"labels": digest}
         self.hears, self.sees = tune.modality != "image", tune.modality != "audio"
 

@@ -19,6 +19,7 @@ from equiav.tasks.task import Metrics
 class Pretraining:
     fewest = 2  # a contrast needs a negative
     hears = sees = True
+    selection = None
     learns_from: Mapping[str, str] = {}
 
     def __init__(self, config: Config):

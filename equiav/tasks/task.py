@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from equiav.augment import Clips
 from equiav.config import Config
 from equiav.objective import Rows, aligned
+from streaming import Selection
 
 Metrics = dict[str, float]
 Outputs = tuple[Any, ...]
@@ -27,6 +28,8 @@ class Task(Protocol):
     hears: bool
     sees: bool
     """What it uses of a clip."""
+    selection: Selection | None
+    """How often each clip comes in an epoch; None: once."""
     learns_from: Mapping[str, str]
     """Digests of what the run is a function of, beside its settings and its clips."""
 

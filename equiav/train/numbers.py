@@ -70,7 +70,7 @@ class Numbers:
             board.set(m.PEAK, peak * self.ranks.size)
         board.set(m.WORLD, self.ranks.size)
         board.set(m.SPARES, self.ranks.spares)
-        board.set(m.SAMPLES, self.loader.dataset.samples)
+        board.set(m.SAMPLES, self.loader.samples_per_epoch)
         board.set(m.LIMIT, self.quarantine.limit)
         board.set(m.SAVED_STEP, self.checkpoints.saved_step)
         board.set(m.SAVED_TIME, time.time())

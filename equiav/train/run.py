@@ -49,6 +49,7 @@ from streaming import (
     StoreError,
     TooManyBadSamples,
 )
+from streaming.order import sample_of
 from streaming.store import Denied, NoStore
 
 Tell = Callable[[str], None]
@@ -107,6 +108,7 @@ def run(
         config,
         hears=task.hears,
         sees=task.sees,
+        selection=task.selection,
         rank=ranks.rank,
         ranks=ranks.size,
         sharers=ranks.local_size,
@@ -115,7 +117,7 @@ def run(
     with suppress(DatasetError, ShardError, StoreError):  # what is damaged is each sample's matter
         require_modalities("stream.url", loader.dataset, task.hears, task.sees)
     listed = config.out / "quarantine.jsonl" if first else None
-    quarantine = Quarantine(loader.dataset.samples, config.stream.max_bad, listed)
+    quarantine = Quarantine(loader.samples, config.stream.max_bad, listed)
     patience = max(config.stream.patience, c.patience)
     with loader, checkpoints:
         found = find(config, task, checkpoints, state, loader, quarantine)
@@ -224,7 +226,7 @@ def find(
 
 def expected(config: RunConfig, task: Task, loader: Loader) -> Iterator[str]:
     """What there is to know before the first step."""
-    t, samples, per_epoch = config.train, loader.dataset.samples, loader.steps_per_epoch
+    t, samples, per_epoch = config.train, loader.samples_per_epoch, loader.steps_per_epoch
     chance = task.chance(0, min(t.batch_size, samples))["total"]
     saves = f"every {config.checkpoint.every_steps} steps" if config.checkpoint.every_steps else "by time"
     yield (
@@ -356,7 +358,7 @@ def train(
             not_finite.clear()
         else:
             state.skipped += 1
-            samples = ranks.objects(step.batch.samples.tolist())
+            samples = ranks.objects(sample_of(step.batch.samples.cpu().numpy()).tolist())
             not_finite[step.number] = [sample for of_rank in samples for sample in of_rank if sample >= 0]
         metrics["skipped"] = state.skipped
         seconds = clock[1] - clock.pop(0)

@@ -10,10 +10,10 @@ import webdataset
 from equiav import cli
 from equiav.commands.pack import IndexConfig, run_index
 from equiav.config import ConfigError
-from equiav.data.labels import give, read_label_file
+from equiav.data.labels import give, read_classes, read_label_file
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import NoDataset
-from streaming.labels import Labels, read_labels, write_labels
+from streaming.labels import Labels, Sets, read_labels, write_labels
 
 FILES = {
     "audioset.csv": (
@@ -51,11 +51,38 @@ FILES = {
 }
 
 
+PARTS = {
+    "esc50.csv": {"1"},
+    "dev.csv": {"train"},
+    "kinetics.csv": {"train"},
+    "brush_hair_test_split1.txt": {"split1-train"},
+    "vggsound.csv": {"train", "test"},
+}
+
+
+def labels(found):
+    return {name: said.labels for name, said in found.items()}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_each_dataset_is_read_in_its_own_format(tmp_path, name):
     content, found = FILES[name]
     (tmp_path / name).write_text(content)
-    assert read_label_file(tmp_path / name) == found
+    said = read_label_file(tmp_path / name)
+    assert labels(said) == found
+    parts = PARTS.get(name, {name.partition(".")[0]})  # else those of the file's own name
+    assert {part for of_clip in said.values() for part in of_clip.parts} == parts
+    assert all(len(of_clip.parts) == 1 for of_clip in said.values())
+
+
+def test_hmdb51s_numbers_are_splits(tmp_path):
+    (tmp_path / "sit_test_split2.txt").write_text("a.avi 1\nb.avi 2 \nc.avi 0\n")
+    said = read_label_file(tmp_path / "sit_test_split2.txt")
+    assert {name: of_clip.parts for name, of_clip in said.items()} == {
+        "a": ["split2-train"],
+        "b": ["split2-test"],
+        "c": [],
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,8 +125,12 @@ def dataset(tmp_path):
 
 
 def labels_of(folder):
-    found = read_labels(Dataset(Store(str(folder))))
-    return {key: [found.classes[k] for k in found[n]] for n, key in enumerate(KEYS)}
+    found = read_labels(Dataset(Store(str(folder)))).classes
+    return {key: [found.names[k] for k in found[n]] for n, key in enumerate(KEYS)}
+
+
+def of(classes, samples):
+    return Labels(Sets.of(classes, samples), Sets.of(["p"], [[0], [], [0], [], []]))
 
 
 def test_by_name_by_the_last_part_and_without_the_time_of_a_cut(dataset, tmp_path, capsys):
@@ -116,8 +147,8 @@ def test_by_name_by_the_last_part_and_without_the_time_of_a_cut(dataset, tmp_pat
     assert "4 of 5 clips have labels, 5 in all, of 3 classes" in told
     assert "1 clips without a label: cat/c" in told
     assert "1 names in the files that no clip has: gone" in told
-    found = read_labels(Dataset(Store(str(dataset))))
-    assert found.counts.tolist() == [3, 1, 1]
+    found = read_labels(Dataset(Store(str(dataset)))).classes
+    assert found.counts().tolist() == [3, 1, 1]
     assert found.many_hot(np.array([1, -1, 2])).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
@@ -143,7 +174,7 @@ def test_what_may_be_another_is_said(tmp_path, rows, both, capsys):
 
 def test_a_head_is_no_clip_and_a_dot_no_ending(tmp_path):
     (tmp_path / "l.csv").write_text("path,label\na.1,x\na.2,y\n#20_clap.avi,z\nv1.5.mp4,x\n")
-    assert read_label_file(tmp_path / "l.csv") == {"a.1": ["x"], "a.2": ["y"], "#20_clap": ["z"], "v1.5": ["x"]}
+    assert labels(read_label_file(tmp_path / "l.csv")) == {"a.1": ["x"], "a.2": ["y"], "#20_clap": ["z"], "v1.5": ["x"]}
     (tmp_path / "m.csv").write_text("x.1,a\nx_1,b\n")
     with pytest.raises(ConfigError, match=r"'x\.1' and 'x_1' are names of one clip"):
         give(None, read_label_file(tmp_path / "m.csv"))
@@ -154,11 +185,52 @@ def test_folders_are_classes_and_all_classes_may_be_named(dataset, tmp_path, cap
     assert labels_of(dataset)["cat/e"] == ["cat"]
     (tmp_path / "classes.csv").write_text('index,mid,display_name\n1,dog,"Dog, a"\n0,cow,Cow\n2,cat,Cat\n')
     assert cli.main(["label", str(dataset), "folders", "--classes", str(tmp_path / "classes.csv")]) == 0
-    assert read_labels(Dataset(Store(str(dataset)))).classes == ["cow", "dog", "cat"]
+    assert read_labels(Dataset(Store(str(dataset)))).classes.names == ["cow", "dog", "cat"]
     assert "1 classes without a clip: cow" in capsys.readouterr().out
     (tmp_path / "few.txt").write_text("dog\n")
     assert cli.main(["label", str(dataset), "folders", "--classes", str(tmp_path / "few.txt")]) == 2
-    assert "labels: cat (1 in all) are not among the 1 classes" in capsys.readouterr().err
+    assert "labels: cat (1 in all) are not among the 1 classes; --other CLASS" in capsys.readouterr().err
+    (tmp_path / "few.txt").write_text("dog\nrest\n")
+    some = ["label", str(dataset), "folders", "--classes", str(tmp_path / "few.txt"), "--other"]
+    assert cli.main([*some, "rest"]) == 0
+    assert labels_of(dataset) == {key: ["dog" if key.startswith("dog") else "rest"] for key in KEYS}
+    assert cli.main([*some, "none"]) == 2
+    assert "other is 'none', expected one of the 2 classes" in capsys.readouterr().err
+
+
+def test_lists_say_the_part_and_folders_the_class(dataset, tmp_path, capsys):
+    """As Speech Commands has it: lists of what is for testing, the rest is for training."""
+    (tmp_path / "testing_list.txt").write_text("dog/a.wav\n")
+    assert cli.main(["label", str(dataset), "folders", str(tmp_path / "testing_list.txt")]) == 0
+    assert "parts: testing_list (1)" in capsys.readouterr().out
+    there = read_labels(Dataset(Store(str(dataset))))
+    assert there.parts.has(["testing_list"]).tolist() == [key == "dog/a" for key in KEYS]
+    assert labels_of(dataset)["dog/a"] == ["dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "classes"),
+    [
+        ("0,Purr,/m/1\n1,Water_tap_and_faucet,/m/2\n", ["Purr", "Water_tap_and_faucet"]),  # FSD50K
+        ("1 ApplyEyeMakeup\n2 Archery\n", ["ApplyEyeMakeup", "Archery"]),  # UCF101
+        ("0,a\n2,b\n", ["0,a", "2,b"]),
+        ("1 a\n3 b\n", ["1 a", "3 b"]),
+    ],
+)
+def test_class_files(tmp_path, content, classes):
+    (tmp_path / "c.txt").write_text(content)
+    assert read_classes(tmp_path / "c.txt") == classes
+
+
+def test_balancing_weights_are_those_of_the_released_program():
+    found = of(["a", "b", "c"], [[0], [0, 1], [0], [2], []])
+    among = np.array([True, True, True, True, True])
+    often = found.balanced(among)
+    plain = np.array([1000 / 3.01, 1000 / 3.01 + 1000 / 1.01, 1000 / 3.01, 1000 / 1.01, 0])
+    assert often == pytest.approx(plain / plain.sum() * 5)
+    among[3] = False
+    plain = plain * among
+    assert found.balanced(among) == pytest.approx(plain / plain.sum() * 4)
 
 
 def test_names_of_other_clips_are_said(dataset, tmp_path, capsys):
@@ -172,14 +244,16 @@ def test_labels_of_other_shards_or_damaged_ones_are_refused(dataset):
     opened = Dataset(Store(str(dataset)))
     with pytest.raises(NoDataset, match="has no labels; `equiav label`"):
         read_labels(opened)
-    right = Labels.of(["a", "b"], [[0], [1, 0], [], [1], [0]])
+    right = of(["a", "b"], [[0], [1, 0], [], [1], [0]])
     write_labels(opened.store, opened.fingerprint, right)
-    assert read_labels(opened)[1].tolist() == [0, 1]
+    there = read_labels(opened)
+    assert there.classes[1].tolist() == [0, 1]
+    assert there.parts.has(["p"]).tolist() == [True, False, True, False, False]
     path = dataset / "labels"
     content = path.read_bytes()
     for wrong in (
         content[:-2],
-        content.replace(b"\n0 1\n", b"\n0 0\n"),
+        content.replace(b"\n0 1|\n", b"\n0 0|\n"),
         content + b"\n",
         b"",
         b"[]\n",
@@ -191,10 +265,12 @@ def test_labels_of_other_shards_or_damaged_ones_are_refused(dataset):
             read_labels(opened)
     head = json.loads(content.partition(b"\n")[0])
     for lines, classes in [  # with a checksum that fits
-        (b"0\nx\n\n1\n0\n", ["a", "b"]),
-        (b"0\n99999999999999999999\n\n1\n0\n", ["a", "b"]),
-        (b"0\n1\n\n1\n0\n", "ab"),
-        (b"0\n1\n\n1\n0\n", ["a", "a"]),
+        (b"0|\nx|\n|\n1|\n0|\n", ["a", "b"]),
+        (b"0|\n99999999999999999999|\n|\n1|\n0|\n", ["a", "b"]),
+        (b"0|\n1|\n|\n1|\n0|\n", "ab"),
+        (b"0|\n1|\n|\n1|\n0|\n", ["a", "a"]),
+        (b"0|\n1|\n|\n1|1\n0|\n", ["a", "b"]),
+        (b"0|\n1|\n\n1|\n0|\n", ["a", "b"]),
     ]:
         forged = {**head, "classes": classes, "checksum": hashlib.sha256(lines).hexdigest()}
         path.write_bytes(json.dumps(forged).encode() + b"\n" + lines)
@@ -203,6 +279,6 @@ def test_labels_of_other_shards_or_damaged_ones_are_refused(dataset):
     write_labels(opened.store, "another", right)
     with pytest.raises(DatasetError, match="was made for other shards"):
         read_labels(opened)
-    write_labels(opened.store, opened.fingerprint, Labels.of(["a"], [[0], [3], [], [], []]))
+    write_labels(opened.store, opened.fingerprint, of(["a"], [[0], [3], [], [], []]))
     with pytest.raises(DatasetError, match="labels is damaged"):
         read_labels(opened)

@@ -169,6 +169,7 @@ def test_a_short_clip_is_padded_and_a_large_frame_made_small(tmp_path):
         assert not batch.waveform[row, 24000:].any()
 
 
+@pytest.mark.slow
 def test_a_clip_that_cannot_be_used_is_left_out_by_name(clips, tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()

@@ -44,7 +44,7 @@ def test_they_are_scikit_learns(seed):
 
 def test_one_clip():
     right, scores = np.array([[True, False]]), np.array([[0.9, 0.1]])
-    said = results(right, scores, ["a", "b"], one=True)
+    said = results(right, scores, ["a", "b"])
     assert (said["accuracy"], said["mAP"], said["classes without a clip"]) == (1.0, 1.0, ["b"])
     assert said["accuracy 95%"] == [1.0, 1.0]
     assert accuracy(right, scores[:, ::-1]) == 0.0

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from streaming import Epoch, Order
-from streaming.order import permutation, share
+from streaming import Epoch, Order, Selection
+from streaming.order import COPY, permutation, sample_of, share
 
 FINGERPRINT = "5f" * 32
 
@@ -75,6 +75,83 @@ def test_needs_are_what_the_slots_take(seed):
             slots = epoch.slots(k, first, stop)
             within = [epoch.needs(w, first, stop) for w in range(slots.windows[0], slots.windows[1] + 1)]
             assert all(any(p in need.get(s, []) for need in within) for s, p in pairs(slots))
+
+
+def selected(rng, epoch):
+    """An epoch with a selection, and the selection."""
+    sizes = rng.integers(1, 30, rng.integers(1, 25)).astype(np.int32)
+    often = rng.random(sizes.sum()) ** 4 * 3 * (rng.random(sizes.sum()) < 0.7)
+    often[rng.integers(len(often))] = 1.5
+    order = Order(FINGERPRINT, 5, int(rng.integers(1, 40)), int(rng.integers(1, 12)), int(rng.integers(1, 9)))
+    return Epoch(order, sizes, epoch, Selection(often)), sizes, often
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_selection_gives_each_sample_as_often_as_it_says_rounded_up_or_down(seed):
+    epoch, sizes, often = selected(np.random.default_rng(seed), seed % 3)
+    steps = [epoch.slots(k, 0, epoch.order.batch) for k in range(epoch.steps)]
+    starts = np.cumsum(sizes) - sizes
+    came = np.concatenate([starts[s.shards] + s.places for s in steps])
+    turns = np.concatenate([s.turns for s in steps])
+    assert len(came) == epoch.samples == round(often.sum())
+    copies = np.bincount(came, minlength=len(often))
+    scaled = often * (epoch.samples / often.sum())
+    assert (np.floor(scaled - 1e-4) <= copies).all()
+    assert (copies <= np.ceil(scaled + 1e-4)).all()
+    assert not copies[often == 0].any()
+    assert sorted(zip(came, turns, strict=True)) == [(k, t) for k, n in enumerate(copies) for t in range(n)]
+    of_shards = np.add.reduceat(copies, starts) - np.add.reduceat(scaled, starts)
+    assert np.abs(of_shards).max() < 1 + 1e-4
+
+
+def test_a_selection_is_what_it_says_in_the_mean_and_other_samples_in_other_epochs():
+    rng = np.random.default_rng(0)
+    sizes = np.full(10, 8, np.int32)
+    often = rng.random(80) * 1.5
+    selection, order = Selection(often), Order(FINGERPRINT, 5, 16)
+    mean, first = np.zeros(80), []
+    for e in range(400):
+        epoch = Epoch(order, sizes, e, selection)
+        steps = [epoch.slots(k, 0, 16) for k in range(epoch.steps)]
+        came = np.concatenate([s.shards * 8 + s.places for s in steps])
+        mean += np.bincount(came, minlength=80) / 400
+        first.append(tuple(sorted(came.tolist())))
+    assert np.abs(mean - often * (selection.samples / often.sum())).max() < 0.12
+    assert len(set(first)) > 390
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranks_share_what_is_selected_and_need_what_they_take(seed):
+    rng = np.random.default_rng(seed)
+    epoch, _, _ = selected(rng, 1)
+    G, W = epoch.order.batch, int(rng.integers(1, 9))
+    everything = [tuple(zip(*map(np.ndarray.tolist, epoch.slots(k, 0, G)[:3]), strict=True)) for k in range(epoch.steps)]
+    shared = [
+        [one for r in range(W) for one in zip(*map(np.ndarray.tolist, epoch.slots(k, *share(G, r, W))[:3]), strict=True)]
+        for k in range(epoch.steps)
+    ]
+    assert [list(step) for step in everything] == shared
+    for r in range(W):
+        first, stop = share(G, r, W)
+        for k in range(epoch.steps):
+            slots = epoch.slots(k, first, stop)
+            within = [epoch.needs(w, first, stop) for w in range(slots.windows[0], slots.windows[1] + 1)]
+            assert all(any(p in need.get(s, []) for need in within) for s, p in pairs(slots))
+            assert all((np.diff(places) > 0).all() for need in within for places in need.values())
+
+
+def test_one_of_each_is_no_selection():
+    sizes = np.array([3, 1, 4, 1, 5], np.int32)
+    order = Order(FINGERPRINT, 1, 4, 2, 2)
+    plain, chosen = Epoch(order, sizes, 3), Epoch(order, sizes, 3, Selection(np.ones(14)))
+    for k in range(plain.steps):
+        assert pairs(plain.slots(k, 0, 4)) == pairs(chosen.slots(k, 0, 4))
+    with pytest.raises(ValueError, match="no sample"):
+        Selection(np.zeros(14))
+
+
+def test_ids_tell_copies_apart_and_samples_together():
+    assert sample_of(np.array([-1, 7, 7 + COPY, 7 + 5 * COPY])).tolist() == [-1, 7, 7, 7]
 
 
 @pytest.mark.parametrize("W", [1, 2, 4, 8])

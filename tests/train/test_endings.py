@@ -73,6 +73,7 @@ def test_a_second_interrupt_ends_at_once(run_config, tmp_path):
 # ---- started twice
 
 
+@pytest.mark.slow
 def test_a_start_that_is_refused_does_not_disturb_the_live_run(run_config, whole, tmp_path):  # noqa: F811
     run = Run(run_config, tmp_path)
     run.reach(5)

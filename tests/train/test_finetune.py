@@ -1,6 +1,8 @@
 """`equiav finetune` as users run it: one curve and one result, whatever is killed and however many processes go on."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,14 @@ import yaml
 from equiav import cli
 from equiav.config import ModelSettings, from_dict
 from equiav.data.clips import encode_frame, encode_wav
-from equiav.data.labels import give
+from equiav.data.labels import Said, give
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
 from equiav.model import EquiAV
 from equiav.weights import initial_weights, save_model
 from streaming import Dataset, Store
-from streaming.labels import write_labels
+from streaming.labels import read_labels, write_labels
+from streaming.order import COPY, sample_of
 from streaming.pack import pack
 from tests.train.test_pretrain import Run, same_weights, steps
 from tests.videos import ramp, tones, write_video
@@ -35,7 +38,7 @@ def dataset(folder, count, seed, label=lambda k, clip: ["few", "many"][clip.labe
     encode = EncodeSynthetic(world, Shape(3, 64, 90, "wav", 30.0, False, DataConfig()))
     pack([(f"clip-{k}", k) for k in range(count)], encode, Store(str(folder)), processes=0, part_items=4)
     opened = Dataset(Store(str(folder)))
-    found = {f"clip-{k}": [label(k, world.clip(k))] for k in range(count)}
+    found = {f"clip-{k}": Said([label(k, world.clip(k))], [f"fold {k % 3}"]) for k in range(count)}
     write_labels(opened.store, opened.fingerprint, give(opened, found).labels)
     return folder
 
@@ -88,9 +91,6 @@ def test_killed_and_resized_it_is_the_same_run_with_the_same_result(config, whol
     run.reach(6)
     run.process.kill()
     for process in run.workers().values():
-        import os
-        import signal
-
         os.kill(process, signal.SIGKILL)
     run.process.communicate()
     last = Run(config, tmp_path, 2, command="finetune").end()
@@ -137,6 +137,35 @@ def test_the_protocol_is_the_mean_of_probabilities_over_frames(whole, config):
                 scores += model(sound, picture)[0].double().softmax(0)
         hits.append(int(scores.argmax()) == clip.label % 2)
     assert json.loads((whole / "model" / "results.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_balanced_and_without_a_fold_it_is_one_run_at_every_number_of_processes(config, whole, tmp_path):
+    """Rare classes come more often, a clip several times in an epoch, each time with draws of its own; a fold is left out."""
+    typed = ["--tune.test_url", "", "--tune.test_on", "fold 1", "--tune.balance", "--log_samples"]
+    Run(config, tmp_path / "one", None, *typed, command="finetune").end()
+    run = Run(config, tmp_path / "more", 3, *typed, command="finetune")
+    run.reach(5)
+    run.process.kill()
+    for process in run.workers().values():
+        os.kill(process, signal.SIGKILL)
+    run.process.communicate()
+    Run(config, tmp_path / "more", 2, *typed, command="finetune").end()
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "more/metrics.jsonl").read_bytes()
+    same_weights(tmp_path / "one", tmp_path / "more")
+    results = [(tmp_path / out / "model/results.json").read_text() for out in ("one", "more")]
+    assert results[0] == results[1]
+    assert json.loads(results[0])["clips"] == 9  # every third of 26
+    ids = [json.loads(line)[2] for line in (tmp_path / "one/samples-0.jsonl").read_text().splitlines()]
+    per_epoch = [sum(ids[k : k + 3], []) for k in range(0, len(ids), 3)]
+    assert [len(epoch) for epoch in per_epoch] == [17, 17, 17, 17]
+    opened = Dataset(Store(yaml.safe_load(config.read_text())["stream"]["url"]))
+    labels = read_labels(opened)
+    fold = np.flatnonzero(labels.parts.has(["fold 1"]))
+    came = np.array(sum(per_epoch, []))
+    assert not set(fold) & set(sample_of(came).tolist())
+    assert (came >= COPY).any()
+    kinds = np.bincount(labels.classes.many_hot(came).argmax(axis=1), minlength=2)
+    assert abs(kinds[0] - kinds[1]) <= 4  # of 68
 
 
 @pytest.mark.parametrize("modality", ["audio", "image"])
@@ -213,7 +242,7 @@ def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
     folder = Path(yaml.safe_load(config.read_text())["stream"]["url"])
     before = (folder / "labels").read_bytes()
     opened = Dataset(Store(str(folder)))
-    other = {f"clip-{k}": [["few", "many"][k % 2]] for k in range(26)}
+    other = {f"clip-{k}": Said([["few", "many"][k % 2]], []) for k in range(26)}
     write_labels(opened.store, opened.fingerprint, give(opened, other).labels)
     try:
         assert cli.main(["finetune", "--config", str(config), "--out", str(whole)]) == 2
@@ -230,6 +259,10 @@ def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
         (["--stream.url", "several"], "1 of 3 clips of several have not exactly one label; tune.loss=one needs that"),
         (["--tune.test_url", "strange"], "has other classes than"),
         (["--stream.url", "alone"], "labels is 1 class, expected two or more"),
+        (["--tune.test_on", "fold 7"], "tune.test_on is fold 7, expected parts of"),
+        (["--tune.train_on", "none of it"], "tune.train_on is none of it, expected parts of"),
+        (["--tune.test_url", "", "--tune.test_on", "fold 0,fold 1,fold 2"], "expected parts that leave clips to learn from"),
+        (["--tune.test_url", "", "--tune.test_on", "fold 1", "--tune.train_on", "fold 0, fold 1"], "have 9 clips in common"),
         (["--tune.mixup", "2"], "tune.mixup is 2.0, expected a probability"),
         (["--tune.warmup_epochs", "9"], "tune.warmup_epochs is 9.0, expected 0 to tune.epochs=4"),
     ],
@@ -246,7 +279,7 @@ def test_mistakes(config, tmp_path, monkeypatch, capsys, change, said):
             write_labels(
                 opened.store,
                 opened.fingerprint,
-                give(opened, {"clip-0": ["a"], "clip-1": ["b", "a"], "clip-2": ["b"]}).labels,
+                give(opened, {f"clip-{k}": Said(said, []) for k, said in enumerate((["a"], ["b", "a"], ["b"]))}).labels,
             )
     assert cli.main(["finetune", "--config", str(config), "--out", str(tmp_path / "out"), *change]) in (1, 2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("equiav finetune: ")]

@@ -92,6 +92,7 @@ def test_each_tensor_is_accounted_for(whole):
     assert yaml.safe_load((out / "config.yaml").read_text())["init"].endswith("mae.pth")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_need_the_file(config, whole, tmp_path):
     """Three processes, then two; the file is gone, then not even named."""
     shutil.copy(config.parent / "mae.pth", tmp_path / "mae.pth")

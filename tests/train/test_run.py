@@ -50,6 +50,7 @@ def spoiled_config(run_config, tmp_path_factory):
     return folder / "config.yaml"
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_bad_in_part_is_bad_for_everyone_alike(spoiled_config, tmp_path):
     """Whoever met it first, and however often it is saved: the same losses, weights and quarantine."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -67,6 +68,7 @@ def test_a_sample_that_is_bad_in_part_is_bad_for_everyone_alike(spoiled_config, 
     assert all(rows[k]["clips"] + rows[k]["bad"] == (2 if k % 4 == 3 else 8) for k in rows)
 
 
+@pytest.mark.slow
 def test_too_much_bad_data_ends_the_run_at_the_same_step_for_all(spoiled_config, tmp_path):
     ends = {}
     for W in (None, 2):
@@ -103,6 +105,7 @@ def at(s3, proxy):
     return {**keys, "AWS_ENDPOINT_URL": proxy.options()["endpoint_url"]}
 
 
+@pytest.mark.slow
 def test_a_save_that_is_never_answered_is_given_up_and_the_next_succeeds(run_config, s3, proxy, tmp_path):
     place = ["--checkpoint.url", "s3://runs/one", "--checkpoint.patience", "2", "--checkpoint.overdue_seconds", "3"]
     run = Run(run_config, tmp_path / "out", 2, *place, "--train.steps", "400", env=at(s3, proxy))
