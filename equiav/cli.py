@@ -45,6 +45,12 @@ COMMANDS = {
         "FinetuneConfig",
         "run_finetune",
     ),
+    "probe": Command(
+        "say what frozen features of a model are worth on labels: a linear classifier, the nearest clips",
+        "probe",
+        "ProbeConfig",
+        "run_probe",
+    ),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
     "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(

@@ -120,14 +120,14 @@ def read_labels(dataset: Dataset) -> Labels:
         if checksum != _checksum(lines):
             raise ValueError
         rows = [line.split(b"|") for line in lines.split(b"\n")[:-1]]
-        sets = [_read(head[what], rows, k) for k, what in enumerate(("classes", "parts"))]
+        classes, parts = _read(head["classes"], rows, 0), _read(head["parts"], rows, 1)
         if len(rows) != dataset.samples:
             raise ValueError
     except (ValueError, IndexError, OverflowError):
         raise DatasetError(
             f"{where} is damaged: its lines are not those that its first line says; `equiav label` makes it anew"
         ) from None
-    return Labels(*sets, hashlib.sha256(content).hexdigest())
+    return Labels(classes, parts, hashlib.sha256(content).hexdigest())
 
 
 def _names(value: Any) -> bool:

@@ -53,7 +53,9 @@ class Batch(NamedTuple):
 
     epoch: int
     step: int  # in the epoch
-    samples: np.ndarray  # (b,) int64 ids, plus COPY for each time that it came before; -1: the epoch has ended before this slot
+    samples: (
+        np.ndarray
+    )  # (b,) int64 ids, plus COPY for each time that it came before; -1: the epoch has ended before this slot
     valid: np.ndarray  # (b,) bool; false: it could not be used, or there is no sample
     bad: list[Bad]  # what could not be used and why, in the order of the rows
     fields: dict[str, np.ndarray]  # (b, ...) each; zero where not valid
@@ -133,9 +135,9 @@ class Loader:
         empty: Empty = np.empty,
     ):
         """unit: rows of a batch that stay on one rank together. workers: decoding processes; 0: everything in threads of this
-        one. ahead: batches prepared beyond the one being used. selection: how often each sample comes; None: once. cache: folder for shards of a remote store, `cache_bytes` of it
-        shared by the loaders of `sharers` ranks. draw: a number for each sample of an epoch, handed to the decoder. empty: makes
-        the arrays of a batch."""
+        one. ahead: batches prepared beyond the one being used. selection: how often each sample comes; None: once. cache: folder
+        for shards of a remote store, `cache_bytes` of it shared by the loaders of `sharers` ranks. draw: a number for each sample
+        of an epoch, handed to the decoder. empty: makes the arrays of a batch."""
         if order.fingerprint != dataset.fingerprint:
             raise ValueError(
                 f"the order is of dataset {order.fingerprint[:16]}, this one is {dataset.fingerprint[:16]}"

@@ -26,8 +26,8 @@ class LabelConfig:
     """Files of labels: AudioSet's, VGGSound's, ESC-50's, FSD50K's, Kinetics' or UCF101's, CAV-MAE's lists (.json), or
     path,label[;label] a line. And `folders`: a clip's class is the folder that it lay in."""
     classes: Path | None = None
-    """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those that
-    occur."""
+    """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those
+    that occur."""
     other: str = ""
     """Of these classes, the one of clips whose label is none of them."""
     patience: float = 600.0

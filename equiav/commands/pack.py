@@ -41,7 +41,7 @@ from equiav.data.sources import (
     list_videos,
 )
 from equiav.data.stream import modalities
-from equiav.data.synthetic import CLASSES, World
+from equiav.data.synthetic import Rules, World
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import INDEX, NoDataset, Shard, index_shard, require_plain, unusable, verify_shard, write_index
@@ -96,6 +96,7 @@ class PackConfig:
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
+    world: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         for name in ("frames", "short_side", "shard_samples", "processes", "max_seconds", "timeout"):
@@ -113,6 +114,10 @@ class PackConfig:
         require(self.short_side >= 2, "short_side", self.short_side, "2 or more")
         require(self.frames <= 1000, "frames", self.frames, "at most 1000")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
+        w = self.world
+        for name in ("silent", "unseen", "skew"):
+            require(getattr(w, name) >= 0, f"world.{name}", getattr(w, name), "0 or more")
+        require(w.silent + w.unseen <= 1, "world.unseen", w.unseen, f"at most 1 less world.silent={w.silent}")
         require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
         require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
 
@@ -192,7 +197,7 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
             processes=config.processes,
             max_shard_bytes=config.max_shard_bytes,
             part_items=config.shard_samples,
-            settings=repr(shape),
+            settings=f"{shape!r} {config.world!r}" if config.source.startswith("synthetic:") else repr(shape),
             stamps=[stamp(content, config.frames) for _, content in items],
             timeout=config.timeout,
             report=report,
@@ -244,7 +249,7 @@ def open_source(
             config.source,
             "synthetic:COUNT with a positive number below 10^8",
         )
-        world = World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate)
+        world = world_of(config)
         return [(f"synthetic-{config.seed}-{k}", k) for k in range(int(count))], EncodeSynthetic(world, shape), {}
     source = Path(config.source).expanduser()
     require(source.exists(), "source", config.source, "a folder, a file, or synthetic:COUNT; this path does not exist")
@@ -263,11 +268,15 @@ def open_source(
     )
 
 
+def world_of(config: PackConfig) -> World:
+    return World(config.seed, config.short_side, config.frames, sample_rate=config.data.sample_rate, rules=config.world)
+
+
 def labels_of(config: PackConfig, items: list[Item]) -> dict[str, list[str]]:
     """Those that a source says of its clips; `equiav label` gives others."""
     if config.source.startswith("synthetic:"):
-        world = World(config.seed)
-        return {key: [CLASSES[world.label(k)]] for key, k in items}
+        world = world_of(config)
+        return {key: world.labels(k) for key, k in items}
     listed = {key: labels_of_entry(entry["labels"]) for key, entry in items if isinstance(entry, dict)}
     return {key: labels for key, labels in listed.items() if labels}
 

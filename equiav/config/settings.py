@@ -448,18 +448,44 @@ class RunConfig(Config):
 
 
 @dataclass(frozen=True)
-class TuneConfig:
-    """What fine-tuning learns, and how its inputs are made (docs/downstream.md)."""
+class LabelsConfig:
+    """Which labelled clips are learned from and tested on, and what of them."""
 
+    section = ""  # what it is called among the settings
     modality: Literal["audio", "image", "both"] = "both"
     """What the labels are told from."""
-    loss: Literal["one", "many"] = "many"
-    """one: a clip has one class (cross-entropy). many: each class by itself (binary cross-entropy, its mean over the classes)."""
     train_on: str = ""
     """Parts of the dataset that are learned from, with commas between (`equiav label` says which there are). Empty: all of it
     that is not tested on."""
+    test_url: str = ""
+    """Folder of the dataset on which the model is tested at the end, of the same classes. Empty: that of stream.url, where
+    test_on names parts of it."""
+    test_on: str = ""
+    """Parts of that dataset that are tested on, with commas between. Empty: all of it."""
+    test_frames: int = 1
+    """Frames of a clip over which what is said of it is averaged; 1: the middle one."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.test_frames <= 1000, f"{self.section}.test_frames", self.test_frames, "1 to 1000")
+
+    @property
+    def hears(self) -> bool:
+        return self.modality != "image"
+
+    @property
+    def sees(self) -> bool:
+        return self.modality != "audio"
+
+
+@dataclass(frozen=True)
+class TuneConfig(LabelsConfig):
+    """What fine-tuning learns, and how its inputs are made (docs/downstream.md)."""
+
+    section = "tune"
+    loss: Literal["one", "many"] = "many"
+    """one: a clip has one class (cross-entropy). many: each class by itself (binary cross-entropy, its mean over the classes)."""
     balance: bool = False
-    """Clips of rare classes come more often: in proportion to the sum of 1 / clips of a class over the classes that a clip has."""
+    """Clips of rare classes come more often: in proportion to the sum of 1 / (clips of a class) over the classes of a clip."""
     epochs: float = 0.0
     """Times that as many clips are gone through as are learned from: `train.steps` follows. 0: train.steps as it is."""
     warmup_epochs: float = 0.0
@@ -470,18 +496,12 @@ class TuneConfig:
     """Probability with which a clip passes the last block by; it grows from 0 with the depth."""
     time_roll: bool = False
     """Turn the spectrogram by a random number of frames."""
-    test_url: str = ""
-    """Folder of the dataset on which the model is tested at the end, of the same classes. Empty: that of stream.url, where
-    test_on names parts of it."""
-    test_on: str = ""
-    """Parts of that dataset that are tested on, with commas between. Empty: all of it."""
-    test_frames: int = 1
-    """Frames of a clip over which probabilities are averaged in testing; 1: the middle one."""
     benchmark: Literal["", "AudioSet-20K", "AudioSet-2M", "VGGSound", "ESC-50", "SPC-v1", "FSD-50K", "UCF101", "HMDB51",
                        "Kinetics400"] = ""  # fmt: skip
     """What the dataset is, of those in the paper's tables: its number is shown beside the result."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("mixup", "drop_path"):
             require(0 <= getattr(self, name) < 1 or (name == "mixup" and self.mixup == 1), f"tune.{name}", getattr(self, name),
                     "a probability")  # fmt: skip
@@ -491,7 +511,6 @@ class TuneConfig:
             self.warmup_epochs,
             f"0 to tune.epochs={self.epochs}",
         )
-        require(1 <= self.test_frames <= 1000, "tune.test_frames", self.test_frames, "1 to 1000")
 
 
 @dataclass(frozen=True)
@@ -503,6 +522,36 @@ class FinetuneConfig(RunConfig):
     out: Path = Path("runs/finetune")
     """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
     tune: TuneConfig = field(default_factory=TuneConfig)
+
+
+@dataclass(frozen=True)
+class ProbeOn(LabelsConfig):
+    """What is told from frozen features, and how."""
+
+    section = "probe"
+    neighbours: int = 20
+    """Clips that are asked, of those that are learned from, for what lies nearest."""
+    held_out: float = 0.2
+    """Share of the clips that are learned from on which the strength of the regularisation is chosen."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.neighbours >= 1, "probe.neighbours", self.neighbours, "1 or more")
+        require(0 < self.held_out < 1, "probe.held_out", self.held_out, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ProbeConfig(Config):
+    """Says what frozen features of a model are worth on labels: by a linear classifier, and by the nearest clips."""
+
+    init: str = ""
+    """The model: its folder, a run's, or a checkpoint of MAE, CAV-MAE or EquiAV (.pth). Empty: as it is drawn from the seed, to
+    compare with."""
+    out: Path = Path("runs/probe")
+    """Folder of results.json."""
+    features: Path = Path("~/.cache/equiav/features")
+    """Folder in which features are kept, for the next time."""
+    probe: ProbeOn = field(default_factory=ProbeOn)
 
 
 ROUNDING = ("device", "train.micro_batch", "train.compile")

@@ -22,7 +22,6 @@ ENDINGS = {*VIDEOS, *SOUNDS, ".jpg", ".jpeg", ".png"}
 THREADS = 16  # shards whose keys are read together
 
 
-
 class Said(NamedTuple):
     """Of a clip."""
 

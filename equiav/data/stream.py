@@ -24,14 +24,14 @@ def open_stream(
     *,
     hears: bool = True,
     sees: bool = True,
-    selection: Selection | None = None,
+    often: np.ndarray | None = None,
     rank: int = 0,
     ranks: int = 1,
     sharers: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Loader:
-    """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `selection`: how often each comes. `sharers`: ranks on this
-    node. `options`: for the file system, beside what the environment says."""
+    """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `often`: in the mean, how often each comes.
+    `sharers`: ranks on this node. `options`: for the file system, beside what the environment says."""
     s = config.stream
     require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     cache = s.cache.expanduser()
@@ -54,7 +54,7 @@ def open_stream(
         unit=config.train.micro_batch,
         workers=s.workers,
         ahead=s.ahead,
-        selection=selection,
+        selection=None if often is None else Selection(often),
         cache=cache,
         cache_bytes=s.cache_bytes,
         sharers=sharers,

@@ -8,6 +8,10 @@ Two objects move before a background, and each sounds. What is seen decides what
 
 so that single augmentations really break the pairing: a flip against the order of onsets, a crop against pitch, jitter
 against loudness, a hue shift against decay. Gradients, grain, phase and height are nuisance on both sides.
+
+That is the `mixture`, in which a scene's light, which no augmentation hides, tells most. In a `bound` world only what
+augmentations change is heard of what is seen (place, size, hue, brightness), in a `free` world only what none changes (shape).
+Objects may be silent, others are heard and not seen, so that a clip's classes can only be told from both.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import colorsys
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,14 +28,38 @@ CLASSES = tuple(f"{left} and {right}" for left in SHAPES for right in SHAPES)
 ATTRIBUTES = ("shape", "size", "brightness", "x", "hue", "motion")  # of each object, all but shape in [0, 1]
 SCENE = ("light", "tint")  # of the whole clip, in [0, 1]
 TABLE = 2048
+HEARD = {  # of ATTRIBUTES + SCENE, what is heard as it is seen
+    "mixture": (*ATTRIBUTES, *SCENE),
+    "bound": ("size", "brightness", "x", "hue"),
+    "free": ("shape",),
+}
 
 
 class SyntheticClip(NamedTuple):
     frames: np.ndarray  # (K, size, size, 3) uint8
     audio: np.ndarray  # (L,) int16
     label: int  # index into CLASSES
-    attributes: np.ndarray  # (2, 6) float32: ATTRIBUTES of the left and the right object
-    scene: np.ndarray  # (2,) float32: SCENE
+    attributes: np.ndarray  # (2, 6) float32: ATTRIBUTES of the left and the right object, as they are seen
+    scene: np.ndarray  # (2,) float32: SCENE, as it is seen
+    seen: np.ndarray  # (2,) bool, objects
+    heard: np.ndarray  # (2,) bool
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How sight and sound of the synthetic world belong together (equiav/data/synthetic.py)."""
+
+    correspondence: Literal["mixture", "bound", "free"] = "mixture"
+    """What is heard of what is seen. bound: only what augmentations change: place, size, hue, brightness. free: only what none
+    changes: the shape. mixture: all of it, and the scene's light."""
+    silent: float = 0.0
+    """Share of the objects that are seen and make no sound."""
+    unseen: float = 0.0
+    """Share of the objects that are heard and out of sight."""
+    skew: float = 0.0
+    """How much rarer each shape is than the one before; 0: all are as frequent."""
+    classes: Literal["pairs", "shapes"] = "pairs"
+    """A clip's labels: its pair of shapes (one of 16), or each shape that is there (one or two of 4)."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +71,64 @@ class World:
     """Frames of a clip, spread evenly over it."""
     seconds: float = 10.0
     sample_rate: int = 16000
+    rules: Rules = Rules()
 
     def clip(self, index: int) -> SyntheticClip:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
-        attributes = rng.random((2, 6), dtype=np.float32)
-        attributes[:, 0] = np.floor(attributes[:, 0] * len(SHAPES))
-        attributes[:, 3] = 0.5 * attributes[:, 3] + [0.0, 0.5]  # the first object is the left one
-        scene = rng.random(2, dtype=np.float32)
-        frames, audio = self._frames(attributes, scene, rng), self._audio(attributes, scene, rng)
-        return SyntheticClip(frames, audio, int(attributes[0, 0] * len(SHAPES) + attributes[1, 0]), attributes, scene)
+        attributes, scene = self._attributes(rng), rng.random(2, dtype=np.float32)
+        seen, heard = self._there(index)
+        frames, _ = self._frames(attributes, scene, seen, rng)
+        audio = self._audio(*self._as_heard(attributes, scene, index), heard, rng)
+        label = int(attributes[0, 0] * len(SHAPES) + attributes[1, 0])
+        return SyntheticClip(frames, audio, label, attributes, scene, seen, heard)
 
-    def label(self, index: int) -> int:
+    def labels(self, index: int) -> list[str]:
         """Of that clip, without making it."""
+        left, right = self._attributes(np.random.Generator(np.random.Philox(key=[self.seed, index])))[:, 0].astype(int)
+        if self.rules.classes == "pairs":
+            return [CLASSES[left * len(SHAPES) + right]]
+        return sorted({SHAPES[left], SHAPES[right]})
+
+    def masks(self, index: int) -> np.ndarray:
+        """(K, size, size) bool: where something is seen that sounds."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
-        left, right = np.floor(rng.random((2, 6), dtype=np.float32)[:, 0] * len(SHAPES)).astype(int)
-        return int(left * len(SHAPES) + right)
+        attributes, scene = self._attributes(rng), rng.random(2, dtype=np.float32)
+        seen, heard = self._there(index)
+        _, covers = self._frames(attributes, scene, seen, rng)
+        shown = np.zeros((2, self.frames, self.size, self.size), np.float32)
+        for k, (near, cover) in enumerate(covers):
+            if seen[k]:
+                shown[:k, ..., near] *= 1 - cover[:, 0]  # the right object lies over the left one
+                shown[k, ..., near] = cover[:, 0]
+        return shown[heard].sum(axis=0) > 0.5
+
+    def _attributes(self, rng: np.random.Generator) -> np.ndarray:
+        attributes = rng.random((2, 6), dtype=np.float32)
+        attributes[:, 0] = np.floor(attributes[:, 0] ** np.float32(1 + self.rules.skew) * len(SHAPES))
+        attributes[:, 3] = 0.5 * attributes[:, 3] + [0.0, 0.5]  # the first object is the left one
+        return attributes
+
+    def _beside(self, index: int) -> np.random.Generator:
+        """Draws that a world without rules of its own does not have."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1]))
+
+    def _there(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """-> which of the two objects are seen, and which are heard."""
+        draw = self._beside(index).random(2)
+        silent, unseen = self.rules.silent, self.rules.unseen
+        return (draw < silent) | (draw >= silent + unseen), draw >= silent
+
+    def _as_heard(self, attributes: np.ndarray, scene: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Attributes and scene of the sound: those of the picture, or others."""
+        if self.rules.correspondence == "mixture":
+            return attributes, scene
+        rng = self._beside(index)
+        rng.random(2)  # what is there
+        other = self._attributes(rng)
+        if rng.random() < 0.5:
+            other = other[::-1]  # which of them is early says nothing of which is left
+        kept = np.array([name in HEARD[self.rules.correspondence] for name in ATTRIBUTES])
+        return np.where(kept, attributes, other), rng.random(2, dtype=np.float32)
 
     # ---- sight
 
@@ -65,7 +136,11 @@ class World:
     def _grid(self) -> np.ndarray:
         return ((np.arange(self.size, dtype=np.float32) + 0.5) / self.size).astype(np.float32)
 
-    def _frames(self, attributes: np.ndarray, scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _frames(
+        self, attributes: np.ndarray, scene: np.ndarray, seen: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, list[tuple[slice, np.ndarray]]]:
+        """-> (K, size, size, 3) uint8; and of each object the columns that it lies in, and how much it covers there
+        (K, 1, size, columns)."""
         x, y = self._grid[None, :], self._grid[:, None]
         light, tint = scene
         colour = (0.08 + 0.32 * light) * np.array([0.4 + 0.6 * tint, 0.6, 1.0 - 0.6 * tint], np.float32)  # cold to warm
@@ -81,7 +156,8 @@ class World:
         background += np.float32(0.03) * rng.standard_normal((self.size, self.size), dtype=np.float32)
         picture = np.repeat(background[None], self.frames, axis=0)  # (K, 3, size, size)
         time = np.arange(self.frames, dtype=np.float32) / self.frames
-        for shape, size, brightness, place, hue, motion in attributes:
+        covers = []
+        for there, (shape, size, brightness, place, hue, motion) in zip(seen, attributes, strict=True):
             radius = np.float32(0.07 + 0.17 * size)
             centre_x = np.float32(0.16 + 0.68 * place)
             height = rng.uniform(0.35, 0.65) + 0.12 * np.sin(2 * np.pi * (rng.random() + (1 + 3 * motion) * time))
@@ -91,10 +167,13 @@ class World:
             v = (y[None] - height[:, None, None]) / radius  # (K, size, 1)
             inside = _signed_distance(SHAPES[int(shape)], u[None], v.astype(np.float32)) * (radius * self.size) + 0.5
             cover = np.clip(inside, 0, 1)[:, None]  # (K, 1, size, columns)
+            covers.append((near, cover))
+            if not there:
+                continue
             colour = np.array(colorsys.hsv_to_rgb(float(hue) * 0.8, 0.85, 0.35 + 0.65 * float(brightness)), np.float32)
             picture[..., near] += cover * (colour[:, None, None] - picture[..., near])
         picture = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
-        return np.ascontiguousarray(picture.transpose(0, 2, 3, 1))
+        return np.ascontiguousarray(picture.transpose(0, 2, 3, 1)), covers
 
     # ---- sound
 
@@ -115,18 +194,22 @@ class World:
         waves = [sum(level * np.sin(n * phase) for n, level in recipe.items()) for recipe in recipes]
         return np.stack([w / np.sqrt(np.mean(w**2)) for w in waves]).astype(np.float32)
 
-    def _audio(self, attributes: np.ndarray, scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _audio(
+        self, attributes: np.ndarray, scene: np.ndarray, heard: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
         time = self._time
         light, tint = (float(value) for value in scene)
         white = rng.standard_normal(len(time) + 8, dtype=np.float32)
         running = np.cumsum(white, dtype=np.float32)
         dull = (running[8:] - running[:-8]) * np.float32(8**-0.5)  # its mean over 8 samples: little above 2 kHz
         sound = np.float32(10 ** (-4.2 + 1.2 * light)) * ((1 - tint) * white[8:] + tint * dull).astype(np.float32)
-        for shape, size, brightness, place, hue, motion in attributes:
+        for there, (shape, size, brightness, place, hue, motion) in zip(heard, attributes, strict=True):
             start = int(0.75 * float(place) * len(time))
             since = time[: len(time) - start]  # seconds from the onset
             pitch = 160 * 2 ** (3 * (1 - float(size)) + rng.normal(0, 0.01))
             position = ((since * np.float32(pitch) + np.float32(rng.random())) * TABLE).astype(np.int32) % TABLE
+            if not there:
+                continue
             loudness = 10 ** (-1.8 + 0.9 * float(brightness))
             decay = self.seconds * (0.03 + 0.4 * float(hue) ** 2)
             envelope = np.minimum(since / np.float32(0.01), 1) * np.exp(-since / np.float32(decay))

@@ -3,89 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from equiav.augment import Clips
 from equiav.config import Config
-from equiav.data.decoder import ClipDecoder
-from equiav.data.stream import as_tensors
+from equiav.evaluate.look import Looked, look
 from equiav.parallel import Ranks
 from equiav.tasks import Classification
-from streaming import Dataset, DatasetError, Loader, Order, Selection
+from streaming import Dataset
 
 DRAWS, SURE = 200, 0.95  # of the bootstrap
 
 
-class Tested(NamedTuple):
-    samples: np.ndarray  # (n,) ascending; a clip of which nothing can be used is not there
-    scores: np.ndarray  # (n, classes) float64, mean probabilities
-    bad: Counter[str]  # why clips, or frames of clips, could not be used -> how many
-
-
-@torch.no_grad()
 def score(
     config: Config, task: Classification, model: Any, dataset: Dataset, ranks: Ranks, chosen: np.ndarray
-) -> Tested:
-    """Collective. Of the `chosen` (samples,) bool: the mean of a clip's probabilities over `tune.test_frames` frames from the middles of equal parts."""
-    s, t = config.stream, config.train
-    order = Order(dataset.fingerprint, 0, t.batch_size, s.lanes, s.window)
-    sums: dict[int, np.ndarray] = {}
-    terms: Counter[int] = Counter()
-    bad: Counter[str] = Counter()
-    was_training, frames = model.training, task.tune.test_frames if task.sees else 1
-    model.eval()
-    for k in range(frames):
-        at = (k + 0.5) / frames
-        with Loader(
-            dataset,
-            order,
-            ClipDecoder(config.model, config.data, task.hears, task.sees),
-            rank=ranks.rank,
-            ranks=ranks.size,
-            unit=t.micro_batch,
-            workers=s.workers,
-            ahead=s.ahead,
-            selection=None if chosen.all() else Selection(chosen),
-            cache=s.cache.expanduser(),
-            cache_bytes=s.cache_bytes,
-            sharers=ranks.local_size,
-            draw=lambda epoch, samples, at=at: np.full(len(samples), at),
-        ) as loader:
-            for _, batch in zip(range(loader.steps_per_epoch), loader.batches(0), strict=False):
-                own = (*_of_batch(config, task, model, as_tensors(batch), ranks), [one.reason for one in batch.bad])
-                for samples, scores, reasons in ranks.objects(own):
-                    bad.update(reasons)
-                    for sample, row in zip(samples, scores, strict=True):
-                        sums[sample] = sums[sample] + row if sample in sums else row
-                        terms[sample] += 1
-    model.train(was_training)
-    if not sums:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
-        raise DatasetError(f"tune.test_url: no clip of {dataset.store.url} can be used ({reasons})")
-    samples = sorted(sums)
-    return Tested(np.array(samples, np.int64), np.stack([sums[k] / terms[k] for k in samples]), bad)
+) -> Looked:
+    """Collective. Of the `chosen` (samples,) bool: probabilities, their mean over `tune.test_frames` frames."""
 
-
-def _of_batch(
-    config: Config, task: Classification, model: Any, clips: Any, ranks: Ranks
-) -> tuple[list[int], np.ndarray]:
-    """Own rows, a whole micro-batch at a time, as many on every rank."""
-    p, most = min(config.train.micro_batch, config.train.batch_size), -(-config.train.micro_batches // ranks.size)
-    clips = clips.to(ranks.device).padded(p * most)
-    low = config.train.precision == "bfloat16" or (config.train.precision == "auto" and ranks.device.type == "cuda")
-    parts = []
-    for k in range(0, p * most, p):
-        audio, image = task.inputs(clips.rows(slice(k, k + p)))
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=low):
+    def probabilities(clips: Clips, computes: torch.autocast) -> Tensor:
+        audio, image = task.inputs(clips)
+        with computes:
             z = model(audio, image).double()
-        parts.append(z.softmax(dim=1) if task.tune.loss == "one" else z.sigmoid())
-    scores, valid = torch.cat(parts).cpu().numpy(), clips.valid.numpy()
-    return clips.samples.cpu().numpy()[valid].tolist(), scores[valid]
+        return z.softmax(dim=1) if task.tune.loss == "one" else z.sigmoid()
+
+    was_training = model.training
+    model.eval()
+    found = look(config, task.tune, dataset, ranks, chosen, probabilities)
+    model.train(was_training)
+    return found
 
 
 # ---- numbers

@@ -56,10 +56,13 @@ class Classifier(nn.Module):
 
     def forward(self, audio: Tensor | None, image: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """audio (B, T, F), image (B, 3, H, W), keep (B, sides, 2 x depth) or None -> logits (B, classes)."""
+        return self.head(self.pooled(audio, image, keep))
+
+    def pooled(self, audio: Tensor | None, image: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """-> (B, D), of both sides (B, 2 D)."""
         pictures = [None if audio is None else as_picture(audio), image]
         given = [(side, x) for side, x in zip((self.audio, self.image), pictures, strict=True) if side is not None]
-        pooled = [side(x, None if keep is None else keep[:, k]) for k, (side, x) in enumerate(given)]
-        return self.head(torch.cat(pooled, dim=1))
+        return torch.cat([side(x, None if keep is None else keep[:, k]) for k, (side, x) in enumerate(given)], dim=1)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

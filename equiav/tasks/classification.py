@@ -20,7 +20,6 @@ from equiav.model.arithmetic import encoders
 from equiav.model.classifier import Classifier
 from equiav.objective import Rows, aligned
 from equiav.tasks.task import Metrics
-from streaming import Selection
 
 Targets = Callable[[np.ndarray], np.ndarray]
 """Ids of samples (b,), below 0 where there is none -> (b, classes) float32, 1 where a clip has the class."""
@@ -52,12 +51,12 @@ class Classification:
         classes: int,
         targets: Targets,
         digest: str = "",
-        selection: Selection | None = None,
+        often: np.ndarray | None = None,
     ):
         """digest: of the labels."""
-        self.config, self.tune, self.classes, self.targets, self.selection = config, tune, classes, targets, selection
+        self.config, self.tune, self.classes, self.targets, self.often = config, tune, classes, targets, often
         self.learns_from: Mapping[str, str] = {"labels": digest}
-        self.hears, self.sees = tune.modality != "image", tune.modality != "audio"
+        self.hears, self.sees = tune.hears, tune.sees
 
     def build(self) -> Classifier:
         return Classifier(self.config.model, self.classes, self.hears, self.sees)

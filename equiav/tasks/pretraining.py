@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from equiav.augment import Clips, make_views
@@ -19,7 +20,7 @@ from equiav.tasks.task import Metrics
 class Pretraining:
     fewest = 2  # a contrast needs a negative
     hears = sees = True
-    selection = None
+    often: np.ndarray | None = None
     learns_from: Mapping[str, str] = {}
 
     def __init__(self, config: Config):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from equiav.augment import Clips
 from equiav.config import Config
 from equiav.objective import Rows, aligned
-from streaming import Selection
 
 Metrics = dict[str, float]
 Outputs = tuple[Any, ...]
@@ -28,8 +28,8 @@ class Task(Protocol):
     hears: bool
     sees: bool
     """What it uses of a clip."""
-    selection: Selection | None
-    """How often each clip comes in an epoch; None: once."""
+    often: np.ndarray | None
+    """(clips,) how often each comes in an epoch, in the mean; None: once."""
     learns_from: Mapping[str, str]
     """Digests of what the run is a function of, beside its settings and its clips."""
 

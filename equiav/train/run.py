@@ -108,7 +108,7 @@ def run(
         config,
         hears=task.hears,
         sees=task.sees,
-        selection=task.selection,
+        often=task.often,
         rank=ranks.rank,
         ranks=ranks.size,
         sharers=ranks.local_size,

@@ -33,7 +33,15 @@ def video(path, kind, audio=True):
         frame[:, :, kind] = 250
         return frame
 
-    write_video(path, seconds=2.0, size=(64, 64), fps=5, picture=picture, sound="aac" if audio else None, pitches=(PITCHES[kind],))
+    write_video(
+        path,
+        seconds=2.0,
+        size=(64, 64),
+        fps=5,
+        picture=picture,
+        sound="aac" if audio else None,
+        pitches=(PITCHES[kind],),
+    )
 
 
 def typed(*words):

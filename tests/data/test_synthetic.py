@@ -7,7 +7,7 @@ from torchaudio.functional import spectrogram as stft
 
 from equiav.config import DataConfig
 from equiav.data.clips import check_audio, decode_frame, encode_frame
-from equiav.data.synthetic import ATTRIBUTES, CLASSES, SHAPES, World
+from equiav.data.synthetic import ATTRIBUTES, CLASSES, SHAPES, Rules, World
 
 WORLD = World(seconds=2.56)
 CLIPS = [WORLD.clip(i) for i in range(200)]
@@ -177,4 +177,107 @@ def test_motion_is_tremolo():
 
 def test_a_label_is_known_without_the_clip():
     world = World(5, 32, 2, seconds=0.5)
-    assert [world.label(k) for k in range(20)] == [world.clip(k).label for k in range(20)]
+    assert [world.labels(k) for k in range(20)] == [[CLASSES[world.clip(k).label]] for k in range(20)]
+
+
+# ---- worlds with rules of their own
+
+
+def world(**rules):
+    of = World(seconds=2.56, rules=Rules(**rules))
+    return of, [of.clip(k) for k in range(200)]
+
+
+def loudness_and_brightness(clips):
+    """Of the first notes, where they come from an object that is heard alone and is seen."""
+    rows = []
+    for clip in clips:
+        if not clip.heard.all():
+            continue
+        level = np.abs(clip.audio).astype(float)
+        rows.append((np.log(level.max()), clip.attributes[:, BRIGHTNESS].max()))
+    return correlation(*zip(*rows, strict=True))
+
+
+def noise_and_light(clips):
+    quiet = [clip for clip in clips if not clip.heard.any()]
+    return correlation([np.log(clip.audio.astype(float).std()) for clip in quiet], [clip.scene[0] for clip in quiet])
+
+
+def purity(clips):
+    """How much of the power of a disc's sound is in one frequency, and of a triangle's, where they sound alone."""
+    found = {0: [], 2: []}
+    for clip in clips:
+        if clip.heard.sum() == 1 and clip.attributes[clip.heard, SHAPE][0] in found:
+            power = np.abs(np.fft.rfft(clip.audio.astype(float) * np.hanning(len(clip.audio)))) ** 2
+            found[int(clip.attributes[clip.heard, SHAPE][0])].append(power.max() / power.sum())
+    return np.median(found[0]) / np.median(found[2])
+
+
+def test_worlds_can_be_told_apart():
+    silent = 0.45
+    _, mixture = world(silent=silent)
+    _, bound = world(silent=silent, correspondence="bound")
+    _, free = world(silent=silent, correspondence="free")
+    assert loudness_and_brightness(mixture) > 0.6
+    assert loudness_and_brightness(bound) > 0.6
+    assert abs(loudness_and_brightness(free)) < 0.35
+    assert noise_and_light(mixture) > 0.9
+    assert abs(noise_and_light(bound)) < 0.4
+    assert abs(noise_and_light(free)) < 0.4
+    assert purity(mixture) > 1.5
+    assert purity(free) > 1.5
+    assert purity(bound) < 1.3
+
+
+def test_what_is_seen_is_that_of_the_mixture():
+    """Rules of correspondence change sounds alone."""
+    for correspondence in ("bound", "free"):
+        other = World(seconds=2.56, rules=Rules(correspondence)).clip(3)
+        assert np.array_equal(other.frames, CLIPS[3].frames)
+        assert not np.array_equal(other.audio, CLIPS[3].audio)
+
+
+def test_some_are_silent_and_some_are_out_of_sight():
+    of, clips = world(silent=0.3, unseen=0.2)
+    seen, heard = (np.stack([getattr(clip, name) for clip in clips]) for name in ("seen", "heard"))
+    assert (seen | heard).all()
+    assert abs((~heard).mean() - 0.3) < 0.06
+    assert abs((~seen).mean() - 0.2) < 0.06
+    full = World(seconds=2.56)
+    for k, clip in enumerate(clips[:60]):
+        if seen[k].all() and heard[k].all():
+            assert np.array_equal(clip.frames, full.clip(k).frames)
+            assert np.array_equal(clip.audio, full.clip(k).audio)
+        colour = (clip.frames.max(axis=3).astype(int) - clip.frames.min(axis=3)).max(axis=(1, 2))
+        assert (colour.min() > 60) == bool(seen[k].any())
+        if not heard[k].any():
+            assert np.abs(clip.audio).max() < 500
+        check_audio(clip.audio, 16000, str(k), DataConfig(silence=0.0))
+    assert of.clip(7).frames.tobytes() == clips[7].frames.tobytes()
+
+
+def test_masks_are_where_something_is_seen_that_sounds():
+    of, clips = world(silent=0.4, unseen=0.2)
+    inside, outside = [], []
+    for k, clip in enumerate(clips[:60]):
+        mask = of.masks(k)
+        assert mask.shape == clip.frames.shape[:3]
+        assert mask.any(axis=(1, 2)).all() == bool((clip.seen & clip.heard).any())
+        colour = clip.frames.max(axis=3).astype(int) - clip.frames.min(axis=3)
+        inside += colour[mask].tolist()
+        if (clip.seen <= clip.heard).all():  # nothing that is seen is silent
+            outside += colour[~mask].tolist()
+    assert np.median(inside) > 90
+    assert np.percentile(outside, 90) < 90
+
+
+def test_classes_of_many_labels_are_skewed():
+    of, clips = world(skew=1.0, classes="shapes")
+    counts = np.zeros(len(SHAPES), int)
+    for k, clip in enumerate(clips):
+        labels = of.labels(k)
+        assert labels == sorted({SHAPES[int(shape)] for shape in clip.attributes[:, SHAPE]})
+        counts += [shape in labels for shape in SHAPES]
+    assert (np.diff(counts) < 0).all()
+    assert counts[0] > 2 * counts[-1] > 0

@@ -30,11 +30,12 @@ from streaming import (
     Epoch,
     Loader,
     Order,
+    Selection,
     Store,
 )
 from streaming import loader as loader_module
 from streaming.fetch import Fetcher, FetchSettings, Files
-from streaming.order import share
+from streaming.order import COPY, sample_of, share
 from streaming.shards import Offsets
 from tests.streaming.fault_proxy import FaultProxy
 from tests.streaming.toys import FRAMES, ToyDecoder, content, make_dataset, open_loader, take, toy_draw
@@ -843,6 +844,29 @@ def test_a_cache_folder_that_is_removed_is_one_clear_error(remote, tmp_path, wor
             CacheGone, match=f"^the cache folder {tmp_path}/cache was removed while the run used it; start"
         ):
             list(islice(batches, 2 * EPOCH))
+
+
+# Few of the first shards, none of some, several of each of others: windows and shards of all sizes.
+OFTEN = np.where(np.arange(103) < 30, 0.13, np.where(np.arange(103) < 60, 0.0, np.arange(103) % 5 * 0.9))
+
+
+def test_a_selection_is_the_same_from_a_store_for_any_number_of_ranks_in_little_room(local, remote, tmp_path):
+    url, options = remote
+    selection = Selection(OFTEN)
+    steps = 3 * -(-selection.samples // 8)
+    reference = global_steps(local, 1, steps, selection=selection)
+    for W in (1, 2, 3):
+        least_room = least(url, options, tmp_path / "cache", selection=selection)
+        got = global_steps(
+            url, W, steps, cache=tmp_path / f"{W}", options=options, selection=selection, cache_bytes=least_room
+        )
+        assert got == reference
+    came = np.concatenate([step["samples"] for step in reference])
+    came = came[came >= 0]
+    numbers = np.concatenate([step["numbers"] for step in reference])
+    assert (sample_of(came) == numbers[np.concatenate([s["samples"] for s in reference]) >= 0]).all()
+    assert not set(sample_of(came).tolist()) & set(np.flatnonzero(OFTEN == 0).tolist())
+    assert (came >= COPY).any()
 
 
 def test_a_file_that_was_removed_before_it_is_opened_or_mended_is_the_same_error(remote, tmp_path):

@@ -125,9 +125,15 @@ def test_ranks_share_what_is_selected_and_need_what_they_take(seed):
     rng = np.random.default_rng(seed)
     epoch, _, _ = selected(rng, 1)
     G, W = epoch.order.batch, int(rng.integers(1, 9))
-    everything = [tuple(zip(*map(np.ndarray.tolist, epoch.slots(k, 0, G)[:3]), strict=True)) for k in range(epoch.steps)]
+    everything = [
+        tuple(zip(*map(np.ndarray.tolist, epoch.slots(k, 0, G)[:3]), strict=True)) for k in range(epoch.steps)
+    ]
     shared = [
-        [one for r in range(W) for one in zip(*map(np.ndarray.tolist, epoch.slots(k, *share(G, r, W))[:3]), strict=True)]
+        [
+            one
+            for r in range(W)
+            for one in zip(*map(np.ndarray.tolist, epoch.slots(k, *share(G, r, W))[:3]), strict=True)
+        ]
         for k in range(epoch.steps)
     ]
     assert [list(step) for step in everything] == shared

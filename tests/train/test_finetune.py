@@ -156,12 +156,12 @@ def test_balanced_and_without_a_fold_it_is_one_run_at_every_number_of_processes(
     assert results[0] == results[1]
     assert json.loads(results[0])["clips"] == 9  # every third of 26
     ids = [json.loads(line)[2] for line in (tmp_path / "one/samples-0.jsonl").read_text().splitlines()]
-    per_epoch = [sum(ids[k : k + 3], []) for k in range(0, len(ids), 3)]
+    per_epoch = [[one for step in ids[k : k + 3] for one in step] for k in range(0, len(ids), 3)]
     assert [len(epoch) for epoch in per_epoch] == [17, 17, 17, 17]
     opened = Dataset(Store(yaml.safe_load(config.read_text())["stream"]["url"]))
     labels = read_labels(opened)
     fold = np.flatnonzero(labels.parts.has(["fold 1"]))
-    came = np.array(sum(per_epoch, []))
+    came = np.concatenate(per_epoch)
     assert not set(fold) & set(sample_of(came).tolist())
     assert (came >= COPY).any()
     kinds = np.bincount(labels.classes.many_hot(came).argmax(axis=1), minlength=2)
@@ -261,8 +261,14 @@ def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
         (["--stream.url", "alone"], "labels is 1 class, expected two or more"),
         (["--tune.test_on", "fold 7"], "tune.test_on is fold 7, expected parts of"),
         (["--tune.train_on", "none of it"], "tune.train_on is none of it, expected parts of"),
-        (["--tune.test_url", "", "--tune.test_on", "fold 0,fold 1,fold 2"], "expected parts that leave clips to learn from"),
-        (["--tune.test_url", "", "--tune.test_on", "fold 1", "--tune.train_on", "fold 0, fold 1"], "have 9 clips in common"),
+        (
+            ["--tune.test_url", "", "--tune.test_on", "fold 0,fold 1,fold 2"],
+            "expected parts that leave clips to learn from",
+        ),
+        (
+            ["--tune.test_url", "", "--tune.test_on", "fold 1", "--tune.train_on", "fold 0, fold 1"],
+            "have 9 clips in common",
+        ),
         (["--tune.mixup", "2"], "tune.mixup is 2.0, expected a probability"),
         (["--tune.warmup_epochs", "9"], "tune.warmup_epochs is 9.0, expected 0 to tune.epochs=4"),
     ],
