@@ -276,6 +276,22 @@ def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, l
     assert (run.folder / model).read_bytes() == (out / model).read_bytes()
 
 
+def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
+    """Two nodes, from what the run before left in the store; its clips have labels since they were packed."""
+    torchx(*launcher, "launch/finetune.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi",
+           "--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--init", "s3://equiav/attacked",
+           "--config", "smoke", "--out", "s3://equiav/tuned", "--secret", "equiav-store", "--",
+           "--tune.loss", "one", "--tune.epochs", "1", "--tune.mixup", "0.5", "--tune.balance",
+           "--train.micro_batch", "8")  # fmt: skip
+    until(lambda: ended(kubectl, "tuned"), 300, trouble(kubectl, "tuned"))
+    assert ended(kubectl, "tuned") == "Complete", trouble(kubectl, "tuned")()
+    model = store_folder(kubectl) / "tuned" / "checkpoints" / "model"
+    said = json.loads((model / "results.json").read_text())
+    assert said["clips"] == said["of"] > 0
+    assert 0 <= said["accuracy"] <= 1
+    assert (model / "results.md").read_text().startswith("| dataset, sound and pictures | accuracy, % |")
+
+
 class Relay:
     """Between a command and the API server. `cut` ends what goes through it, as a load balancer does."""
 
