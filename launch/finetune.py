@@ -40,7 +40,7 @@ def finetune(
         cpu: cores of a node (default: 12 for each GPU, else 2)
         memory: of a node (default: 64Gi for each GPU, else 8Gi)
         scratch: local disk of a node, mostly for the shards of the dataset that it reads again
-        config: a YAML file on this machine
+        config: a recipe (tune_esc50, ...) or a YAML file on this machine
         data: folder of the dataset, with labels (`equiav label`): s3://BUCKET/NAME, or a path on a mounted volume
         test: folder of the dataset on which it is tested at the end
         init: what it begins with: folder of a pretraining run or of a model, or a .pth file

@@ -62,7 +62,8 @@ class Seen:
         return {labels: value for (name, labels), value in self.values.items() if name == metric.name}
 
 
-CURVES = [(m.LOSS, ("total",)), (m.CHANCE, ("inter",)), (m.ACCURACY, ("inter",)), (m.THROUGHPUT, ())]
+CURVES = [(m.LOSS, ("total",)), (m.THROUGHPUT, ())]
+CURVES += [(metric, (term,)) for metric in (m.CHANCE, m.ACCURACY) for term in ("inter", m.CLASS)]
 CURVES += [(metric, (side,)) for metric in (m.SIMILARITY, m.EFFECTIVE_RANK) for side in m.SIDES]
 
 
@@ -188,12 +189,14 @@ def shown(seen: Seen) -> Text:
     text.append(f"{how or '; '.join(wrong) or 'well'}"[:80] + "\n", "bold green" if well else "bold red")
     row(text, "step", f"{step:.0f}{of}, the last {seen.age:.0f} s ago")
     curve(text, seen, "loss", m.LOSS, "total", form="{:.3f}")
-    curve(text, seen, "loss over chance", m.CHANCE, "inter", form="{:.1%}")
-    curve(text, seen, "accuracy", m.ACCURACY, "inter", form="{:.1%}")
+    for term in ("inter", m.CLASS):  # of pretraining, of fine-tuning
+        curve(text, seen, "loss over chance", m.CHANCE, term, form="{:.1%}")
+        curve(text, seen, "accuracy", m.ACCURACY, term, form="{:.1%}")
     for side in m.SIDES:
         curve(text, seen, f"similarity {side}", m.SIMILARITY, side, form="{:.3f}")
-    row(text, "gain, sensitivity", ", ".join(
-        f"{side} {seen.get(m.GAIN, side):.3f} {seen.get(m.SENSITIVITY, side):.3f}" for side in m.SIDES))  # fmt: skip
+    if seen.all(m.GAIN):
+        row(text, "gain, sensitivity", ", ".join(
+            f"{side} {seen.get(m.GAIN, side):.3f} {seen.get(m.SENSITIVITY, side):.3f}" for side in m.SIDES))  # fmt: skip
     for side in m.SIDES:
         curve(text, seen, f"effective rank {side}", m.EFFECTIVE_RANK, side, form="{:.1f}")
     curve(text, seen, "clips/s", m.THROUGHPUT, form="{:.0f}")

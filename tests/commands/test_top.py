@@ -42,6 +42,14 @@ def test_a_run_from_its_folder(tmp_path):
     assert Folder(tmp_path).look().get(m.STEP) == 90
 
 
+def test_a_run_that_learns_labels(tmp_path):
+    rows = [{"step": k, "loss": 2.0, "loss_class": 2.0, "accuracy_class": 0.25} for k in range(9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = shown(Folder(tmp_path).look()).plain
+    assert "accuracy                   25.0%" in text
+    assert "gain" not in text
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
