@@ -51,6 +51,9 @@ COMMANDS = {
         "ProbeConfig",
         "run_probe",
     ),
+    "embed": Command("write the embeddings of videos and sound files", "embed", "EmbedConfig", "run_embed"),
+    "score": Command("say how well sound and picture of a video belong together", "embed", "ScoreConfig", "run_score"),
+    "predict": Command("name the classes of files, by a fine-tuned model", "embed", "PredictConfig", "run_predict"),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
     "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(

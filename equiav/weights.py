@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -19,11 +19,21 @@ from torch.serialization import safe_globals
 
 from equiav.config import ConfigError, ModelSettings, from_dict, require, to_dict
 from equiav.model import EquiAV
+from equiav.model.classifier import Classifier
 from equiav.model.importers import CheckpointError, Format, Imported, detect, import_state, own_state, strip
 from streaming import Store
 from streaming.store import Missing
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+CLASSES = "classes.json"  # of a fine-tuned model
+
+
+class Classes(NamedTuple):
+    """What a fine-tuned model tells apart, and from what."""
+
+    names: list[str]
+    modality: str  # audio, image, both
+    one: bool  # a clip has one of them
 
 
 def save_model(folder: Path, weights: Mapping[str, Tensor], settings: ModelSettings) -> None:
@@ -46,6 +56,26 @@ def load_model(folder: Path) -> tuple[EquiAV, ModelSettings]:
     except RuntimeError as error:
         raise ConfigError(f"{folder / WEIGHTS}: does not hold the weights of {folder / SETTINGS}: {error}") from None
     return model.eval(), settings
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, ModelSettings, Classes]:
+    state, settings = read_folder(folder)
+    source = folder / CLASSES
+    try:
+        said = json.loads(source.read_text("utf-8"))
+        classes = Classes([str(name) for name in said["classes"]], said["modality"], said["loss"] == "one")
+        if classes.modality not in ("audio", "image", "both"):
+            raise ValueError(f"modality is {classes.modality!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{source} does not say the classes of a fine-tuned model: {error}") from None
+    with torch.device("meta"):
+        hears, sees = classes.modality != "image", classes.modality != "audio"
+        model = Classifier(settings.model, len(classes.names), hears, sees)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder / WEIGHTS}: does not hold the weights of {source}: {error}") from None
+    return model.eval(), settings, classes
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
@@ -120,7 +150,7 @@ def trim(state: dict[str, Tensor], theirs: ModelSettings, settings: ModelSetting
             state[name] = state[name].view(R, C, -1)[:rows, :columns].reshape(rows * columns, -1)
 
 
-def bring(url: str, folder: Path, patience: float) -> Path:
+def bring(url: str, folder: Path, patience: float = 600.0) -> Path:
     """From a store to this machine -> the file, or the folder that has a model's files."""
     if url.endswith((".pth", ".pt")):
         where, _, name = url.rpartition("/")
@@ -138,6 +168,8 @@ def bring(url: str, folder: Path, patience: float) -> Path:
             raise ConfigError(
                 f"{store.url}/{name} does not exist; expected a model folder, a run's checkpoints, or a .pth file"
             ) from None
+    if names[0] == SETTINGS and store.exists(CLASSES):
+        (folder / CLASSES).write_bytes(store.read(CLASSES))
     return folder / names[0] if len(names) == 1 else folder
 
 

@@ -18,9 +18,10 @@ from equiav.parallel import Ranks
 from equiav.tasks import Classification
 from equiav.train.carry import carry_out
 from equiav.train.run import Done
+from equiav.weights import CLASSES
 
 __all__ = ["FinetuneConfig", "run_finetune"]
-CLASSES, RESULTS, TABLE = "classes.json", "results.json", "results.md"
+RESULTS, TABLE = "results.json", "results.md"
 
 
 def run_finetune(config: FinetuneConfig) -> None:

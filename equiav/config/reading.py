@@ -220,7 +220,7 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str, given: Collecti
     for name, value in values.items():
         if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
             raise ConfigError(f"{source}: {name}: found {value!r}, expected its settings (`field: value`)")
-    if "model" in sections:
+    if dataclasses.is_dataclass(sections.get("model")):
         model = values.get("model", {})
         size = model.get("size", "vit_b16")
         if not isinstance(size, str) or size not in SIZES:

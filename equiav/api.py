@@ -1,0 +1,283 @@
+"""What somebody else's program uses: `equiav.load(...)`, then sounds, pictures and videos as they come."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchaudio.functional import resample
+
+from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
+from equiav.augment.logmel import window_and_hop
+from equiav.config import ConfigError, ModelSettings
+from equiav.data.clips import BadClipError, central_square, check_audio, check_frame
+from equiav.data.sources import Shape, length_of, read_audio, read_frames
+from equiav.model import EquiAV
+from equiav.model.classifier import Classifier
+from equiav.weights import CLASSES, SETTINGS, Classes, bring, load_classifier, load_model
+from streaming import BadSample
+
+Sound = np.ndarray | Tensor | str | Path
+"""(L,), or (L, channels) or (channels, L): int16, or floating point in [-1, 1]; or a file."""
+Picture = Image.Image | np.ndarray | Tensor | str | Path
+"""A PIL image, (H, W, 3) uint8, or a file."""
+BATCH = 16  # clips that are computed together
+SHORTEST = 0.5  # of a window, below which the rest of a video is left out
+
+
+class Windows(NamedTuple):
+    """Of a video or a sound file, from its beginning to its end."""
+
+    begin: np.ndarray  # (n,) seconds
+    end: np.ndarray  # (n,)
+    audio: np.ndarray | None  # (n, d); None: it has no sound
+    image: np.ndarray | None  # (n, d); None: no picture
+
+
+def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
+    """A model folder (of `equiav import`, or of a run, or the run's folder or store): s3://..., any that fsspec reads, or a path.
+    A pretrained model embeds; a fine-tuned one names classes."""
+    with tempfile.TemporaryDirectory(prefix="equiav-") as temporary:
+        path = Path(where).expanduser() if "://" not in str(where) else bring(str(where), Path(temporary))
+        if (path / "model" / SETTINGS).is_file():
+            path = path / "model"
+        if (path / CLASSES).is_file():
+            network, settings, classes = load_classifier(path)
+            return Labeller(network, settings, classes, device)
+        return Embedder(*load_model(path), device)
+
+
+class Reader:
+    """Sounds and pictures become what the model was trained on."""
+
+    def __init__(self, settings: ModelSettings, device: str):
+        self.settings, self.device = settings, torch.device(device)
+        window, hop = window_and_hop(settings.data.sample_rate)
+        self.length = (settings.model.spectrogram_frames - 1) * hop + window  # samples that the model hears
+        self.data = replace(settings.data, min_seconds=0.025, silence=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """That the model hears of a sound; the rest is not heard."""
+        return self.length / self.settings.data.sample_rate
+
+    def spectrograms(self, sounds: Sequence[Sound], rate: int | None) -> Tensor:
+        """-> (b, T, F)"""
+        waves = [self._wave(sound, rate, f"sound {k}")[: self.length] for k, sound in enumerate(sounds)]
+        waveform = torch.zeros(len(waves), self.length, dtype=torch.int16)
+        for k, wave in enumerate(waves):
+            waveform[k, : len(wave)] = torch.from_numpy(wave.copy())
+        lengths = torch.tensor([len(wave) for wave in waves])
+        inputs = waveform.to(self.device), lengths.to(self.device)
+        return normalised_spectrogram(*inputs, self.settings.model, self.settings.data)
+
+    def pictures(self, pictures: Sequence[Picture]) -> Tensor:
+        """-> (b, 3, H, W)"""
+        side = self.settings.data.frame_size
+        frames = [central_square(_frame(picture, f"picture {k}"), side) for k, picture in enumerate(pictures)]
+        stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        return original_image(stacked.to(self.device), self.settings.model.image_size)
+
+    def _wave(self, sound: Sound, rate: int | None, name: str) -> np.ndarray:
+        """-> (L,) int16, mono, at the model's rate."""
+        if isinstance(sound, str | Path):
+            name = str(sound)
+            try:
+                sound, rate = soundfile.read(name, dtype="int16", always_2d=True)
+            except (soundfile.LibsndfileError, OSError) as error:
+                raise BadClipError(name, f"{error}; embed_video reads what FFmpeg does") from None
+        if rate is None or rate <= 0:
+            raise BadClipError(name, f"its rate is {rate}, expected samples a second")
+        wave = sound.detach().cpu().numpy() if isinstance(sound, Tensor) else np.asarray(sound)
+        if wave.ndim == 2:
+            channels = 0 if wave.shape[0] < wave.shape[1] else 1
+            whole = wave.dtype == np.int16
+            wave = wave.mean(axis=channels)
+            wave = np.round(wave).astype(np.int16) if whole else wave
+        ours = self.data.sample_rate
+        checked = check_audio(wave, rate, name, replace(self.data, sample_rate=int(rate)))
+        if rate == ours:
+            return checked
+        other = resample(torch.from_numpy(checked.astype(np.float32) / 32768), int(rate), ours)
+        return check_audio((other.clamp(-1, 32767 / 32768) * 32768).round().short().numpy(), ours, name, self.data)
+
+    def windows(self, path: str | Path, frames: int = 1) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
+        """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
+        as long as the model hears."""
+        name = str(Path(path).absolute())
+        hears, sees = _streams(name)
+        if not hears and not sees:
+            raise BadClipError(str(path), "has neither sound nor picture")
+        shape = Shape(frames, self.settings.data.frame_size, 90, "wav", math.inf, True, self.data, hears, sees)
+        length, step = length_of(name), self.settings.model.spectrogram_frames / 100
+        try:
+            if length <= step * (1 + SHORTEST):
+                whole = read_frames(name, shape) if sees else ([], [], 0.0)
+                sound = read_audio(name, shape) if hears else None
+                yield 0.0, length or whole[2], sound, whole[0]
+                return
+            for k in range(int(length / step - SHORTEST) + 1):
+                begin, end = k * step, min((k + 1) * step, length)
+                sound = read_audio(name, shape, begin, end) if hears else None
+                yield begin, end, sound, read_frames(name, shape, begin, end)[0] if sees else []
+        except BadSample as error:
+            raise BadClipError(str(path), f"{error.reason}: {error.detail}") from None
+
+
+class Embedder(Reader):
+    """A pretrained model."""
+
+    def __init__(self, network: EquiAV, settings: ModelSettings, device: str = "cpu"):
+        super().__init__(settings, device)
+        self.network = network.to(self.device).eval()
+        count = settings.objective.sampled_in_evaluation
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # The centroid's vectors: the same for every clip, as in retrieval with seed 0.
+        self.vectors = sampled_vectors(settings, 0, 0, one, count) if count else (None, None)
+
+    @torch.no_grad()
+    def embed_audio(self, sound: Sound | list[Sound], rate: int | None = None) -> np.ndarray:
+        """A sound, or a list of them -> (d,), or (b, d): L2-normalised. rate: samples a second of arrays. What comes after
+        `seconds` is not heard; `embed_video` cuts."""
+        sounds = sound if isinstance(sound, list) else [sound]
+        parts = [
+            self.network.embed_audio(self.spectrograms(some, rate), self.vectors[0]).float().cpu().numpy()
+            for some in _batches(sounds)
+        ]
+        return np.concatenate(parts) if isinstance(sound, list) else parts[0][0]
+
+    @torch.no_grad()
+    def embed_image(self, picture: Picture | list[Picture]) -> np.ndarray:
+        """A picture, or a list of them -> (d,), or (b, d): L2-normalised. Its central square is seen."""
+        pictures = picture if isinstance(picture, list) else [picture]
+        parts = [
+            self.network.embed_image(self.pictures(some), self.vectors[1]).float().cpu().numpy()
+            for some in _batches(pictures)
+        ]
+        return np.concatenate(parts) if isinstance(picture, list) else parts[0][0]
+
+    def embed_video(self, path: str | Path, frames: int = 1) -> Windows:
+        """A video or sound file, in parts as long as the model hears; a rest that is shorter than half of that is left out.
+        frames: of each part, whose mean embedding, normalised, is the part's."""
+        parts = list(self.windows(path, frames))
+        begin, end, sounds, pictures = (list(of) for of in zip(*parts, strict=True))
+        audio = None if sounds[0] is None else self.embed_audio(sounds, self.data.sample_rate)
+        image = None
+        if pictures[0]:
+            each = self.embed_image([one for of in pictures for one in of]).reshape(len(parts), frames, -1).mean(axis=1)
+            image = each / np.linalg.norm(each, axis=1, keepdims=True)
+        return Windows(np.array(begin), np.array(end), audio, image)
+
+    def score(self, sound: Sound, picture: Picture, rate: int | None = None) -> float:
+        """How well a sound and a picture belong together: the cosine of their embeddings, -1 to 1. What is high is a matter of
+        the model; compare with pairs that do not belong together."""
+        return float(self.embed_audio(sound, rate) @ self.embed_image(picture))
+
+
+class Labeller(Reader):
+    """A fine-tuned model."""
+
+    def __init__(self, network: Classifier, settings: ModelSettings, classes: Classes, device: str = "cpu"):
+        super().__init__(settings, device)
+        self.network, self.classes, self.one = network.to(self.device).eval(), classes.names, classes.one
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        sound: Sound | list[Sound] | None = None,
+        picture: Picture | list[Picture] | None = None,
+        rate: int | None = None,
+    ) -> np.ndarray:
+        """-> (classes,), of lists (b, classes)."""
+        for what, given, needed in (("sound", sound, self.network.audio), ("picture", picture, self.network.image)):
+            if (given is None) != (needed is None):
+                raise ConfigError(f"{what}: this model {'needs one' if given is None else 'was trained without'}")
+        listed = isinstance(sound if sound is not None else picture, list)
+        sounds: list[Any] | None = sound if sound is None or isinstance(sound, list) else [sound]
+        pictures: list[Any] | None = picture if picture is None or isinstance(picture, list) else [picture]
+        count = len(sounds if sounds is not None else pictures or [])
+        if sounds is not None and pictures is not None and len(sounds) != len(pictures):
+            raise ConfigError(f"{len(sounds)} sounds and {len(pictures)} pictures, expected as many")
+        parts = []
+        for k in range(0, count, BATCH):
+            audio = None if sounds is None else self.spectrograms(sounds[k : k + BATCH], rate)
+            image = None if pictures is None else self.pictures(pictures[k : k + BATCH])
+            z = self.network(audio, image).double()
+            parts.append((z.softmax(dim=1) if self.one else z.sigmoid()).cpu().numpy())
+        found = np.concatenate(parts)
+        return found if listed else found[0]
+
+    def predict(
+        self, sound: Sound | None = None, picture: Picture | None = None, rate: int | None = None, top: int = 5
+    ) -> list[tuple[str, float]]:
+        """The likeliest classes, with their probabilities."""
+        found = self.probabilities(sound, picture, rate)
+        return [(self.classes[k], float(found[k])) for k in np.argsort(-found, kind="stable")[:top]]
+
+    def predict_video(self, path: str | Path, frames: int = 1, top: int = 5) -> list[tuple[str, float]]:
+        """Of a file: the mean of the probabilities over its parts, and `frames` frames of each."""
+        found = []
+        for _, _, sound, pictures in self.windows(path, frames):
+            if self.network.audio is not None and sound is None:
+                raise BadClipError(str(path), "has no sound, which this model needs")
+            if self.network.image is not None and not pictures:
+                raise BadClipError(str(path), "has no picture, which this model needs")
+            count = max(1, len(pictures)) if self.network.image is not None else 1
+            sounds: list[Any] | None = None if self.network.audio is None else [sound] * count
+            shown = pictures if self.network.image is not None else None
+            found.append(self.probabilities(sounds, shown, self.data.sample_rate).mean(axis=0))
+        mean = np.mean(found, axis=0)
+        return [(self.classes[k], float(mean[k])) for k in np.argsort(-mean, kind="stable")[:top]]
+
+
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    if not len(items):
+        raise ConfigError("nothing was given to embed")
+    for k in range(0, len(items), BATCH):
+        yield items[k : k + BATCH]
+
+
+def _frame(picture: Picture, name: str) -> np.ndarray:
+    """-> (H, W, 3) uint8"""
+    if isinstance(picture, str | Path):
+        name = str(picture)
+        try:
+            picture = Image.open(name)
+            picture.load()
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise BadClipError(name, f"no picture: {error}") from None
+    if isinstance(picture, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    return check_frame(picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
+
+
+def _streams(path: str) -> tuple[bool, bool]:
+    """Whether a file has sound, and a picture."""
+    try:
+        import av
+        import av.error
+    except ModuleNotFoundError:
+        raise ConfigError("av is not installed, which reads videos; `pip install 'equiav[prep]'` brings it") from None
+    try:
+        with av.open(path) as file:
+            return bool(file.streams.audio), bool(file.streams.video)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClipError(path, f"cannot be read: {error}") from None
+
+
+__all__ = ["Embedder", "Labeller", "Windows", "load"]

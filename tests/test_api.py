@@ -1,0 +1,274 @@
+"""`equiav.load`: what others' programs and the commands embed, score and predict do with files as they come."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import equiav
+from equiav import cli
+from equiav.api import BATCH, Embedder, Labeller
+from equiav.config import ConfigError, ModelSettings, from_dict
+from equiav.data.clips import BadClipError, central_square
+from equiav.data.synthetic import World
+from equiav.evaluate.retrieval import Pairs, embed_pairs
+from equiav.model import EquiAV
+from equiav.model.classifier import Classifier
+from equiav.weights import save_model
+from tests.videos import ramp, rotate, tones, write_video
+
+SETTINGS = from_dict(
+    ModelSettings, {"model": {"size": "tiny"}, "data": {"audio_mean": -10.3, "audio_std": 3.9}}, "test"
+)
+CLIPS = [World(3, 64, 3, 2.56).clip(k) for k in range(BATCH + 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = EquiAV(SETTINGS.model, SETTINGS.objective)
+    model.init_weights(1)
+    out = tmp_path_factory.mktemp("api") / "run"
+    save_model(out / "model", model.state_dict(), SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    def of(modality):
+        model = Classifier(SETTINGS.model, 3, modality != "image", modality != "audio")
+        model.init_weights(2)
+        out = tmp_path_factory.mktemp("tuned") / "model"
+        save_model(out, model.state_dict(), SETTINGS)
+        (out / "classes.json").write_text(json.dumps({"classes": ["a", "b", "c"], "modality": modality, "loss": "one"}))
+        return out
+
+    return of
+
+
+def test_they_are_those_of_the_evaluation_whatever_the_batch(folder):
+    model = equiav.load(folder)
+    assert isinstance(model, Embedder)
+    frames = torch.from_numpy(np.stack([clip.frames[1] for clip in CLIPS])).permute(0, 3, 1, 2)
+    waveform = torch.from_numpy(np.stack([clip.audio for clip in CLIPS]))
+    lengths = torch.full((len(CLIPS),), waveform.shape[1])
+    audio, image = embed_pairs(model.network, SETTINGS, Pairs(frames, waveform, lengths), seed=0)
+    together = model.embed_audio([clip.audio for clip in CLIPS], 16000), model.embed_image([c.frames[1] for c in CLIPS])
+    assert np.abs(together[0] - audio.numpy()).max() < 1e-5
+    assert np.abs(together[1] - image.numpy()).max() < 1e-5
+    for k in (0, 5):
+        assert np.abs(model.embed_audio(CLIPS[k].audio, 16000) - together[0][k]).max() < 1e-5
+        assert np.abs(model.embed_image(CLIPS[k].frames[1]) - together[1][k]).max() < 1e-5
+    score = model.score(CLIPS[2].audio, CLIPS[2].frames[1], 16000)
+    assert score == pytest.approx(float(together[0][2] @ together[1][2]), abs=1e-5)
+
+
+def test_sounds_of_all_kinds(folder, tmp_path):
+    model = equiav.load(folder)
+    wave = tones(2.56, 16000, [440])[0]
+    reference = model.embed_audio(wave, 16000)
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    same = [
+        (wave.astype(np.float32) / 32767, 16000),
+        (torch.from_numpy(wave.copy()), 16000),
+        (np.stack([wave, wave]), 16000),
+        (np.stack([wave, wave], axis=1), 16000),
+        (str(tmp_path / "a.wav"), None),
+        (tmp_path / "a.wav", None),
+    ]
+    for sound, rate in same:
+        assert np.abs(model.embed_audio(sound, rate) - reference).max() < 1e-4
+    longer = np.concatenate([wave, wave])
+    assert np.abs(model.embed_audio(longer, 16000) - model.embed_audio(longer[: model.length], 16000)).max() == 0
+    for rate in (8000, 22050, 44100, 48000):
+        assert model.embed_audio(tones(2.56, rate, [440])[0], rate) @ reference > 0.9  # an empty upper half is heard
+    assert np.isfinite(model.embed_audio(np.zeros(16000, np.int16), 16000)).all()
+
+
+@pytest.mark.parametrize(
+    ("sound", "rate", "said"),
+    [
+        (np.zeros(16000, np.int16), None, "sound 0: its rate is None, expected samples a second"),
+        (np.zeros(16000, np.int32), 16000, "sound 0: audio is int32, expected int16"),
+        (np.full(16000, np.nan, np.float32), 16000, "16000 values that are not finite"),
+        (np.full(16000, 3.0, np.float32), 16000, "audio peaks at 3, expected floating point in"),
+        (np.zeros(100, np.int16), 16000, "shorter than"),
+        (np.zeros(0, np.int16), 16000, "has no audio"),
+        ("nowhere.wav", None, "nowhere.wav"),
+    ],
+)
+def test_sounds_that_are_none(folder, sound, rate, said):
+    with pytest.raises(BadClipError, match=said):
+        equiav.load(folder).embed_audio(sound, rate)
+
+
+def test_pictures_of_all_kinds(folder, tmp_path):
+    model = equiav.load(folder)
+    frame = np.ascontiguousarray(CLIPS[0].frames[0])
+    reference = model.embed_image(frame)
+    upright = Image.fromarray(frame)
+    turned = upright.rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 270 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "a.png")
+    upright.convert("RGBA").save(tmp_path / "alpha.png")
+    for picture in (upright, tmp_path / "a.png", str(tmp_path / "alpha.png"), tmp_path / "turned.png"):
+        assert np.abs(model.embed_image(picture) - reference).max() < 1e-5
+    wide = np.concatenate([frame, frame[:, ::-1], frame], axis=1)
+    assert np.abs(model.embed_image(wide) - model.embed_image(central_square(wide, 64))).max() < 1e-5
+    assert model.embed_image(upright.convert("L")).shape == reference.shape
+    for wrong, said in (
+        (frame[..., 0], "expected .height, width, 3"),
+        (frame / 255, "expected uint8"),
+        ("no.png", "no.png"),
+    ):
+        with pytest.raises(BadClipError, match=said):
+            model.embed_image(wrong)
+    with pytest.raises(ConfigError, match="nothing was given"):
+        model.embed_image([])
+
+
+def test_videos_in_parts(folder, tmp_path):
+    model = equiav.load(folder)
+    path = write_video(tmp_path / "a.mp4", seconds=8.5, size=(64, 64), pitches=(300, 300))
+    found = model.embed_video(path)
+    assert found.begin.tolist() == [0.0, 2.56, 5.12]  # what is left is shorter than half a part
+    assert found.audio.shape == found.image.shape == (3, 64)
+    assert np.abs(np.linalg.norm(found.image, axis=1) - 1).max() < 1e-5
+    assert found.image[0] @ found.image[2] < 0.99999  # it grows brighter
+    several = model.embed_video(path, frames=3)
+    assert np.abs(several.audio - found.audio).max() < 1e-6
+    assert np.abs(several.image - found.image).max() > 0
+    short = model.embed_video(write_video(tmp_path / "b.mp4", seconds=2.0, size=(64, 64)))
+    assert (len(short.begin), round(short.end[0])) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"fps": 7},
+        {"sound": None},
+        {"rate": 8000, "sound": "pcm_s16le", "name": "a.mov"},
+        {"pitches": (300,) * 6, "rate": 48000},
+        {"video": None},
+        {"times": [0, 0.1, 0.5, 0.6, 1.3, 1.9, 2.4]},
+    ],
+    ids=["odd frame rate", "no sound", "8 kHz", "5.1", "no picture", "frames as they come"],
+)
+def test_videos_of_all_kinds(folder, tmp_path, kind):
+    name = kind.pop("name", "a.mp4")
+    found = equiav.load(folder).embed_video(write_video(tmp_path / name, seconds=2.5, size=(64, 64), **kind))
+    assert (found.audio is None) == ("sound" in kind and kind["sound"] is None)
+    assert (found.image is None) == ("video" in kind)
+    assert all(np.isfinite(x).all() for x in (found.audio, found.image) if x is not None)
+
+
+def test_a_video_that_lies_on_its_side(folder, tmp_path):
+    model = equiav.load(folder)
+
+    def picture(share, size):
+        frame = ramp(share, size)
+        frame[: size[1] // 2] = (200, 0, 0)
+        return frame
+
+    upright = write_video(tmp_path / "a.mp4", seconds=2.0, size=(64, 64), picture=picture)
+    lies = write_video(
+        tmp_path / "b.mp4", seconds=2.0, size=(64, 64), picture=lambda s, size: np.rot90(picture(s, size)).copy()
+    )
+    rotate(lies, (0, 1, -1, 0))
+    one, other = model.embed_video(upright).image, model.embed_video(lies).image
+    assert (one * other).sum() > 0.999
+
+
+def test_what_is_no_video(folder, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"nothing of the kind")
+    with pytest.raises(BadClipError, match=r"a\.mp4: cannot be read"):
+        equiav.load(folder).embed_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("modality", ["audio", "image", "both"])
+def test_a_fine_tuned_model_names_classes(tuned, tmp_path, modality):
+    model = equiav.load(tuned(modality))
+    assert isinstance(model, Labeller)
+    sounds = [clip.audio for clip in CLIPS] if modality != "image" else None
+    pictures = [clip.frames[0] for clip in CLIPS] if modality != "audio" else None
+    found = model.probabilities(sounds, pictures, 16000)
+    assert found.shape == (len(CLIPS), 3)
+    assert np.abs(found.sum(axis=1) - 1).max() < 1e-6
+    said = model.predict(sounds and sounds[4], pictures and pictures[4], 16000, top=2)
+    assert [label for label, _ in said] == ["abc"[k] for k in np.argsort(-found[4])[:2]]
+    assert said[0][1] == pytest.approx(found[4].max(), abs=1e-5)
+    path = write_video(tmp_path / "a.mp4", seconds=6.0, size=(64, 64))
+    assert sum(probability for _, probability in model.predict_video(path, frames=2)) == pytest.approx(1)
+    with pytest.raises(ConfigError, match=r"needs one|was trained without"):
+        model.predict(None if sounds else CLIPS[0].audio, CLIPS[0].frames[0] if modality != "image" else None, 16000)
+
+
+def test_the_commands(folder, tuned, tmp_path, capsys):
+    both = str(write_video(tmp_path / "a.mp4", seconds=6.0, size=(64, 64)))
+    mute = str(write_video(tmp_path / "b.mp4", seconds=2.0, size=(64, 64), sound=None))
+    out = tmp_path / "x.npz"
+    assert cli.main(["embed", both, mute, "--model", str(folder), "--out", str(out)]) == 0
+    with np.load(out) as kept:
+        assert kept["name"].tolist() == [both, both, mute]
+        assert np.isfinite(kept["image"]).all()
+        assert np.isnan(kept["audio"]).all(axis=1).tolist() == [False, False, True]
+    assert "without sound" in capsys.readouterr().out
+    assert cli.main(["score", both, "--model", str(folder)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert cli.main(["predict", both, "--model", str(tuned("both")), "--top", "2"]) == 0
+    assert capsys.readouterr().out.startswith(f"{both}: ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["score", "MUTE", "--model", "MODEL"], "has no sound, and a score needs both"),
+        (["predict", "MUTE", "--model", "TUNED"], "has no sound, which this model needs"),
+        (["predict", "MUTE", "--model", "MODEL"], "knows no classes; `equiav finetune` teaches it some"),
+        (["embed", "MUTE", "--model", "TUNED"], "was fine-tuned and has no embeddings to compare"),
+        (["embed", "nowhere.mp4", "--model", "MODEL"], "files is nowhere.mp4, expected a file that exists"),
+        (["embed", "MUTE"], "model is not set"),
+        (["embed", "--model", "MODEL"], "files is not given"),
+        (["embed", "MUTE", "--model", "nowhere"], "nowhere: no config.json there"),
+        (["embed", "MUTE", "--model", "MODEL", "--out", "no/x.npz"], "out is no/x.npz, expected a file in a folder"),
+    ],
+)
+def test_mistakes(folder, tuned, tmp_path, monkeypatch, capsys, typed, said):
+    monkeypatch.chdir(tmp_path)
+    mute = write_video(tmp_path / "b.mp4", seconds=2.0, size=(64, 64), sound=None)
+    places = {"MUTE": str(mute), "MODEL": str(folder), "TUNED": str(tuned("both"))}
+    assert cli.main([places.get(word, word) for word in typed]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_without_what_training_needs(folder, tmp_path):
+    """Where only the bare package is installed: no PyAV, no matplotlib, no TorchX; nothing distributed is started."""
+    soundfile.write(tmp_path / "a.wav", tones(2.0, 16000, [440])[0], 16000)
+    Image.fromarray(CLIPS[0].frames[0]).save(tmp_path / "a.png")
+    program = f"""
+import sys
+for name in ("av", "matplotlib", "torchx", "kubernetes", "sklearn"):
+    sys.modules[name] = None
+import equiav
+assert "torch" not in sys.modules
+model = equiav.load({str(folder)!r})
+assert model.embed_audio({str(tmp_path / "a.wav")!r}).shape == (64,)
+assert model.embed_image({str(tmp_path / "a.png")!r}).shape == (64,)
+import torch
+assert not torch.distributed.is_initialized()
+assert not any(name.startswith(("equiav.train", "equiav.tasks", "equiav.commands", "monitoring")) for name in sys.modules)
+try:
+    model.embed_video({str(tmp_path / "a.wav")!r})
+except Exception as error:
+    assert "equiav[prep]" in str(error), error
+else:
+    raise SystemExit("read without av")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
