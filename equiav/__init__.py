@@ -1,6 +1,9 @@
 """EquiAV: audio-visual contrastive pretraining that leverages equivariance (ICML 2024)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from equiav.api import load
 
 __version__ = "0.1.0"
 __all__ = ["load"]

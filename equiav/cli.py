@@ -51,6 +51,12 @@ COMMANDS = {
         "ProbeConfig",
         "run_probe",
     ),
+    "eval": Command(
+        "evaluate a pretrained model without labels: retrieval, what its predictors know",
+        "evaluate",
+        "EvalConfig",
+        "run_eval",
+    ),
     "embed": Command("write the embeddings of videos and sound files", "embed", "EmbedConfig", "run_embed"),
     "score": Command("say how well sound and picture of a video belong together", "embed", "ScoreConfig", "run_score"),
     "predict": Command("name the classes of files, by a fine-tuned model", "embed", "PredictConfig", "run_predict"),

@@ -33,12 +33,16 @@ def test_unknown_command_is_named(capsys):
 def test_print_config_shows_what_would_run(capsys, command):
     assert cli.main([command, "--print-config", *(["x.pth"] if command == "import" else [])]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
-    if command in ("pack", "index", "verify"):
+    if command == "eval":
+        assert (settings["what"], settings["model"]) == ("retrieval", "")
+    elif command in ("pack", "index", "verify"):
         assert settings["processes"] >= 1
     elif command == "label":
         assert settings["labels"] == []
     elif command == "diff":
         assert settings == {"one": "", "two": ""}
+    elif command in ("embed", "score", "predict"):
+        assert (settings["files"], settings["model"]) == ([], "")
     elif command == "top":
         assert settings == {"where": [], "seconds": 2.0, "once": False}
     else:

@@ -11,16 +11,40 @@ from equiav.augment import normalised_spectrogram, original_image, sampled_vecto
 from equiav.config import ModelSettings
 from equiav.model import EquiAV
 
+AT = (1, 5, 10)
+BLOCK = 1 << 25  # similarities at a time: 128 MB
 
-def recalls(similarity: Tensor, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """similarity (N queries, N candidates), the diagonal belongs together -> R@k in percent.
 
-    A candidate that is not farther than the right one counts as nearer: embeddings that have collapsed, or are not
-    finite, retrieve nothing.
+def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
+    """queries, candidates (N, d), row k belongs to row k -> (N,) the place of the right candidate, 1 is best.
+
+    By inner product, exactly as in float64: what float32 cannot tell apart is computed anew. A candidate that is not farther
+    than the right one counts as nearer: embeddings that have collapsed, or are not finite, retrieve nothing.
     """
-    right = similarity.diagonal().unsqueeze(1)
-    rank = len(similarity) - (similarity < right).sum(dim=1)  # 1 is best
-    return {f"R@{k}": 100 * (rank <= k).float().mean().item() for k in at}
+    N, d = queries.shape
+    found = torch.empty(N, dtype=torch.int64, device=queries.device)
+    sizes = queries.double().norm(dim=1), candidates.double().norm(dim=1)
+    doubt = d * 2.0**-22 * sizes[0] * sizes[1].max()  # (N,) beyond what rounding can do, on both sides
+    rows = max(1, BLOCK // N)
+    for k in range(0, N, rows):
+        some = slice(k, min(k + rows, N))
+        right = (queries[some].double() * candidates[some].double()).sum(dim=1, keepdim=True)  # (b, 1)
+        apart = (queries[some].float() @ candidates.T.float()).double() - right  # (b, N)
+        farther = apart < -doubt[some, None]
+        unsure = (apart.abs() <= doubt[some, None]).nonzero()  # (m, 2); the right ones are among them
+        for one in unsure.split(max(1, BLOCK // (4 * d))):
+            row, column = one.unbind(1)
+            exact = (queries[some][row].double() * candidates[column].double()).sum(dim=1)
+            farther[row, column] = exact < right[row, 0]
+        found[some] = N - farther.sum(dim=1)
+    return found
+
+
+def recalls(places: Tensor) -> dict[str, float]:
+    """places (N,) of the right candidates, 1 is best -> R@k in percent, and the median."""
+    return {f"R@{k}": 100 * (places <= k).double().mean().item() for k in AT} | {
+        "median rank": places.double().quantile(0.5).item()
+    }
 
 
 class Pairs(NamedTuple):
@@ -53,15 +77,21 @@ def embed_pairs(
     return torch.cat(audio).float(), torch.cat(image).float()
 
 
-def zero_shot_retrieval(
-    model: EquiAV, settings: ModelSettings, pairs: Pairs, seeds: tuple[int, ...] = (0, 1, 2)
-) -> dict[str, tuple[float, float]]:
-    """-> {'audio to image R@1': (mean over the seeds of the centroid's vectors, half their spread), ...}, percent."""
+Spread = dict[str, tuple[float, float]]
+"""'audio to image R@1' -> mean over seeds, half their spread."""
+
+
+def both_directions(of_seeds: list[tuple[Tensor, Tensor]]) -> Spread:
+    """Audio and image embeddings (N, d), for each seed of the centroid's vectors."""
     rows: dict[str, list[float]] = {}
-    for seed in seeds:
-        audio, image = embed_pairs(model, settings, pairs, seed)
-        similarity = audio @ image.T  # (N, N)
-        for direction, matrix in (("audio to image", similarity), ("image to audio", similarity.T)):
-            for name, value in recalls(matrix).items():
+    for audio, image in of_seeds:
+        for direction, one, other in (("audio to image", audio, image), ("image to audio", image, audio)):
+            for name, value in recalls(ranks(one, other)).items():
                 rows.setdefault(f"{direction} {name}", []).append(value)
     return {name: (sum(v) / len(v), (max(v) - min(v)) / 2) for name, v in rows.items()}
+
+
+def zero_shot_retrieval(
+    model: EquiAV, settings: ModelSettings, pairs: Pairs, seeds: tuple[int, ...] = (0, 1, 2)
+) -> Spread:
+    return both_directions([embed_pairs(model, settings, pairs, seed) for seed in seeds])

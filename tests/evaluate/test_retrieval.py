@@ -2,22 +2,39 @@ import pytest
 import torch
 
 from equiav.evaluate import retrieval
-from equiav.evaluate.retrieval import Pairs, embed_pairs, recalls, zero_shot_retrieval
+from equiav.evaluate.retrieval import Pairs, embed_pairs, ranks, recalls, zero_shot_retrieval
 from equiav.model import EquiAV
 
 
+def plain(queries, candidates):
+    """In float64, the whole matrix at once."""
+    similarity = queries.double() @ candidates.double().T
+    right = similarity.diagonal().unsqueeze(1)
+    return len(queries) - (similarity < right).sum(dim=1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("block", [1, 1000, 1 << 25])
+def test_places_are_those_of_float64_with_ties(seed, block, monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    g = torch.Generator().manual_seed(seed)
+    queries, candidates = torch.randn(2, 150, 16, generator=g)
+    if seed % 2:  # with few bits float64 is exact, and many are equal
+        queries, candidates = queries.round(), candidates.round()
+    candidates[70:75] = candidates[20]
+    candidates[100] = candidates[3] * (1 + 1e-7)  # which float32 cannot tell apart
+    queries[7] = 0
+    assert ranks(queries, candidates).tolist() == plain(queries, candidates).tolist()
+
+
 def test_recalls():
-    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])  # ranks 1, 2, 3
-    assert recalls(similarity, (1, 2, 3)) == {
-        "R@1": pytest.approx(100 / 3),
-        "R@2": pytest.approx(200 / 3),
-        "R@3": pytest.approx(100),
-    }
+    assert recalls(torch.tensor([1, 2, 5, 11])) == {"R@1": 25.0, "R@5": 75.0, "R@10": 75.0, "median rank": 3.5}
 
 
-@pytest.mark.parametrize("value", [1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.125, float("nan"), float("inf")])
 def test_collapsed_embeddings_retrieve_nothing(value):
-    assert recalls(torch.full((20, 20), value), (1, 5, 10)) == {"R@1": 0, "R@5": 0, "R@10": 0}
+    same = torch.full((20, 16), value)
+    assert recalls(ranks(same, same)) == {"R@1": 0, "R@5": 0, "R@10": 0, "median rank": 20}
 
 
 def clips(n):
@@ -47,7 +64,9 @@ def test_report_has_both_directions_and_the_spread(config):
     model = EquiAV(config.model, config.objective)
     model.init_weights(0)
     result = zero_shot_retrieval(model.eval(), config, clips(12))
-    assert set(result) == {f"{d} R@{k}" for d in ("audio to image", "image to audio") for k in (1, 5, 10)}
+    assert set(result) == {f"{d} R@{k}" for d in ("audio to image", "image to audio") for k in (1, 5, 10)} | {
+        f"{d} median rank" for d in ("audio to image", "image to audio")
+    }
     for mean, spread in result.values():
         assert mean - spread >= 0
         assert mean + spread <= 100
