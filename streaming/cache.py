@@ -65,7 +65,12 @@ class Entry:
         return os.pread(self.file, max(0, os.fstat(self.file).st_size - start), start)
 
     def release(self) -> None:
-        os.close(self.file)
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+    def __del__(self) -> None:  # of a fetcher that was closed on its way, in a process that lives on
+        self.release()
 
 
 class Cache:

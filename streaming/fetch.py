@@ -126,6 +126,10 @@ class Fetcher:
             self._stopped.set()
         for pool in (self._windows, self._finishing, self._offset_requests, self._requests, self._again):
             pool.shutdown(wait=False, cancel_futures=True)
+        with self._holding:  # as threads of a process that lives on, they would keep others from their room
+            for entry in [entry for entries in self._held.values() for entry in entries]:
+                entry.release()
+            self._held.clear()
 
     def send(self, *message: Any) -> None:
         self._send(message)
@@ -204,8 +208,8 @@ class Fetcher:
             else:
                 self.cache.commit(entries[number])  # type: ignore[union-attr]
         with self._holding:
-            if key in self._unwanted:  # released before it was ready
-                self._unwanted.remove(key)
+            if key in self._unwanted or self._stopped.is_set():  # released before it was ready
+                self._unwanted.discard(key)
                 for entry in entries.values():
                     entry.release()
             else:

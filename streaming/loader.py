@@ -416,25 +416,31 @@ class Loader:
         the store is never idle between them. Other jobs may use the same folder."""
         edges = np.array([self._epoch.bounds(w)[0] for w in range(self._epoch.windows)])
         held = max(2, int(np.bincount(edges // self.order.batch).max()) + 1)  # by a step that spans small windows
-        # Shards that a rank's part of a window touches:
-        shards = -(-self.order.window * (self.stop - self.first) // self.order.batch) + 1
-        if self.selection:  # which gives shards much or little, of every epoch within one sample of its mean
-            shard_of = np.repeat(np.arange(len(self.dataset)), self.dataset.sizes)
-            means = np.bincount(shard_of, self.selection.often, len(self.dataset))
-            least = np.sort(np.maximum(means - 1, 0))[: self.order.window].sum()
-            held = max(2, min(self._epoch.windows, 2 + int(-(-self.order.batch // max(1, least)))))
-            shards = self.order.window
+        # Shards that the ranks' parts of a window touch, and what of a shard is fetched:
+        shards = sharers * (-(-self.order.window * (self.stop - self.first) // self.order.batch) + 1)
         beside = 1 << 16  # of a shard: blocks that are not full
+        largest = self.dataset.largest
+        if self.selection:
+            sizes = self.dataset.sizes
+            of_shards = np.bincount(np.repeat(np.arange(len(sizes)), sizes), self.selection.often, len(sizes))
+            low, high = max(0.0, of_shards.min() - 1), of_shards.max() + 1  # in every epoch within one of its mean
+            least = np.sort(np.maximum(of_shards - 1, 0))[: self.order.window].sum()
+            held = max(2, min(self._epoch.windows, 2 + int((self.order.batch - 2) // max(1, least))))
+            part = (self.stop - self.first) / self.order.batch
+            even = int(np.ceil(self.order.window * part * high / low)) + 1 if low else self.order.window
+            shards = min(sharers * even, self.order.window + sharers)  # beyond: two have a shard in common
+            wanted = float(((of_shards + 1) / sizes).max())
+            largest = min(largest, int(2 * wanted * largest)) if wanted < 0.5 else largest  # clips differ in size
         whole = self.dataset.bytes + len(self.dataset) * beside
 
         def room(windows: int) -> int:
-            needed = sharers * min(windows * shards * (self.dataset.largest + beside), windows * whole)
+            needed = min(windows * shards * (largest + beside), sharers * windows * whole)
             return needed + needed // 50  # offsets files
 
         if cache.limit < room(held):
             raise CacheMisfit(
                 f"cache_bytes is {cache.limit}, expected {room(held)} or more: room for {held} windows of "
-                f"{self.order.window} shards of up to {self.dataset.largest} bytes, for {sharers} rank(s) on this "
+                f"{self.order.window} shards of up to {largest} bytes, for {sharers} rank(s) on this "
                 "node. Raise it, or lower the window, or pack smaller shards"
             )
         # Ranks that share are the children of one process. Containers may share a folder, too, and number theirs alike.

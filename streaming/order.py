@@ -77,8 +77,8 @@ class Selection:
         """-> (samples,) int64. Systematic sampling within each shard: a sample comes as often as its mean says, rounded up or
         down; a shard, too, so that windows have one size in every epoch; and so many in all, exactly."""
         shards = np.repeat(np.arange(len(sizes)), sizes)
-        turn = permutation(key, len(shards))
-        turn = turn[np.argsort(shards[turn], kind="stable")]
+        turn, place = permutation(key, len(shards)), permutation(_mix_int(key), len(sizes))
+        turn = turn[np.argsort(place[shards[turn]], kind="stable")]  # shard after shard, both in an order of the epoch
         turn = turn[self.often[turn] > 0]
         ends = np.cumsum(self.often[turn])  # one after the other, so that every machine rounds alike
         ends = np.round(ends * (self.samples / ends[-1]) * FINE).astype(np.int64)

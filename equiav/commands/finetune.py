@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from equiav.config import FinetuneConfig
 from equiav.data.labelled import labelled
 from equiav.evaluate.classification import results, score
+from equiav.evaluate.look import reader
 from equiav.evaluate.paper import beside_the_paper
 from equiav.parallel import Ranks
 from equiav.tasks import Classification
@@ -26,7 +28,7 @@ RESULTS, TABLE = "results.json", "results.md"
 
 def run_finetune(config: FinetuneConfig) -> None:
     tune = config.tune
-    learned, tested = labelled(config.stream, tune, tune.loss == "one")
+    learned, tested, notes = labelled(config.stream, tune, tune.loss == "one", needs_label=tune.balance)
     classes = learned.labels.classes
     often = learned.labels.balanced(learned.chosen) if tune.balance else learned.chosen.astype(np.float64)
     if tune.epochs:
@@ -34,8 +36,9 @@ def run_finetune(config: FinetuneConfig) -> None:
         steps = max(1, round(tune.epochs * per_epoch))
         train = replace(config.train, steps=steps, warmup_steps=min(steps, round(tune.warmup_epochs * per_epoch)))
         config = replace(config, train=train)
-    digest, once = learned.labels.digest, (often == 1).all()
-    task = Classification(config, tune, len(classes.names), classes.many_hot, digest, None if once else often)
+    learns_from = {"labels": learned.labels.digest, "clips": sha256(often.tobytes()).hexdigest()}
+    once = bool((often == 1).all())
+    task = Classification(config, tune, len(classes.names), classes.many_hot, learns_from, None if once else often)
 
     def then(ranks: Ranks, done: Done, tell: Callable[[str], None]) -> dict[str, str]:
         beside = {
@@ -67,8 +70,12 @@ def run_finetune(config: FinetuneConfig) -> None:
             return ""
         return f"it was tested on {before.get('dataset', 'nothing')}, and is not tested anew; remove {config.out}/model for that"
 
-    notes = [note for of in (learned, tested) if of for note in of.notes()]
-    carry_out("finetune", config, task, then, notes, again)
+    def ready(ranks: Ranks) -> None:
+        """Whether there is room for the test is known before the first step."""
+        if tested:
+            reader(config, tune, tested.dataset, ranks, tested.chosen, 0.5, workers=0).close()
+
+    carry_out("finetune", config, task, then, notes, again, ready)
 
 
 def in_words(said: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def run_label(config: LabelConfig) -> None:
     dataset = Dataset(Store(config.url, config.patience))
     classes = read_classes(config.classes.expanduser()) if config.classes else []
     found = from_folders(dataset) if FOLDERS in config.labels else {}
+    stems = Counter(Path(name).stem for name in config.labels)
     for name in config.labels:
+        require(stems[Path(name).stem] == 1, "labels", name, "files of different names: a file's name may be a part's")
         for clip, said in read_label_file(Path(name).expanduser()).items() if name != FOLDERS else ():
             found.setdefault(clip, Said([], [])).add(*said)
     given = give(dataset, found, classes, config.other)

@@ -116,7 +116,7 @@ class PackConfig:
         require(self.patience >= 0, "patience", self.patience, "0 or more")
         w = self.world
         for name in ("silent", "unseen", "skew"):
-            require(getattr(w, name) >= 0, f"world.{name}", getattr(w, name), "0 or more")
+            require(0 <= getattr(w, name) <= 10, f"world.{name}", getattr(w, name), "0 to 10")
         require(w.silent + w.unseen <= 1, "world.unseen", w.unseen, f"at most 1 less world.silent={w.silent}")
         require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
         require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")

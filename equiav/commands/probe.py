@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from equiav.augment import Clips
@@ -33,7 +35,8 @@ def run_probe(config: ProbeConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     probe = config.probe
-    learned, tested = labelled(config.stream, probe, one=False)
+    require("RANK" not in os.environ, "probe", "started as one of several processes", "one alone: `equiav probe`")
+    learned, tested, notes = labelled(config.stream, probe, one=False)
     if tested is None:
         require(
             False,
@@ -42,6 +45,13 @@ def run_probe(config: ProbeConfig) -> None:
             "what to test on: parts of the dataset, or another",
         )
         return
+    for folder, setting in ((config.out, "out"), (config.features.expanduser(), "features")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotHere(f"{setting}: {folder} cannot be made ({error}); set a folder that can be written") from None
+    for note in notes:
+        say(note)
     task = Classification(config, TuneConfig(modality=probe.modality), 1, np.zeros)
     model = encoders(config, task)
     same = learned.dataset.fingerprint == tested.dataset.fingerprint
@@ -68,7 +78,6 @@ def run_probe(config: ProbeConfig) -> None:
         "modality": probe.modality,
         "bad": dict(bad),
     }
-    config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "results.json").write_text(json.dumps(said, indent=1, allow_nan=False))
     measure = "accuracy" if one else "mAP"
     for how in ("linear", "nearest"):
@@ -97,7 +106,7 @@ def encoders(config: ProbeConfig, task: Classification) -> Classifier:
 
 def features(config: ProbeConfig, task: Classification, model: Classifier, of: Labelled) -> Looked:
     """Of the chosen clips; from the disk, where the same were asked for before."""
-    path = config.features.expanduser() / f"{digest(config, model, of)}.npz"
+    path = config.features.expanduser() / f"{digest(config, model, of)}.safetensors"
     if kept := read_features(path):
         say(f"features of {len(kept.samples):,} clips of {of.url}: {path}")
         return kept
@@ -109,22 +118,25 @@ def features(config: ProbeConfig, task: Classification, model: Classifier, of: L
 
     say(f"looks at {of.clips:,} clips of {of.url}")
     found = look(config, config.probe, of.dataset, Ranks(config.device), of.chosen, compute)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part.npz")
-    reasons, counts = list(found.bad), list(found.bad.values())
-    np.savez(part, samples=found.samples, values=found.values.astype(np.float32), reasons=np.array(reasons, "U"),
-             counts=np.array(counts, np.int64))  # fmt: skip
+    found = found._replace(values=found.values.astype(np.float32))
+    if found.bad or len(found.samples) < of.clips:  # they may be there another time
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.bad.most_common(3))
+        say(
+            f"of {of.clips - len(found.samples):,} of {of.clips:,} clips nothing could be used ({reasons}); features are not kept"
+        )
+        return found
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file({"samples": found.samples, "values": found.values}, part)
     part.replace(path)
-    return read_features(path) or found
+    return found
 
 
 def read_features(path: Path) -> Looked | None:
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            samples, values, reasons, counts = (kept[name] for name in ("samples", "values", "reasons", "counts"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or of a disk that was full
+        kept = load_file(path)
+        return Looked(kept["samples"], kept["values"], Counter())
+    except (OSError, KeyError, SafetensorError):  # absent, or of a disk that was full
         return None
-    return Looked(samples, values, Counter(dict(zip(reasons.tolist(), counts.tolist(), strict=True))))
 
 
 def digest(config: ProbeConfig, model: Classifier, of: Labelled) -> str:

@@ -42,34 +42,54 @@ class Labelled(NamedTuple):
         return notes
 
 
-def labelled(stream: StreamConfig, of: LabelsConfig, one: bool) -> tuple[Labelled, Labelled | None]:
-    """What is learned from, and what is tested on. one: each clip has to have exactly one class."""
+def labelled(
+    stream: StreamConfig, of: LabelsConfig, one: bool, needs_label: bool = False
+) -> tuple[Labelled, Labelled | None, list[str]]:
+    """What is learned from, what is tested on, and what there is to say of both. one: each clip has to have exactly one class.
+    needs_label: nothing is learned from a clip without one."""
     require(bool(stream.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     opened = opened_at("stream.url", stream.url, stream, of)
     names = opened.labels.classes.names
     require(len(names) > 1, "labels", f"{len(names)} class", "two or more, to be told apart")
-    learned = parts(opened, f"{of.section}.train_on", of.train_on, "stream.url", one)
-    if not of.test_url and not of.test_on:
-        return learned, None
-    same = of.test_url in ("", stream.url)
-    setting = f"{of.section}.test_url"
-    other = opened if same else opened_at(setting, of.test_url, stream, of)
-    if other.labels.classes.names != names:
-        missing = sorted(set(other.labels.classes.names) ^ set(names))
-        raise DatasetError(
-            f"{setting}: {other.url} has other classes than the dataset of stream.url ({', '.join(missing[:5])}, or another "
-            "order); give both the same list: equiav label ... --classes FILE"
-        )
-    tested = parts(other, f"{of.section}.test_on", of.test_on, setting, one)
-    if same and of.test_on and not of.train_on:
+    learned, tested, notes = parts(opened, f"{of.section}.train_on", of.train_on, "stream.url", one), None, []
+    if of.test_url or of.test_on:
+        setting = f"{of.section}.test_url"
+        other = opened_at(setting, of.test_url, stream, of) if of.test_url else opened
+        if other.labels.classes.names != names:
+            missing = sorted(set(other.labels.classes.names) ^ set(names))
+            raise DatasetError(
+                f"{setting}: {other.url} has other classes than the dataset of stream.url ({', '.join(missing[:5])}, or "
+                "another order); give both the same list: equiav label ... --classes FILE"
+            )
+        tested = parts(other, f"{of.section}.test_on", of.test_on, setting, one)
+        if other.dataset.fingerprint == opened.dataset.fingerprint:  # however it is spelled
+            learned, notes = apart(of, learned, tested)
+    if needs_label:
+        learned = learned._replace(chosen=learned.chosen & (learned.labels.classes.each > 0))
+    return learned, tested, [*notes, *learned.notes(), *(tested.notes() if tested else [])]
+
+
+def apart(of: LabelsConfig, learned: Labelled, tested: Labelled) -> tuple[Labelled, list[str]]:
+    """Of one dataset: what is tested on is not learned from."""
+    if of.test_on and not of.train_on:
         learned = learned._replace(chosen=learned.chosen & ~tested.chosen)
         require(learned.clips > 0, f"{of.section}.test_on", of.test_on, "parts that leave clips to learn from")
-    if same and of.train_on and (both := int((learned.chosen & tested.chosen).sum())):
+        none = int((learned.labels.parts.each[learned.chosen] == 0).sum())
+        if none:
+            return learned, [
+                f"{none:,} of the {learned.clips:,} clips that are learned from are of no part; {of.section}.train_on "
+                "leaves them out"
+            ]
+        return learned, []
+    both = int((learned.chosen & tested.chosen).sum())
+    if both and of.train_on:
         raise DatasetError(
             f"{of.section}.train_on {of.train_on} and test_on {of.test_on or '(all)'} have {both:,} clips in common; "
             "a test says nothing of what was learned from"
         )
-    return learned, tested
+    return learned, [
+        f"all {both:,} clips that are tested on are learned from, too: the test says what is known by heart"
+    ]
 
 
 def opened_at(setting: str, url: str, stream: StreamConfig, of: LabelsConfig) -> Labelled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,10 @@ def read_label_file(path: Path) -> Found:
     for name, labels, part in pairs:
         if not name or not labels:
             raise ConfigError(f"{path}: {name or 'a line'} has no {'label' if name else 'name'}")
-        found.setdefault(name, Said([], [])).add(labels, [path.stem if part is None else part] if part != "" else [])
+        of = (path.stem if part is None else part).strip()
+        if "," in of:
+            raise ConfigError(f"{path}: {name} is of the part {of!r}, expected a name without a comma; rename it")
+        found.setdefault(name, Said([], [])).add(labels, [of] if of else [])
     if not found:
         raise ConfigError(f"{path}: has no labels")
     return found
@@ -94,23 +98,23 @@ def _json(text: str) -> Iterator[Row]:
 
 
 def _rows(path: Path, lines: list[str]) -> Iterator[Row]:
-    head = next(csv.reader(lines[:1], skipinitialspace=True))
+    head = next(csv.reader(lines[:1], skipinitialspace=True, strict=True))
     for columns in (("filename", "category"), ("fname", "labels"), ("youtube_id", "label")):
         if set(columns) <= set(head):
             name, label = (head.index(column) for column in columns)
             part = next((head.index(column) for column in ("fold", "split") if column in head), None)
-            rows = csv.reader(lines[1:], skipinitialspace=True)
+            rows = csv.reader(lines[1:], skipinitialspace=True, strict=True)
             for number, row in enumerate(rows, 2):
                 _require(path, number, len(row) == len(head), row, f"{len(head)} columns")
                 clip = _stem(row[name])
                 if {"time_start", "time_end"} <= set(head):  # Kinetics, as it is usually fetched
                     clip += "".join(f"_{int(float(row[head.index(at)])):06d}" for at in ("time_start", "time_end"))
-                labels = _split(row[label], ",") if columns[0] == "fname" else [row[label]]
+                labels = _split(row[label], ",") if columns[0] == "fname" else _split(row[label], "\n")
                 yield clip, labels, None if part is None else row[part].strip()
             return
     of_one = re.fullmatch(r"(.+)_test_(split\d)", path.stem)
     named = len(head) == 2 and head[0].lower() in HEADS and head[1].lower() in ("label", "labels", "class", "category")
-    for number, row in enumerate(csv.reader(lines[named:], skipinitialspace=True), 1 + named):
+    for number, row in enumerate(csv.reader(lines[named:], skipinitialspace=True, strict=True), 1 + named):
         if of_one and len(row) == 1:  # HMDB51: name [number], of the class that the file is called after
             clip = _without_number(row[0])
             part = {"1": f"{of_one[2]}-train", "2": f"{of_one[2]}-test"}.get(row[0].strip()[len(clip) :].strip(), "")
@@ -124,7 +128,7 @@ def _rows(path: Path, lines: list[str]) -> Iterator[Row]:
         elif len(row) == 4 and _is_number(row[1]) and _is_number(row[2]):  # AudioSet
             yield row[0], _split(row[3], ","), None
         elif len(row) == 4 and _is_number(row[1]):  # VGGSound; its names have commas
-            yield f"{row[0]}_{int(float(row[1])):06d}", [row[2]], row[3].strip()
+            yield f"{row[0]}_{int(float(row[1])):06d}", _split(row[2], "\n"), row[3].strip()
         else:
             _require(path, number, False, row, "path,label[;label], or AudioSet's or VGGSound's columns")
 
@@ -197,14 +201,16 @@ def give(dataset: Dataset, found: Found, classes: Sequence[str] = (), other: str
         if not match:
             last = video.rpartition("/")[2]
             near = [one for one in by_last.get(last, ()) if one.endswith(f"/{video}") or video.endswith(f"/{one}")]
-            other = fits.setdefault(near[0], video) if near else video
-            if len(near) > 1 or other != video:
-                both = near[:2] if len(near) > 1 else [other, video]
+            before = fits.setdefault(near[0], video) if near else video
+            if len(near) > 1 or before != video:
+                both = near[:2] if len(near) > 1 else [before, video]
                 raise ConfigError(f"labels: {last!r} may be {both[0]!r} or {both[1]!r}; write names with their folders")
             match = near[0] if near else ""
         said = found[by_key[match]] if match else Said([], [])
         samples.append([number[one if one in number else other] for one in said.labels])
-        parts.append([part_names.index(part) for part in said.parts])
+        of_video = found[by_key[video]].parts if match == key != video and video in by_key else []
+        parts.append([part_names.index(part) for part in {*said.parts, *of_video}])
+        used.add(by_key.get(video, ""))
         used.add(by_key.get(match, ""))
         if not said.labels:
             without.append(key)
@@ -252,7 +258,7 @@ def read_classes(path: Path) -> list[str]:
     (UCF101), or a name a line."""
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"classes {path}: {error}; expected a name a line, or index,mid,display_name") from None
     rows = list(csv.reader(lines))
     if rows and rows[0][:2] == ["index", "mid"]:
@@ -266,9 +272,8 @@ def read_classes(path: Path) -> list[str]:
         names = [line.strip().partition(" ")[2].strip() for line in lines]
     else:
         names = [line.strip() for line in lines]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice or not names:
-        raise ConfigError(
-            f"classes {path}: {', '.join(sorted(twice)[:5]) or 'none'} stand there twice, expected each once"
-        )
+    if not names:
+        raise ConfigError(f"classes {path}: there are none, expected a name a line, or index,mid,display_name")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"classes {path}: {', '.join(sorted(twice)[:5])} stand there twice, expected each once")
     return names

@@ -25,6 +25,7 @@ import numpy as np
 
 SHAPES = ("disc", "square", "triangle", "ring")
 CLASSES = tuple(f"{left} and {right}" for left in SHAPES for right in SHAPES)
+COLOURS = ("red", "green", "blue", "violet")  # quarters of the hues that there are
 ATTRIBUTES = ("shape", "size", "brightness", "x", "hue", "motion")  # of each object, all but shape in [0, 1]
 SCENE = ("light", "tint")  # of the whole clip, in [0, 1]
 TABLE = 2048
@@ -58,8 +59,9 @@ class Rules:
     """Share of the objects that are heard and out of sight."""
     skew: float = 0.0
     """How much rarer each shape is than the one before; 0: all are as frequent."""
-    classes: Literal["pairs", "shapes"] = "pairs"
-    """A clip's labels: its pair of shapes (one of 16), or each shape that is there (one or two of 4)."""
+    classes: Literal["pairs", "shapes", "things"] = "pairs"
+    """A clip's labels: its pair of shapes (one of 16), each shape that is there (one or two of 4), or each shape and each colour
+    (two to four of 8): shapes are told from the sound rather, colours from the picture."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ class World:
 
     def labels(self, index: int) -> list[str]:
         """Of that clip, without making it."""
-        left, right = self._attributes(np.random.Generator(np.random.Philox(key=[self.seed, index])))[:, 0].astype(int)
+        attributes = self._attributes(np.random.Generator(np.random.Philox(key=[self.seed, index])))
+        left, right = attributes[:, 0].astype(int)
         if self.rules.classes == "pairs":
             return [CLASSES[left * len(SHAPES) + right]]
-        return sorted({SHAPES[left], SHAPES[right]})
+        colours = (
+            {COLOURS[int(hue * len(COLOURS))] for hue in attributes[:, 4]} if self.rules.classes == "things" else set()
+        )
+        return sorted({SHAPES[left], SHAPES[right]} | colours)
 
     def masks(self, index: int) -> np.ndarray:
         """(K, size, size) bool: where something is seen that sounds."""

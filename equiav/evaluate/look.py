@@ -33,29 +33,12 @@ def look(
 ) -> Looked:
     """Collective. Of the `chosen` (samples,) bool: its mean over `test_frames` frames
     from the middles of equal parts."""
-    s, t = config.stream, config.train
-    order = Order(dataset.fingerprint, 0, t.batch_size, s.lanes, s.window)
     sums: dict[int, np.ndarray] = {}
     terms: Counter[int] = Counter()
     bad: Counter[str] = Counter()
     frames = of.test_frames if of.sees else 1
     for k in range(frames):
-        at = (k + 0.5) / frames
-        with Loader(
-            dataset,
-            order,
-            ClipDecoder(config.model, config.data, of.hears, of.sees),
-            rank=ranks.rank,
-            ranks=ranks.size,
-            unit=t.micro_batch,
-            workers=s.workers,
-            ahead=s.ahead,
-            selection=None if chosen.all() else Selection(chosen),
-            cache=s.cache.expanduser(),
-            cache_bytes=s.cache_bytes,
-            sharers=ranks.local_size,
-            draw=lambda epoch, samples, at=at: np.full(len(samples), at),
-        ) as loader:
+        with reader(config, of, dataset, ranks, chosen, (k + 0.5) / frames, config.stream.workers) as loader:
             for _, batch in zip(range(loader.steps_per_epoch), loader.batches(0), strict=False):
                 own = (*_of_batch(config, as_tensors(batch), ranks, compute), [one.reason for one in batch.bad])
                 for samples, values, reasons in ranks.objects(own):
@@ -68,6 +51,28 @@ def look(
         raise DatasetError(f"no clip of {dataset.store.url} can be used ({reasons})")
     samples = sorted(sums)
     return Looked(np.array(samples, np.int64), np.stack([sums[k] / terms[k] for k in samples]), bad)
+
+
+def reader(
+    config: Config, of: LabelsConfig, dataset: Dataset, ranks: Ranks, chosen: np.ndarray, at: float, workers: int
+) -> Loader:
+    """at: of a clip's frames, which is shown, 0 to 1."""
+    s, t = config.stream, config.train
+    return Loader(
+        dataset,
+        Order(dataset.fingerprint, 0, t.batch_size, s.lanes, s.window),
+        ClipDecoder(config.model, config.data, of.hears, of.sees),
+        rank=ranks.rank,
+        ranks=ranks.size,
+        unit=t.micro_batch,
+        workers=workers,
+        ahead=s.ahead,
+        selection=None if chosen.all() else Selection(chosen),
+        cache=s.cache.expanduser(),
+        cache_bytes=s.cache_bytes,
+        sharers=ranks.local_size,
+        draw=lambda epoch, samples: np.full(len(samples), at),
+    )
 
 
 def _of_batch(config: Config, clips: Clips, ranks: Ranks, compute: Compute) -> tuple[list[int], np.ndarray]:

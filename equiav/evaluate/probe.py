@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from equiav.evaluate.classification import accuracy, mean_average_precision
 from streaming.order import permutation
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))  # of the regularisation, tried on what is held out
+MIDDLE = 1e-2  # where nothing can be chosen
 ITERATIONS = 200  # of L-BFGS, at most
 WARMTH = 0.07  # of the neighbours' votes
 BLOCK = 1 << 24  # similarities at a time
@@ -57,18 +59,21 @@ def fit_linear(x: np.ndarray, right: np.ndarray, strength: float, one: bool) -> 
 
 def choose_strength(
     x: np.ndarray, right: np.ndarray, held_out: float, one: bool, seed: int
-) -> tuple[float, dict[str, float]]:
+) -> tuple[float, dict[str, float | None]]:
     """-> the strength that is best on a part of the clips, learned from the others; and what each was worth there. Of equals, the
     strongest."""
     order = permutation(seed, len(x))
     count = min(len(x) - 1, max(1, round(held_out * len(x))))
     apart, rest = order[:count], order[count:]
-    worth = {}
+    worth: dict[float, float] = {}
     for strength in STRENGTHS:
         scores = fit_linear(x[rest], right[rest], strength, one).scores(x[apart], one)
         worth[strength] = (accuracy if one else mean_average_precision)(right[apart], scores)
-    best = max(worth, key=lambda strength: (np.nan_to_num(worth[strength], nan=-1.0), strength))
-    return best, {f"{strength:g}": float(value) for strength, value in worth.items()}
+    told = {f"{strength:g}": value if math.isfinite(value) else None for strength, value in worth.items()}
+    known = {strength: value for strength, value in worth.items() if math.isfinite(value)}
+    if not known:  # none of what is held out has a label
+        return MIDDLE, told
+    return max(known, key=lambda strength: (known[strength], strength)), told
 
 
 def nearest(x: np.ndarray, right: np.ndarray, asked: np.ndarray, neighbours: int) -> np.ndarray:

@@ -50,12 +50,11 @@ class Classification:
         tune: TuneConfig,
         classes: int,
         targets: Targets,
-        digest: str = "",
+        learns_from: Mapping[str, str] | None = None,
         often: np.ndarray | None = None,
     ):
-        """digest: of the labels."""
         self.config, self.tune, self.classes, self.targets, self.often = config, tune, classes, targets, often
-        self.learns_from: Mapping[str, str] = {"labels": digest}
+        self.learns_from = learns_from or {}
         self.hears, self.sees = tune.hears, tune.sees
 
     def build(self) -> Classifier:

@@ -31,10 +31,12 @@ def carry_out(
     then: Then = lambda *_: {},
     notes: Sequence[str] = (),
     again: Callable[[], str] = lambda: "",
+    ready: Callable[[Ranks], None] = lambda ranks: None,
 ) -> None:
     """Starts a run, goes on with it, or says that it is finished; alone, or as one of torchrun's processes.
 
-    notes: what there is to say before it. again: to who asks once more for a run that is finished.
+    notes: what there is to say before it. again: to who asks once more for a run that is finished. ready: raises where `then`
+    could not be done.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
@@ -51,6 +53,7 @@ def carry_out(
             return
         for note in notes if ranks.rank == 0 else ():
             tell(note)
+        ready(ranks)
         with showing(config.train.steps) as show:
             done = run(config, task, ranks, tell, show)
         state = done.state

@@ -91,6 +91,10 @@ def test_hmdb51s_numbers_are_splits(tmp_path):
         ("", "has no labels"),
         ("# only\n", "has no labels"),
         ("x.mp4,\n", "x has no label"),
+        ("filename,fold,category\nx.wav,1, \n", "x has no label"),
+        ('x.mp4,"a\ny.mp4,"b\nz.mp4,c\n', "is no file of labels .Error"),
+        ('x.mp4,"a\ny.mp4,b\n', "is no file of labels .Error: unexpected end of data"),
+        ('filename,fold,category\nx.wav,"1,2",a\n', "x is of the part '1,2', expected a name without a comma"),
         (",dog\n", "a line has no name"),
         ("label,youtube_id,time_start,time_end,split\na,b,x,14,train\n", "is no file of labels .*could not convert"),
         ('"' + "a" * 200_000 + '",dog\n', "is no file of labels .*field larger"),
@@ -196,6 +200,52 @@ def test_folders_are_classes_and_all_classes_may_be_named(dataset, tmp_path, cap
     assert labels_of(dataset) == {key: ["dog" if key.startswith("dog") else "rest"] for key in KEYS}
     assert cli.main([*some, "none"]) == 2
     assert "other is 'none', expected one of the 2 classes" in capsys.readouterr().err
+
+
+def test_other_is_a_class_whatever_a_name_fits(dataset, tmp_path):
+    (tmp_path / "classes.txt").write_text("x\nrest\n")
+    rows = "deep/dog/a.mp4,x\ndeep/dog/b.v2.mp4,y\ndeep/cat/c.mp4,z\n"
+    (tmp_path / "l.csv").write_text(rows)
+    typed = [
+        "label",
+        str(dataset),
+        str(tmp_path / "l.csv"),
+        "--classes",
+        str(tmp_path / "classes.txt"),
+        "--other",
+        "rest",
+    ]
+    assert cli.main(typed) == 0
+    assert labels_of(dataset) == {
+        "dog/a": ["x"],
+        "dog/b_v2": ["rest"],
+        "cat/c": ["rest"],
+        "cat/d-000010000": [],
+        "cat/e": [],
+    }
+
+
+def test_parts_of_a_video_are_those_of_its_clips(dataset, tmp_path):
+    (tmp_path / "held.txt").write_text("cat/d.mp4\n")
+    assert cli.main(["label", str(dataset), "folders", str(tmp_path / "held.txt")]) == 0
+    there = read_labels(Dataset(Store(str(dataset))))
+    assert there.parts.has(["held"]).tolist() == [key == "cat/d-000010000" for key in KEYS]
+
+
+def test_two_files_of_one_name(dataset, tmp_path, capsys):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "l.csv").write_text("dog/a.mp4,x\n")
+    assert cli.main(["label", str(dataset), str(tmp_path / "x/l.csv"), str(tmp_path / "y/l.csv")]) == 2
+    assert "expected files of different names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_no_classes(dataset, tmp_path, capsys, content):
+    (tmp_path / "none.txt").write_text(content)
+    for path, said in ((tmp_path / "none.txt", "there are none, expected a name a line"), (tmp_path, "Is a directory")):
+        assert cli.main(["label", str(dataset), "folders", "--classes", str(path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_lists_say_the_part_and_folders_the_class(dataset, tmp_path, capsys):

@@ -7,7 +7,7 @@ from torchaudio.functional import spectrogram as stft
 
 from equiav.config import DataConfig
 from equiav.data.clips import check_audio, decode_frame, encode_frame
-from equiav.data.synthetic import ATTRIBUTES, CLASSES, SHAPES, Rules, World
+from equiav.data.synthetic import ATTRIBUTES, CLASSES, COLOURS, SHAPES, Rules, World
 
 WORLD = World(seconds=2.56)
 CLIPS = [WORLD.clip(i) for i in range(200)]
@@ -281,3 +281,7 @@ def test_classes_of_many_labels_are_skewed():
         counts += [shape in labels for shape in SHAPES]
     assert (np.diff(counts) < 0).all()
     assert counts[0] > 2 * counts[-1] > 0
+    things = World(seconds=2.56, rules=Rules(skew=1.0, classes="things"))
+    for k, clip in enumerate(clips):
+        colours = {COLOURS[int(4 * hue)] for hue in clip.attributes[:, HUE]}
+        assert things.labels(k) == sorted({*of.labels(k), *colours})

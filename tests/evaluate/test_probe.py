@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -86,13 +87,45 @@ def test_the_command(clips, tmp_path, capsys):
     assert "features of 30 clips" in told
     assert "looks at" not in told
     assert other["linear"] != said["linear"]
-    kept = next((tmp_path / "f").glob("*.npz"))
+    kept = next((tmp_path / "f").glob("*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:-100])  # a disk that was full
     assert probe(clips, tmp_path / "three", "--probe.test_on", "fold 1") == (0, said)
     assert probe(clips, tmp_path / "four", "--probe.test_on", "fold 1", "--probe.modality", "audio")[1] != said
     capsys.readouterr()
     assert probe(clips, tmp_path / "five")[0] == 2
     assert "probe.test_on is not set, nor is probe.test_url" in capsys.readouterr().err
+
+
+def test_where_nothing_held_out_has_a_label_a_middle_strength_is_taken():
+    x, right, _ = some(20)
+    assert choose_strength(x, np.zeros_like(right), 0.3, False, 0) == (1e-2, {f"{s:g}": None for s in STRENGTHS})
+
+
+def test_the_same_dataset_by_another_name_is_the_same(clips, tmp_path):
+    plain = probe(clips, tmp_path / "one", "--probe.test_on", "fold 1")[1]
+    for k, name in enumerate((f"{clips}/", f"file://{clips}")):
+        other = probe(clips, tmp_path / str(k), "--probe.test_on", "fold 1", "--probe.test_url", name)[1]
+        assert other["learned from"] == 20
+        assert other["linear"] == plain["linear"]
+
+
+def test_a_test_of_what_was_learned_from_is_said(clips, tmp_path, capsys):
+    assert probe(clips, tmp_path / "one", "--probe.test_url", clips)[0] == 0
+    assert "all 30 clips that are tested on are learned from, too" in capsys.readouterr().out
+
+
+def test_features_that_lack_some_clips_are_not_kept(clips, tmp_path, capsys):
+    shard = sorted(clips.glob("*.tar"))[0]
+    shard.rename(tmp_path / "away")
+    try:
+        typed = ["--probe.test_on", "fold 1", "--stream.patience", "1"]
+        fewer = probe(clips, tmp_path / "one", *typed)[1]
+    finally:
+        (tmp_path / "away").rename(shard)
+    assert "of 4 of 30 clips nothing could be used" in capsys.readouterr().out
+    assert fewer["learned from"] + fewer["linear"]["clips"] == 26
+    whole = probe(clips, tmp_path / "two", *typed)[1]
+    assert whole["learned from"] + whole["linear"]["clips"] == 30
 
 
 def test_features_are_those_of_the_clip(clips, tmp_path):
@@ -110,8 +143,7 @@ def test_features_are_those_of_the_clip(clips, tmp_path):
     config = load(ProbeConfig, "probe", ["--config", "smoke", "--model.depth", "1"])[0]
     model = Classifier(config.model, 1)
     model.init_weights(0)
-    with np.load(next((tmp_path / "f").glob("*.npz"))) as kept:
-        values = kept["values"]
+    values = load_file(next((tmp_path / "f").glob("*.safetensors")))["values"]
     world, opened = World(1, 64, 3, 2.56), Dataset(Store(str(clips)))
     from equiav.data.labels import keys_of
 

@@ -146,6 +146,16 @@ def test_ranks_share_what_is_selected_and_need_what_they_take(seed):
             assert all((np.diff(places) > 0).all() for need in within for places in need.values())
 
 
+def test_any_two_shards_can_come_together():
+    """Of one-sample shards half of the epochs' samples: not always the same half."""
+    order, selection = Order(FINGERPRINT, 5, 8), Selection(np.full(40, 0.5))
+    epochs = [Epoch(order, np.ones(40, np.int32), e, selection) for e in range(200)]
+    came = [frozenset(np.concatenate([e.slots(k, 0, 8).shards for k in range(e.steps)]).tolist()) for e in epochs]
+    assert len(set(came)) == 200
+    together = sum(np.outer(row, row) for row in ([[k in c for k in range(40)] for c in came]))
+    assert together.min() > 20  # of 200; a quarter is to be expected
+
+
 def test_one_of_each_is_no_selection():
     sizes = np.array([3, 1, 4, 1, 5], np.int32)
     order = Order(FINGERPRINT, 1, 4, 2, 2)

@@ -238,6 +238,46 @@ def test_a_fine_tuned_model_is_a_beginning_too(config, whole, tmp_path):
     assert "has no encoder for image, which this run needs" in text
 
 
+def test_what_is_learned_from_cannot_change_on_the_way(config, tmp_path):
+    """Elsewhere for the test, nothing of the dataset would be left out any more."""
+    typed = ["--tune.epochs", "0", "--tune.warmup_epochs", "0", "--train.steps", "4", "--train.warmup_steps", "0"]
+    url = yaml.safe_load(config.read_text())["stream"]["url"]
+    first = ["--tune.test_url", url, "--tune.test_on", "fold 1"]
+    Run(config, tmp_path, None, *typed, *first, command="finetune").end()
+    text = Run(config, tmp_path, None, *typed, "--tune.test_on", "fold 1", command="finetune").end(2)
+    assert "the clips are others" in text
+    assert "is finished at step 4" in Run(config, tmp_path, None, *typed, "--tune.test_url", f"{url}/", *first[2:],
+                                          command="finetune").end()  # fmt: skip
+
+
+def test_where_the_test_has_no_room_it_is_said_before_the_first_step(config, tmp_path):
+    """Of a store: its shards have to fit, too."""
+    import shutil
+
+    from equiav.data.local_s3 import LocalS3
+
+    with LocalS3(tmp_path / "store") as s3:
+        url = yaml.safe_load(config.read_text())["tune"]["test_url"]
+        shutil.copytree(url, s3.folder / "bucket" / "test")
+        of = s3.options
+        env = {
+            "AWS_ENDPOINT_URL": of["endpoint_url"],
+            "AWS_ACCESS_KEY_ID": of["key"],
+            "AWS_SECRET_ACCESS_KEY": of["secret"],
+        }
+        typed = [
+            "--tune.test_url",
+            "s3://bucket/test",
+            "--stream.cache",
+            str(tmp_path / "cache"),
+            "--stream.cache_bytes",
+            "9999",
+        ]
+        text = Run(config, tmp_path / "out", None, *typed, env=env, command="finetune").end(2)
+    assert "cache_bytes is 9999, expected" in text
+    assert not (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
 def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
     folder = Path(yaml.safe_load(config.read_text())["stream"]["url"])
     before = (folder / "labels").read_bytes()
