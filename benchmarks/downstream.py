@@ -2,8 +2,9 @@
 on two cores.
 
 The world: a mixture; a fifth of the objects are silent, a fifth are out of sight, so that a clip's shapes and colours can only
-be told from both: shapes are told from the sound rather, colours from the picture. The smoke recipe pretrains on clips without their labels, then the same encoders are probed and fine-tuned. LEAST
-says by how much each has to be ahead; docs/benchmarks.md has the figures of three seeds, from which it was taken before.
+be told from both: shapes are told from the sound rather, colours from the picture. The smoke recipe pretrains on clips without
+their labels, then the same encoders are probed and fine-tuned. LEAST says by how much each has to be ahead; docs/benchmarks.md
+has the figures of three seeds, from which it was taken before.
 """
 
 from __future__ import annotations
