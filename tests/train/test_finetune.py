@@ -275,7 +275,7 @@ def test_where_the_test_has_no_room_it_is_said_before_the_first_step(config, tmp
         ]
         text = Run(config, tmp_path / "out", None, *typed, env=env, command="finetune").end(2)
     assert "cache_bytes is 9999, expected" in text
-    assert not (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_other_labels_are_another_run(config, whole, tmp_path, capsys):
