@@ -186,11 +186,8 @@ def listed(config: EvalConfig, dataset: Dataset) -> np.ndarray:
         raise ConfigError(
             f"clips: none of {len(names)} names, such as {min(names)!r}, is that of a clip, such as {keys[0]!r}"
         )
-    if (
-        missing := names
-        - {key for key, taken in zip(keys, chosen, strict=True) if taken}
-        - {key.rpartition("/")[2] for key, taken in zip(keys, chosen, strict=True) if taken}
-    ):
+    there = {name for key in keys for name in (key, key.rpartition("/")[2])}
+    if missing := names - there:
         raise DatasetError(
             f"clips: {len(missing)} of {len(names)} clips of {config.clips} are not in {dataset.store.url}, such as "
             f"{min(missing)!r}; numbers of fewer candidates are better than they should be"
@@ -207,7 +204,5 @@ def as_run(config: EvalConfig, settings: ModelSettings, ranks: Ranks) -> Config:
 
 def asked(config: EvalConfig) -> dict[str, Any]:
     values = to_dict(config)
-    names = ("embedding", "vectors", "seeds", "frames", "clips", "precision")
-    return {name: None if values[name] is None else values[name] for name in names} | {
-        "clips": str(config.clips or "all")
-    }
+    found = {name: values[name] for name in ("embedding", "vectors", "seeds", "frames", "precision")}
+    return {**found, "clips": str(config.clips or "all")}

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from equiav.augment import Clips
-from equiav.config import NotHere, ProbeConfig, TuneConfig, require
+from equiav.config import ConfigError, NotHere, ProbeConfig, TuneConfig, require
 from equiav.data.labelled import Labelled, labelled
 from equiav.evaluate.classification import results
 from equiav.evaluate.look import Looked, look
@@ -38,13 +38,9 @@ def run_probe(config: ProbeConfig) -> None:
     require("RANK" not in os.environ, "probe", "started as one of several processes", "one alone: `equiav probe`")
     learned, tested, notes = labelled(config.stream, probe, one=False)
     if tested is None:
-        require(
-            False,
-            "probe.test_on",
-            "not set, nor is probe.test_url",
-            "what to test on: parts of the dataset, or another",
+        raise ConfigError(
+            "probe.test_on is not set, nor is probe.test_url, expected parts of the dataset or another to test on"
         )
-        return
     for folder, setting in ((config.out, "out"), (config.features.expanduser(), "features")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
