@@ -18,12 +18,12 @@ from torchaudio.functional import resample
 
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
-from equiav.config import ConfigError, ModelSettings
+from equiav.config import ConfigError, ModelSettings, NotHere
 from equiav.data.clips import BadClipError, central_square, check_audio, check_frame
 from equiav.data.sources import Shape, length_of, read_audio, read_frames
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
-from equiav.weights import CLASSES, SETTINGS, Classes, bring, load_classifier, load_model
+from equiav.weights import CLASSES, Classes, bring, load_classifier, load_model, model_folder
 from streaming import BadSample
 
 Sound = np.ndarray | Tensor | str | Path
@@ -31,6 +31,8 @@ Sound = np.ndarray | Tensor | str | Path
 Picture = Image.Image | np.ndarray | Tensor | str | Path
 """A PIL image, (H, W, 3) uint8, or a file."""
 BATCH = 16  # clips that are computed together
+CHANNELS = 32  # of one sound, at most
+ODDEST = 2000  # samples of the one rate, after which both rates' samples meet again
 SHORTEST = 0.5  # of a window, below which the rest of a video is left out
 
 
@@ -46,10 +48,11 @@ class Windows(NamedTuple):
 def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
     """A model folder (of `equiav import`, or of a run, or the run's folder or store): s3://..., any that fsspec reads, or a path.
     A pretrained model embeds; a fine-tuned one names classes."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise NotHere(f"device is {device}, expected cpu: this torch sees no GPU")
     with tempfile.TemporaryDirectory(prefix="equiav-") as temporary:
         path = Path(where).expanduser() if "://" not in str(where) else bring(str(where), Path(temporary))
-        if (path / "model" / SETTINGS).is_file():
-            path = path / "model"
+        path = model_folder(path)
         if (path / CLASSES).is_file():
             network, settings, classes = load_classifier(path)
             return Labeller(network, settings, classes, device)
@@ -70,13 +73,13 @@ class Reader:
         """That the model hears of a sound; the rest is not heard."""
         return self.length / self.settings.data.sample_rate
 
-    def spectrograms(self, sounds: Sequence[Sound], rate: int | None) -> Tensor:
+    def spectrograms(self, sounds: Sequence[Sound], rate: float | None) -> Tensor:
         """-> (b, T, F)"""
-        waves = [self._wave(sound, rate, f"sound {k}")[: self.length] for k, sound in enumerate(sounds)]
-        waveform = torch.zeros(len(waves), self.length, dtype=torch.int16)
-        for k, wave in enumerate(waves):
-            waveform[k, : len(wave)] = torch.from_numpy(wave.copy())
-        lengths = torch.tensor([len(wave) for wave in waves])
+        waveform = torch.zeros(len(sounds), self.length, dtype=torch.int16)
+        lengths = torch.zeros(len(sounds), dtype=torch.int64)
+        for k, sound in enumerate(sounds):
+            wave = self._wave(sound, rate, f"sound {k}")[: self.length].copy()
+            waveform[k, : len(wave)], lengths[k] = torch.from_numpy(wave), len(wave)
         inputs = waveform.to(self.device), lengths.to(self.device)
         return normalised_spectrogram(*inputs, self.settings.model, self.settings.data)
 
@@ -87,48 +90,69 @@ class Reader:
         stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
         return original_image(stacked.to(self.device), self.settings.model.image_size)
 
-    def _wave(self, sound: Sound, rate: int | None, name: str) -> np.ndarray:
+    def _wave(self, sound: Sound, rate: float | None, name: str) -> np.ndarray:
         """-> (L,) int16, mono, at the model's rate."""
         if isinstance(sound, str | Path):
             name = str(sound)
             try:
-                sound, rate = soundfile.read(name, dtype="int16", always_2d=True)
+                with soundfile.SoundFile(name) as file:
+                    floats = file.subtype in ("FLOAT", "DOUBLE")  # which are not scaled to whole numbers
+                    rate, sound = file.samplerate, file.read(dtype="float32" if floats else "int16", always_2d=True)
+                    sound = sound.clip(-1, 1) if floats else sound
             except (soundfile.LibsndfileError, OSError) as error:
                 raise BadClipError(name, f"{error}; embed_video reads what FFmpeg does") from None
-        if rate is None or rate <= 0:
-            raise BadClipError(name, f"its rate is {rate}, expected samples a second")
-        wave = sound.detach().cpu().numpy() if isinstance(sound, Tensor) else np.asarray(sound)
+        if not isinstance(rate, int | float | np.integer | np.floating) or not 1 <= rate < 1e6 or rate != int(rate):
+            raise BadClipError(name, f"its rate is {rate}, expected samples a second, a whole number")
+        ours, theirs = self.data.sample_rate, int(rate)
+        if theirs // math.gcd(theirs, ours) > ODDEST:
+            raise BadClipError(
+                name, f"its rate is {theirs}, which {ours} has too little in common with; resample it before"
+            )
+        if isinstance(sound, Tensor):
+            sound = sound.detach().cpu()
+            sound = (sound.float() if sound.is_floating_point() else sound).numpy()
+        wave = np.asarray(sound)
+        whole = wave.dtype.kind == "i" and wave.dtype.itemsize == 2
+        if not whole and wave.dtype.kind != "f":
+            raise BadClipError(name, f"audio is {wave.dtype}, expected int16 or floating point in [-1, 1]")
+        wave = wave.astype(np.int16 if whole else np.float32)  # of any order of bytes
         if wave.ndim == 2:
             channels = 0 if wave.shape[0] < wave.shape[1] else 1
-            whole = wave.dtype == np.int16
-            wave = wave.mean(axis=channels)
+            if wave.shape[channels] > CHANNELS:
+                raise BadClipError(name, f"has shape {wave.shape}, expected one sound; give several as a list")
+            wave = wave.mean(axis=channels, dtype=np.float32)
             wave = np.round(wave).astype(np.int16) if whole else wave
-        ours = self.data.sample_rate
-        checked = check_audio(wave, rate, name, replace(self.data, sample_rate=int(rate)))
-        if rate == ours:
+        checked = check_audio(wave, theirs, name, replace(self.data, sample_rate=theirs))
+        if theirs == ours:
             return checked
-        other = resample(torch.from_numpy(checked.astype(np.float32) / 32768), int(rate), ours)
+        checked = checked[: math.ceil((self.length + 1) * theirs / ours)]  # what is heard
+        other = resample(torch.from_numpy(checked.astype(np.float32) / 32768), theirs, ours)
         return check_audio((other.clamp(-1, 32767 / 32768) * 32768).round().short().numpy(), ours, name, self.data)
 
-    def windows(self, path: str | Path, frames: int = 1) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
+    def windows(
+        self, path: str | Path, frames: int = 1, hears: bool = True, sees: bool = True
+    ) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
         """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
-        as long as the model hears."""
+        as long as the model hears. hears, sees: what is wanted of it."""
         name = str(Path(path).absolute())
-        hears, sees = _streams(name)
+        sound, picture = _streams(name)
+        hears, sees = hears and sound, sees and picture
         if not hears and not sees:
-            raise BadClipError(str(path), "has neither sound nor picture")
+            raise BadClipError(
+                str(path), f"has {'sound' if sound else 'picture' if picture else 'neither sound nor picture'} only"
+            )
         shape = Shape(frames, self.settings.data.frame_size, 90, "wav", math.inf, True, self.data, hears, sees)
         length, step = length_of(name), self.settings.model.spectrogram_frames / 100
         try:
             if length <= step * (1 + SHORTEST):
                 whole = read_frames(name, shape) if sees else ([], [], 0.0)
-                sound = read_audio(name, shape) if hears else None
-                yield 0.0, length or whole[2], sound, whole[0]
+                heard = read_audio(name, shape) if hears else None
+                yield 0.0, length or whole[2], heard, whole[0]
                 return
             for k in range(int(length / step - SHORTEST) + 1):
                 begin, end = k * step, min((k + 1) * step, length)
-                sound = read_audio(name, shape, begin, end) if hears else None
-                yield begin, end, sound, read_frames(name, shape, begin, end)[0] if sees else []
+                heard = read_audio(name, shape, begin, end) if hears else None
+                yield begin, end, heard, read_frames(name, shape, begin, end)[0] if sees else []
         except BadSample as error:
             raise BadClipError(str(path), f"{error.reason}: {error.detail}") from None
 
@@ -145,25 +169,25 @@ class Embedder(Reader):
         self.vectors = sampled_vectors(settings, 0, 0, one, count) if count else (None, None)
 
     @torch.no_grad()
-    def embed_audio(self, sound: Sound | list[Sound], rate: int | None = None) -> np.ndarray:
+    def embed_audio(self, sound: Sound | list[Sound], rate: float | None = None) -> np.ndarray:
         """A sound, or a list of them -> (d,), or (b, d): L2-normalised. rate: samples a second of arrays. What comes after
         `seconds` is not heard; `embed_video` cuts."""
-        sounds = sound if isinstance(sound, list) else [sound]
+        sounds = sound if isinstance(sound, list | tuple) else [sound]
         parts = [
             self.network.embed_audio(self.spectrograms(some, rate), self.vectors[0]).float().cpu().numpy()
             for some in _batches(sounds)
         ]
-        return np.concatenate(parts) if isinstance(sound, list) else parts[0][0]
+        return np.concatenate(parts) if isinstance(sound, list | tuple) else parts[0][0]
 
     @torch.no_grad()
     def embed_image(self, picture: Picture | list[Picture]) -> np.ndarray:
         """A picture, or a list of them -> (d,), or (b, d): L2-normalised. Its central square is seen."""
-        pictures = picture if isinstance(picture, list) else [picture]
+        pictures = picture if isinstance(picture, list | tuple) else [picture]
         parts = [
             self.network.embed_image(self.pictures(some), self.vectors[1]).float().cpu().numpy()
             for some in _batches(pictures)
         ]
-        return np.concatenate(parts) if isinstance(picture, list) else parts[0][0]
+        return np.concatenate(parts) if isinstance(picture, list | tuple) else parts[0][0]
 
     def embed_video(self, path: str | Path, frames: int = 1) -> Windows:
         """A video or sound file, in parts as long as the model hears; a rest that is shorter than half of that is left out.
@@ -177,7 +201,7 @@ class Embedder(Reader):
             image = each / np.linalg.norm(each, axis=1, keepdims=True)
         return Windows(np.array(begin), np.array(end), audio, image)
 
-    def score(self, sound: Sound, picture: Picture, rate: int | None = None) -> float:
+    def score(self, sound: Sound, picture: Picture, rate: float | None = None) -> float:
         """How well a sound and a picture belong together: the cosine of their embeddings, -1 to 1. What is high is a matter of
         the model; compare with pairs that do not belong together."""
         return float(self.embed_audio(sound, rate) @ self.embed_image(picture))
@@ -195,18 +219,20 @@ class Labeller(Reader):
         self,
         sound: Sound | list[Sound] | None = None,
         picture: Picture | list[Picture] | None = None,
-        rate: int | None = None,
+        rate: float | None = None,
     ) -> np.ndarray:
         """-> (classes,), of lists (b, classes)."""
         for what, given, needed in (("sound", sound, self.network.audio), ("picture", picture, self.network.image)):
             if (given is None) != (needed is None):
                 raise ConfigError(f"{what}: this model {'needs one' if given is None else 'was trained without'}")
-        listed = isinstance(sound if sound is not None else picture, list)
-        sounds: list[Any] | None = sound if sound is None or isinstance(sound, list) else [sound]
-        pictures: list[Any] | None = picture if picture is None or isinstance(picture, list) else [picture]
+        listed = isinstance(sound if sound is not None else picture, list | tuple)
+        sounds: list[Any] | None = sound if sound is None or isinstance(sound, list | tuple) else [sound]
+        pictures: list[Any] | None = picture if picture is None or isinstance(picture, list | tuple) else [picture]
         count = len(sounds if sounds is not None else pictures or [])
         if sounds is not None and pictures is not None and len(sounds) != len(pictures):
             raise ConfigError(f"{len(sounds)} sounds and {len(pictures)} pictures, expected as many")
+        if not count:
+            raise ConfigError("nothing was given to name")
         parts = []
         for k in range(0, count, BATCH):
             audio = None if sounds is None else self.spectrograms(sounds[k : k + BATCH], rate)
@@ -217,7 +243,7 @@ class Labeller(Reader):
         return found if listed else found[0]
 
     def predict(
-        self, sound: Sound | None = None, picture: Picture | None = None, rate: int | None = None, top: int = 5
+        self, sound: Sound | None = None, picture: Picture | None = None, rate: float | None = None, top: int = 5
     ) -> list[tuple[str, float]]:
         """The likeliest classes, with their probabilities."""
         found = self.probabilities(sound, picture, rate)
@@ -225,16 +251,16 @@ class Labeller(Reader):
 
     def predict_video(self, path: str | Path, frames: int = 1, top: int = 5) -> list[tuple[str, float]]:
         """Of a file: the mean of the probabilities over its parts, and `frames` frames of each."""
+        hears, sees = self.network.audio is not None, self.network.image is not None
+        has = _streams(str(Path(path).absolute()))
+        for what, needed, there in (("sound", hears, has[0]), ("picture", sees, has[1])):
+            if needed and not there:
+                raise BadClipError(str(path), f"has no {what}, which this model needs")
         found = []
-        for _, _, sound, pictures in self.windows(path, frames):
-            if self.network.audio is not None and sound is None:
-                raise BadClipError(str(path), "has no sound, which this model needs")
-            if self.network.image is not None and not pictures:
-                raise BadClipError(str(path), "has no picture, which this model needs")
-            count = max(1, len(pictures)) if self.network.image is not None else 1
-            sounds: list[Any] | None = None if self.network.audio is None else [sound] * count
-            shown = pictures if self.network.image is not None else None
-            found.append(self.probabilities(sounds, shown, self.data.sample_rate).mean(axis=0))
+        for _, _, sound, pictures in self.windows(path, frames, hears, sees):
+            count = max(1, len(pictures))
+            sounds: list[Any] | None = [sound] * count if hears else None
+            found.append(self.probabilities(sounds, pictures if sees else None, self.data.sample_rate).mean(axis=0))
         mean = np.mean(found, axis=0)
         return [(self.classes[k], float(mean[k])) for k in np.argsort(-mean, kind="stable")[:top]]
 
@@ -250,20 +276,18 @@ def _frame(picture: Picture, name: str) -> np.ndarray:
     """-> (H, W, 3) uint8"""
     if isinstance(picture, str | Path):
         name = str(picture)
-        try:
+    try:
+        if isinstance(picture, str | Path):
             picture = Image.open(name)
-            picture.load()
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            raise BadClipError(name, f"no picture: {error}") from None
-    if isinstance(picture, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    return check_frame(picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
+        if isinstance(picture, Image.Image):
+            if picture.mode[0] in "IF":
+                raise BadClipError(name, f"picture has mode {picture.mode}, expected 8 bits a channel")
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except BadClipError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadClipError(name, f"no picture: {error}") from None
+    return check_frame(picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
 
 
 def _streams(path: str) -> tuple[bool, bool]:
@@ -271,11 +295,15 @@ def _streams(path: str) -> tuple[bool, bool]:
     try:
         import av
         import av.error
+        from av.stream import Disposition
     except ModuleNotFoundError:
         raise ConfigError("av is not installed, which reads videos; `pip install 'equiav[prep]'` brings it") from None
     try:
         with av.open(path) as file:
-            return bool(file.streams.audio), bool(file.streams.video)
+            pictures = [
+                s for s in file.streams.video if not s.disposition & Disposition.attached_pic
+            ]  # no cover of a record
+            return bool(file.streams.audio), bool(pictures)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClipError(path, f"cannot be read: {error}") from None
 

@@ -63,9 +63,12 @@ def load_classifier(folder: Path) -> tuple[Classifier, ModelSettings, Classes]:
     source = folder / CLASSES
     try:
         said = json.loads(source.read_text("utf-8"))
-        classes = Classes([str(name) for name in said["classes"]], said["modality"], said["loss"] == "one")
-        if classes.modality not in ("audio", "image", "both"):
-            raise ValueError(f"modality is {classes.modality!r}")
+        classes = Classes(said["classes"], said["modality"], said["loss"] == "one")
+        texts = isinstance(classes.names, list) and all(isinstance(name, str) for name in classes.names)
+        if not texts or len(set(classes.names)) != len(classes.names):
+            raise ValueError("classes are no list of distinct names")
+        if classes.modality not in ("audio", "image", "both") or said["loss"] not in ("one", "many"):
+            raise ValueError(f"modality is {classes.modality!r}, loss {said['loss']!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{source} does not say the classes of a fine-tuned model: {error}") from None
     with torch.device("meta"):
@@ -104,8 +107,7 @@ def initial_weights(
     with tempfile.TemporaryDirectory(prefix="equiav-") as folder:
         try:
             path = bring(source, Path(folder), patience) if "://" in source else Path(source).expanduser()
-            if (path / "model" / SETTINGS).is_file():
-                path = path / "model"
+            path = model_folder(path)
             if path.is_dir():
                 state, theirs = read_folder(path)
                 for name in ("heads", *(("predictor_heads",) if predicts else ())):  # which no shape shows
@@ -148,6 +150,12 @@ def trim(state: dict[str, Tensor], theirs: ModelSettings, settings: ModelSetting
         fits = name in state and state[name].dim() == 2 and len(state[name]) == R * C
         if (rows, columns) != (R, C) and rows <= R and columns <= C and fits:
             state[name] = state[name].view(R, C, -1)[:rows, :columns].reshape(rows * columns, -1)
+
+
+def model_folder(path: Path) -> Path:
+    """Of a model, of a run, or of what a run on a cluster has left."""
+    places = (path / inner for inner in ("", "model", "checkpoints/model"))
+    return next((place for place in places if (place / SETTINGS).is_file()), path)
 
 
 def bring(url: str, folder: Path, patience: float = 600.0) -> Path:

@@ -72,16 +72,26 @@ def test_sounds_of_all_kinds(folder, tmp_path):
     wave = tones(2.56, 16000, [440])[0]
     reference = model.embed_audio(wave, 16000)
     soundfile.write(tmp_path / "a.wav", wave, 16000)
+    soundfile.write(tmp_path / "float.wav", wave / 32767, 16000, subtype="FLOAT")
     same = [
         (wave.astype(np.float32) / 32767, 16000),
         (torch.from_numpy(wave.copy()), 16000),
         (np.stack([wave, wave]), 16000),
         (np.stack([wave, wave], axis=1), 16000),
+        (wave.astype(">i2"), 16000),
+        (torch.from_numpy(wave / 32767).float().requires_grad_(), 16000),
         (str(tmp_path / "a.wav"), None),
+        (str(tmp_path / "float.wav"), None),
         (tmp_path / "a.wav", None),
     ]
     for sound, rate in same:
         assert np.abs(model.embed_audio(sound, rate) - reference).max() < 1e-4
+    half = (wave / wave.max()).astype(np.float16)  # up to 1, which has no place in 16 bits if it is scaled in these
+    assert np.abs(model.embed_audio(half, 16000) - model.embed_audio(half.astype(np.float32), 16000)).max() == 0
+    other = tones(2.56, 16000, [1000])[0]
+    both = model.embed_audio((wave, other), 16000)
+    assert np.abs(both - model.embed_audio([wave, other], 16000)).max() == 0
+    assert both.shape == (2, 64)
     longer = np.concatenate([wave, wave])
     assert np.abs(model.embed_audio(longer, 16000) - model.embed_audio(longer[: model.length], 16000)).max() == 0
     for rate in (8000, 22050, 44100, 48000):
@@ -94,6 +104,13 @@ def test_sounds_of_all_kinds(folder, tmp_path):
     [
         (np.zeros(16000, np.int16), None, "sound 0: its rate is None, expected samples a second"),
         (np.zeros(16000, np.int32), 16000, "sound 0: audio is int32, expected int16"),
+        (np.zeros((16000, 2), np.int32), 16000, "sound 0: audio is int32, expected int16"),
+        (np.zeros((16000, 2), bool), 16000, "sound 0: audio is bool, expected int16"),
+        (np.zeros((64, 16000), np.int16), 16000, "expected one sound; give several as a list"),
+        (np.zeros(16000, np.int16), 22050.5, "its rate is 22050.5, expected samples a second"),
+        (np.zeros(16000, np.int16), float("nan"), "its rate is nan, expected samples a second"),
+        (np.zeros(16000, np.int16), "16000", "its rate is 16000, expected samples a second"),
+        (np.zeros(16000, np.int16), 11127, "its rate is 11127, which 16000 has too little in common with"),
         (np.full(16000, np.nan, np.float32), 16000, "16000 values that are not finite"),
         (np.full(16000, 3.0, np.float32), 16000, "audio peaks at 3, expected floating point in"),
         (np.zeros(100, np.int16), 16000, "shorter than"),
@@ -117,6 +134,7 @@ def test_pictures_of_all_kinds(folder, tmp_path):
     turned.save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "a.png")
     upright.convert("RGBA").save(tmp_path / "alpha.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-300])
     for picture in (upright, tmp_path / "a.png", str(tmp_path / "alpha.png"), tmp_path / "turned.png"):
         assert np.abs(model.embed_image(picture) - reference).max() < 1e-5
     wide = np.concatenate([frame, frame[:, ::-1], frame], axis=1)
@@ -126,6 +144,8 @@ def test_pictures_of_all_kinds(folder, tmp_path):
         (frame[..., 0], "expected .height, width, 3"),
         (frame / 255, "expected uint8"),
         ("no.png", "no.png"),
+        (Image.fromarray(np.zeros((64, 64), np.uint16)), "has mode I;16, expected 8 bits"),
+        (tmp_path / "cut.png", "no picture: "),
     ):
         with pytest.raises(BadClipError, match=said):
             model.embed_image(wrong)
@@ -183,6 +203,63 @@ def test_a_video_that_lies_on_its_side(folder, tmp_path):
     rotate(lies, (0, 1, -1, 0))
     one, other = model.embed_video(upright).image, model.embed_video(lies).image
     assert (one * other).sum() > 0.999
+
+
+def test_a_recording_that_does_not_say_how_long_it_is(folder, tmp_path):
+    """Of sound alone, as a browser writes it."""
+    import av
+
+    with av.open(str(tmp_path / "a.webm"), "w", options={"live": "1"}) as file:
+        stream = file.add_stream("libopus", rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tones(7.7, 48000, [440])[:1].copy(), format="s16", layout="mono")
+        frame.sample_rate = 48000
+        for one in (frame, None):
+            file.mux(stream.encode(one))
+    assert len(equiav.load(folder).embed_video(tmp_path / "a.webm").begin) == 3
+
+
+def test_a_record_with_its_cover_has_no_picture(folder, tmp_path):
+    import av
+    from av.stream import Disposition
+
+    with av.open(str(tmp_path / "a.mp3"), "w") as file:
+        stream = file.add_stream("libmp3lame", rate=44100, layout="mono")
+        cover = file.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 64
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(tones(6.0, 44100, [440])[:1].copy(), format="s16", layout="mono")
+        frame.sample_rate = 44100
+        file.mux(cover.encode(av.VideoFrame.from_ndarray(CLIPS[0].frames[0].copy(), format="rgb24")))
+        for one in (frame, None):
+            file.mux(stream.encode(one))
+    found = equiav.load(folder).embed_video(tmp_path / "a.mp3")
+    assert found.image is None
+    assert len(found.audio) == 2
+
+
+def test_what_a_model_does_not_use_may_be_short(tuned, tmp_path):
+    path = write_video(tmp_path / "a.mp4", seconds=8.5, size=(64, 64), audio=tones(4.0, 44100, [440, 440]))
+    assert len(equiav.load(tuned("image")).predict_video(path)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"classes": "abc"}, {"classes": ["a", "a", "b"]}, {"loss": "onee"}, {"modality": None}, {"classes": [1, 2, 3]}],
+)
+def test_classes_that_are_none(tuned, wrong):
+    path = tuned("both")
+    said = json.loads((path / "classes.json").read_text())
+    (path / "classes.json").write_text(json.dumps(said | wrong))
+    with pytest.raises(ConfigError, match="does not say the classes of a fine-tuned model"):
+        equiav.load(path)
+
+
+def test_what_a_run_on_a_cluster_has_left(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder / "model", tmp_path / "run" / "checkpoints" / "model")
+    assert isinstance(equiav.load(tmp_path / "run"), Embedder)
 
 
 def test_what_is_no_video(folder, tmp_path):

@@ -77,6 +77,7 @@ def embedder(config: UseConfig) -> Embedder:
 
 def run_embed(config: EmbedConfig) -> None:
     require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
+    require(not config.out.is_dir(), "out", config.out, "a file; there is a folder of that name")
     model = embedder(config)
     width = model.settings.model.head_width
     columns: dict[str, list[np.ndarray]] = {"name": [], "begin": [], "end": [], "audio": [], "image": []}

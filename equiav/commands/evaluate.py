@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from equiav.evaluate.similarity import columns, similarities
 from equiav.model import EquiAV
 from equiav.parallel import Ranks
 from equiav.train.run import launched
-from equiav.weights import bring, load_model
+from equiav.weights import bring, load_model, model_folder
 from streaming import Dataset, DatasetError, Store
 
 
@@ -91,6 +92,10 @@ def run_eval(config: EvalConfig) -> None:
     require(bool(config.stream.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotHere(f"out: {config.out} cannot be made ({error}); set a folder that can be written") from None
     console = Console(stderr=True)
 
     def tell(message: str) -> None:
@@ -102,7 +107,7 @@ def run_eval(config: EvalConfig) -> None:
             return
         with TemporaryDirectory(prefix="equiav-") as temporary:
             path = bring(config.model, Path(temporary)) if "://" in config.model else Path(config.model).expanduser()
-            model, settings = load_model(path / "model" if (path / "model" / "config.json").is_file() else path)
+            model, settings = load_model(model_folder(path))
         model.to(ranks.device)
         dataset = Dataset(Store(config.stream.url, config.stream.patience))
         require_modalities("stream.url", dataset, True, True)
@@ -119,7 +124,6 @@ def run_eval(config: EvalConfig) -> None:
             "settings": asked(config),
         }
         if ranks.rank == 0:
-            config.out.mkdir(parents=True, exist_ok=True)
             (config.out / f"{config.what}.json").write_text(json.dumps({**said, **about}, indent=1, allow_nan=False))
             (config.out / f"{config.what}.md").write_text(table)
             print(table)
@@ -165,8 +169,12 @@ def retrieve(config: EvalConfig, model: EquiAV, settings: ModelSettings, look_at
 
 def compare(config: EvalConfig, model: EquiAV, settings: ModelSettings, look_at: Look) -> tuple[dict[str, Any], str]:
     found = look_at(1, lambda clips, computes: similarities(model, settings, clips, 0, computes))
+    if len(found.samples) < 2:
+        raise DatasetError(
+            "stream.url: one clip says nothing of how far numbers are from clip to clip, expected two or more"
+        )
     means = found.values.mean(axis=0)
-    errors = found.values.std(axis=0) / np.sqrt(len(found.values))
+    errors = found.values.std(axis=0, ddof=1) / np.sqrt(len(found.values))
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for (side, kind, number), mean, error in zip(columns(), means.tolist(), errors.tolist(), strict=True):
         rows.setdefault(side, {}).setdefault(kind, {})[number] = mean
@@ -186,8 +194,10 @@ def listed(config: EvalConfig, dataset: Dataset) -> np.ndarray:
         raise ConfigError(
             f"clips: none of {len(names)} names, such as {min(names)!r}, is that of a clip, such as {keys[0]!r}"
         )
-    there = {name for key in keys for name in (key, key.rpartition("/")[2])}
-    if missing := names - there:
+    there = Counter(name for key in keys for name in {key, key.rpartition("/")[2]})
+    if several := [name for name in names if there[name] > 1]:
+        raise DatasetError(f"clips: {min(several)!r} is the name of {there[min(several)]} clips of {dataset.store.url}")
+    if missing := names - there.keys():
         raise DatasetError(
             f"clips: {len(missing)} of {len(names)} clips of {config.clips} are not in {dataset.store.url}, such as "
             f"{min(missing)!r}; numbers of fewer candidates are better than they should be"

@@ -65,7 +65,7 @@ def run_finetune(config: FinetuneConfig) -> None:
         """A run that is finished is not tested anew: its weights may be gone from here."""
         path = config.out / "model" / RESULTS
         before = json.loads(path.read_text()) if path.exists() else {}
-        asked = {"dataset": tested.url, "frames": tune.test_frames} if tested else {}
+        asked = {"dataset": tested.url, "parts": tune.test_on, "frames": tune.test_frames} if tested else {}
         if all(before.get(what) == value for what, value in asked.items()):
             return ""
         return f"it was tested on {before.get('dataset', 'nothing')}, and is not tested anew; remove {config.out}/model for that"

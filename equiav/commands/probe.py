@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import asdict
@@ -77,8 +78,9 @@ def run_probe(config: ProbeConfig) -> None:
     (config.out / "results.json").write_text(json.dumps(said, indent=1, allow_nan=False))
     measure = "accuracy" if one else "mAP"
     for how in ("linear", "nearest"):
-        low, high = said[how][f"{measure} 95%"]
-        say(f"{how:8s} {measure} {said[how][measure]:.4f} ({low:.4f} to {high:.4f}) on {len(x_tested):,} clips")
+        value, (low, high) = said[how][measure], said[how][f"{measure} 95%"] or (math.nan, math.nan)
+        value = math.nan if value is None else value
+        say(f"{how:8s} {measure} {value:.4f} ({low:.4f} to {high:.4f}) on {len(x_tested):,} clips")
     say(f"{said['model']}, {len(x):,} clips to learn from, strength {strength:g}; {config.out / 'results.json'}")
 
 

@@ -155,7 +155,8 @@ def length_of(path: str) -> float:
             if file.duration:
                 return file.duration / AV_TIME_BASE
             # A recording of something live does not say: its last packet does.
-            ends = [float(p.pts * p.time_base) for p in file.demux(video=0) if p.pts is not None]
+            stream = (*file.streams.video, *file.streams.audio)[0]
+            ends = [float(p.pts * p.time_base) for p in file.demux(stream) if p.pts is not None]
             return max(ends) - min(ends) if ends else 0.0
     except (av.error.FFmpegError, OSError, ValueError, IndexError):
         return 0.0

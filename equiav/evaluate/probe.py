@@ -82,7 +82,7 @@ def nearest(x: np.ndarray, right: np.ndarray, asked: np.ndarray, neighbours: int
     known, others = (F.normalize(torch.from_numpy(a).double(), dim=1) for a in (x, asked))
     classes, k = torch.from_numpy(right).double(), min(neighbours, len(x))
     parts = []
-    for some in others.split(max(1, BLOCK // len(x))):
+    for some in others.split(max(1, BLOCK // max(len(x), k * classes.shape[1]))):
         near = (some @ known.T).topk(k, dim=1)
         votes = ((near.values - near.values[:, :1]) / WARMTH).exp()  # (b, k)
         parts.append((votes[:, :, None] * classes[near.indices]).sum(dim=1) / votes.sum(dim=1, keepdim=True))

@@ -12,7 +12,8 @@ from equiav.config import ModelSettings
 from equiav.model import EquiAV
 
 AT = (1, 5, 10)
-BLOCK = 1 << 25  # similarities at a time: 128 MB
+BLOCK = 1 << 24  # similarities at a time, some bytes each
+MANY = 0.05  # of the similarities, which are not looked at one by one
 
 
 def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -24,14 +25,21 @@ def ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     N, d = queries.shape
     found = torch.empty(N, dtype=torch.int64, device=queries.device)
     sizes = queries.double().norm(dim=1), candidates.double().norm(dim=1)
-    doubt = d * 2.0**-22 * sizes[0] * sizes[1].max()  # (N,) beyond what rounding can do, on both sides
+    longest = sizes[1].nan_to_num(0.0, 0.0, 0.0).max()
+    doubt = d * 2.0**-22 * sizes[0] * longest  # (N,) beyond what rounding can do, on both sides
     rows = max(1, BLOCK // N)
     for k in range(0, N, rows):
         some = slice(k, min(k + rows, N))
         right = (queries[some].double() * candidates[some].double()).sum(dim=1, keepdim=True)  # (b, 1)
         apart = (queries[some].float() @ candidates.T.float()).double() - right  # (b, N)
         farther = apart < -doubt[some, None]
-        unsure = (apart.abs() <= doubt[some, None]).nonzero()  # (m, 2); the right ones are among them
+        doubtful = apart.abs() <= doubt[some, None]
+        if doubtful.double().mean() > MANY:  # of a model that has collapsed: what rounding can do counts as equal
+            farther = (
+                queries[some].double() @ candidates.double().T < right - d * 2.0**-51 * sizes[0][some, None] * longest
+            )
+            doubtful[:] = False
+        unsure = doubtful.nonzero()  # (m, 2); the right ones are among them
         for one in unsure.split(max(1, BLOCK // (4 * d))):
             row, column = one.unbind(1)
             exact = (queries[some][row].double() * candidates[column].double()).sum(dim=1)

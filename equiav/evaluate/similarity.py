@@ -50,6 +50,8 @@ def similarities(model: EquiAV, settings: ModelSettings, clips: Clips, seed: int
             t = torch.cat([of.draw(seed, epoch, clips.samples, purpose) for epoch in (0, 1)], dim=1)  # (b, 2, d_t)
             if slots:
                 alone = of.identity(t.device).expand_as(t).clone()
+                if len(slots) == 1:  # a switch has no other draw: its other prediction is that of doing nothing
+                    t[:, 1] = of.identity(t.device)
                 places = [of.slots.index(slot) for slot in slots]
                 alone[..., places] = t[..., places]
                 t = alone

@@ -140,7 +140,7 @@ def test_kinds_are_told_apart(place, tmp_path):
     assert list(said["image"]) == ["as trained", "crop", "jitter", "blur", "flip", "gray"]
     assert list(said["audio"]) == ["as trained", "crop", "jitter", "blur", "flip", "mask and shift"]
     flips = said["image"]["flip"]
-    assert flips["sensitivity"] == pytest.approx(0, abs=1e-6)  # there is one flip only
+    assert flips["sensitivity"] != 0  # against not flipping
     assert said["image"]["crop"]["sensitivity"] != 0
     assert table.count("± ") > 30
     shared, _ = evaluate(place, tmp_path / "two", "similarity", "--batch", "8", W=2)

@@ -27,6 +27,20 @@ def test_places_are_those_of_float64_with_ties(seed, block, monkeypatch):
     assert ranks(queries, candidates).tolist() == plain(queries, candidates).tolist()
 
 
+def test_a_candidate_that_is_no_number_is_no_ones_but_its_own():
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(300, 16, generator=g), dim=1)
+    y = x.clone()
+    y[7] = float("nan")
+    assert ranks(x, y).tolist() == plain(x, y).tolist()
+    assert recalls(ranks(x, y))["median rank"] == 2
+
+
+def test_many_that_are_equal_are_looked_at_together():
+    x = torch.nn.functional.normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert set(ranks(x.expand(3000, -1), x.expand(3000, -1)).tolist()) == {3000}
+
+
 def test_recalls():
     assert recalls(torch.tensor([1, 2, 5, 11])) == {"R@1": 25.0, "R@5": 75.0, "R@10": 75.0, "median rank": 3.5}
 

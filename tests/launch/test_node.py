@@ -240,6 +240,7 @@ def test_data_that_is_refused_is_asked_for_once_again(long_config, tmp_path, mon
         assert "the run has ended for good" in nodes.told()
 
 
+@pytest.mark.slow
 def test_trouble_of_one_machine_is_that_nodes_alone(long_config, tmp_path):
     nodes = Nodes(long_config, tmp_path / "out", nodes="1:2", port=free_port())
     nodes.fails_for_good = True

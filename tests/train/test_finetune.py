@@ -86,6 +86,7 @@ def test_steps_follow_from_the_epochs_and_the_encoders_are_those_of_the_start(co
     assert not any("predictor" in name or "norm_aug" in name or "_head" in name for name in weights)
 
 
+@pytest.mark.slow
 def test_killed_and_resized_it_is_the_same_run_with_the_same_result(config, whole, tmp_path):
     run = Run(config, tmp_path, 3, command="finetune")
     run.reach(6)
