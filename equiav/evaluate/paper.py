@@ -57,7 +57,8 @@ def similarity_table(rows: dict[str, dict[str, dict[str, float]]], clips: int) -
     paper = ", ".join(f"{value:.2f} ({side})" for side, value in SIMILAR.items())
     told = (
         "Similarity: cosine of the predicted and the augmented embedding. Gain: less the cosine without prediction. "
-        "Sensitivity: less that of another draw's prediction. ± is the standard error. "
+        "Sensitivity: less that of another draw's prediction. Kinds stand alone, without the crop that every view of training "
+        "has. ± is the standard error. "
         f"The paper, as trained, on AudioSet: {paper} (Table 7)."
     )
     return "\n".join([*lines, "", told, ""])
