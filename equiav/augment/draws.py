@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     MIXUP = 7
     DROP_PATH = 8
     TIME_ROLL = 9
+    UNSEEN = 10
 
 
 def uniforms(seed: int, epoch: int, samples: Tensor, purpose: Purpose, count: int) -> Tensor:

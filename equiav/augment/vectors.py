@@ -6,9 +6,11 @@ scale that the variant asks for, so encoding is a permutation and a product, and
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,6 +76,12 @@ class _Vectors(ABC):
         )  # a bound: no slot takes more than one number, but for the crop's tries
         u = uniforms(seed, epoch, samples, purpose, queries * count).unflatten(1, (queries, count))
         return self.encode(self._parameters(iter(u.unbind(-1))))
+
+    def drawing(self, augment: AugmentConfig) -> Self:
+        """The same vectors, in the same scale, drawn by other settings: of strengths that a model was not trained on."""
+        other = copy.copy(self)
+        other.augment = augment
+        return other
 
     @abstractmethod
     def _parameters(self, u: Uniforms) -> Parameters: ...

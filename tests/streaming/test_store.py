@@ -215,7 +215,9 @@ def test_a_store_that_takes_a_request_and_never_answers_is_an_error_when_patienc
     proxy, bucket, tmp_path, what
 ):
     (tmp_path / "source").write_bytes(BIG)
-    store = Store(bucket, patience=2, options=proxy.options() | {"config_kwargs": {"read_timeout": 3600}})
+    options = proxy.options() | {"config_kwargs": {"read_timeout": 3600}}
+    Store(bucket, options=options).list()  # the client is made, which may take longer than the patience below
+    store = Store(bucket, patience=2, options=options)
     proxy.shares = {"stall": 1.0}
     ask = operations(store, tmp_path / "source")[what]
     with pytest.raises(StoreError, match=rf"{bucket}.*no answer for \d+ s \(patience\)"):
