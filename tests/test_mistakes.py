@@ -122,7 +122,9 @@ def test_a_mistake_is_one_line_that_says_what_to_do(typed, here, capsys):
 def test_a_store_that_does_not_answer_is_said_while_it_is_asked(endpoint, said, here, capsys, caplog, monkeypatch):
     for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", endpoint)):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("streaming.store.SAY", 0.2)  # the pauses are random: no two of them may lie around the usual 2 s
+    monkeypatch.setattr(
+        "streaming.store.SAY", 0.2
+    )  # the pauses are random: no two of them may lie around the usual 2 s
     assert cli.main(["pretrain", "--stream.url", "s3://clips/x", "--stream.patience", "6"]) == 1
     (first, *_) = (record.getMessage() for record in caplog.records if record.name == "streaming.store")
     assert first.startswith("s3://clips/x/index: no answer for ")

@@ -93,15 +93,16 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name}: found {value!r}, expected true or false")
             given[name] = (value.lower() == "true" if equals else True) != off
             continue
-        count = len(typing.get_args(kind)) if typing.get_origin(kind) is tuple else 1
-        parts = [value] if equals else []
-        while len(parts) < count and words and (not words[0].startswith("-") or _number(words[0])):
-            parts.append(words.pop(0))
-        if len(parts) < count:
-            wanted = "a value" if count == 1 else f"{count} values"
-            raise ConfigError(f"--{name} {' '.join(parts)}".rstrip() + f": expected {wanted}")
         kinds = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
-        read = [_value(part, of) for part, of in zip(parts, kinds, strict=True)]
+        most, least = (math.inf, 1) if ... in kinds else (len(kinds), len(kinds))
+        parts = [value] if equals else []
+        while len(parts) < most and words and (not words[0].startswith("-") or _number(words[0])):
+            parts.append(words.pop(0))
+        if len(parts) < least:
+            wanted = "a value" if least == 1 else f"{least} values"
+            raise ConfigError(f"--{name} {' '.join(parts)}".rstrip() + f": expected {wanted}")
+        each = kinds[:1] * len(parts) if ... in kinds else kinds
+        read = [_value(part, of) for part, of in zip(parts, each, strict=True)]
         given[name] = read if typing.get_origin(kind) is tuple else read[0]
     return given
 

@@ -78,7 +78,7 @@ class World:
     def clip(self, index: int) -> SyntheticClip:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         attributes, scene = self._attributes(rng), rng.random(2, dtype=np.float32)
-        seen, heard = self._there(index)
+        seen, heard = self.there(index)
         frames, _ = self._frames(attributes, scene, seen, rng)
         audio = self._audio(*self._as_heard(attributes, scene, index), heard, rng)
         label = int(attributes[0, 0] * len(SHAPES) + attributes[1, 0])
@@ -99,7 +99,7 @@ class World:
         """(K, size, size) bool: where something is seen that sounds."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         attributes, scene = self._attributes(rng), rng.random(2, dtype=np.float32)
-        seen, heard = self._there(index)
+        seen, heard = self.there(index)
         _, covers = self._frames(attributes, scene, seen, rng)
         shown = np.zeros((2, self.frames, self.size, self.size), np.float32)
         for k, (near, cover) in enumerate(covers):
@@ -118,7 +118,7 @@ class World:
         """Draws that a world without rules of its own does not have."""
         return np.random.Generator(np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1]))
 
-    def _there(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def there(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """-> which of the two objects are seen, and which are heard."""
         draw = self._beside(index).random(2)
         silent, unseen = self.rules.silent, self.rules.unseen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import ModelSettings
-from equiav.evaluate.sides import ALL, Side, draws, sides
+from equiav.evaluate.sides import ALL, Side, draws, sides, stronger
 from equiav.model import EquiAV
 
 SIZES = (1, 2, 4, 8, 16, 32)  # S
@@ -24,44 +25,49 @@ LARGEST_NOISE, LARGEST_TURN = 1.0, 30.0  # deviations of the spectrogram, degree
 class Columns(NamedTuple):
     """Of `distances`, for one modality: squared distances to the true mean, and that mean."""
 
-    predicted: np.ndarray  # (n, SIZES)
+    centroid: np.ndarray  # (n, SIZES)
     encoded: np.ndarray  # (n, SIZES), of the mean of so many other encoded views
     original: np.ndarray  # (n, 1)
-    within: np.ndarray  # (n, 1) variance of the encoded views
-    others: np.ndarray  # (n, 3, 3): stronger, stronger still, unseen x centroid, centroid told of it, original
-    mean: np.ndarray  # (n, D)
+    unsure: np.ndarray  # (n, 1), by which the true mean is uncertain
+    others: np.ndarray  # (n, 3, 4): stronger, stronger still, unseen x centroid, that of such vectors, original, unsure
+    mean: np.ndarray  # (n, d)
 
 
 @torch.no_grad()
 def distances(model: EquiAV, settings: ModelSettings, clips: Clips, views: int, computes: torch.autocast) -> Tensor:
-    """-> (b, columns) float64. The true mean is that of `views` encoded views."""
+    """-> (b, columns) float64. The true mean is that of `views` encoded views; it is compared where training compares
+    predictions with views, through the intra-modal head."""
     found = []
     for side in sides(model, settings, clips):
         with computes:
             h = side.branch.encoder(side.given)[0]  # (b, N, D)
-        original = h.float().mean(dim=1).double()
+        S = SIZES[-1]
 
-        def predicted(kind_t: Tensor, side: Side = side, h: Tensor = h) -> Tensor:
+        def place(x: Tensor, side: Side = side) -> Tensor:
+            """(b, D) -> (b, d)"""
+            return F.normalize(side.branch.intra_head(x.float()).double(), dim=1)
+
+        def told(t: Tensor, side: Side = side, h: Tensor = h) -> Tensor:
             with computes:
-                return side.branch.predictor(h, kind_t).double()  # (b, S, D)
+                return side.branch.predictor(h, t).double()  # (b, S, D)
 
-        t, of = draws(side, ALL, 1.0, 0, clips.samples, views + SIZES[-1])
-        encoded = torch.stack([_encoded(side, side.augmented(one, of), computes) for one in t.unbind(1)], dim=1)
-        mean, more = encoded[:, :views].mean(dim=1), encoded[:, views:]
-        within = encoded[:, :views].var(dim=1, correction=1).sum(dim=1)
-        told = predicted(of.draw(0, 0, clips.samples, side.centroid, SIZES[-1]))
-        rows = [_apart(many[:, :S].mean(dim=1), mean) for many in (told, more) for S in SIZES]
-        rows += [_apart(original, mean), within]
-        centroid = told.mean(dim=1)
+        def seen(strength: float, count: int, side: Side = side) -> Tensor:
+            t, of = draws(side, ALL, strength, 0, clips.samples, count)
+            return torch.stack([_encoded(side, side.augmented(one, of), computes) for one in t.unbind(1)], dim=1)
+
+        encoded, predicted = seen(1.0, views + S), told(_of_centroid(side, 1.0, clips.samples))
+        true, unsure = _mean(encoded[:, :views], place)
+        original, centroid = place(h.float().mean(dim=1)), place(predicted.mean(dim=1))
+        rows = [_apart(place(of[:, :k].mean(dim=1)), true) for of in (predicted, encoded[:, views:]) for k in SIZES]
+        rows += [_apart(original, true), unsure]
         for strength in STRONGER:
-            t, of = draws(side, ALL, strength, 0, clips.samples, views)
-            true = torch.stack([_encoded(side, side.augmented(one, of), computes) for one in t.unbind(1)]).mean(dim=0)
-            stronger = predicted(of.draw(0, 0, clips.samples, side.centroid, SIZES[-1])).mean(dim=1)
-            rows += [_apart(x, true) for x in (centroid, stronger, original)]
-        turned = (_unseen(side, clips.samples, k) for k in range(views))
-        true = torch.stack([_encoded(side, picture, computes) for picture in turned]).mean(dim=0)
-        rows += [_apart(x, true) for x in (centroid, centroid, original)]
-        found.append(torch.cat([torch.stack(rows, dim=1), mean], dim=1))
+            other, unsure = _mean(seen(strength, views), place)
+            such = place(told(_of_centroid(side, strength, clips.samples)).mean(dim=1))
+            rows += [*(_apart(x, other) for x in (centroid, such, original)), unsure]
+        changed = [_encoded(side, _unseen(side, clips.samples, k), computes) for k in range(views)]
+        other, unsure = _mean(torch.stack(changed, dim=1), place)
+        rows += [*(_apart(x, other) for x in (centroid, centroid, original)), unsure]
+        found.append(torch.cat([torch.stack(rows, dim=1), true], dim=1))
     return torch.cat(found, dim=1)
 
 
@@ -69,35 +75,35 @@ def split(values: np.ndarray) -> dict[str, Columns]:
     S = len(SIZES)
     found = {}
     for name, part in zip(("audio", "image"), np.split(values, 2, axis=1), strict=True):
-        places = np.cumsum([S, S, 1, 1, 9])
-        predicted, encoded, original, within, others, mean = np.split(part, places, axis=1)
-        found[name] = Columns(predicted, encoded, original, within, others.reshape(-1, 3, 3), mean)
+        centroid, encoded, original, unsure, others, mean = np.split(part, np.cumsum([S, S, 1, 1, 12]), axis=1)
+        found[name] = Columns(centroid, encoded, original, unsure, others.reshape(-1, 3, 4), mean)
     return found
 
 
-def summary(values: np.ndarray, views: int) -> dict[str, Any]:
-    """Distances as shares of the variance between clips: 0 is the true mean itself, 1 is as far as clips are from each other's
-    middle. What is uncertain of the true mean, having so many views, is taken off."""
+def summary(values: np.ndarray) -> dict[str, Any]:
+    """Distances as shares of the variance between clips: 0 is the true mean itself, 1 is as far as the middle of all clips. By
+    what the true mean is uncertain, is taken off."""
     said: dict[str, Any] = {}
     for side, c in split(values).items():
         between = ((c.mean - c.mean.mean(axis=0)) ** 2).sum(axis=1).mean()
-        uncertain = c.within.mean() / views
 
-        def share(squared: np.ndarray, between: float = between, uncertain: float = uncertain) -> float:
-            return float((squared.mean() - uncertain) / between)
+        def share(squared: np.ndarray, unsure: np.ndarray, between: float = between) -> float:
+            return float((squared.mean() - unsure.mean()) / between)
 
         said[side] = {
             "S": {
-                str(S): {"centroid": share(c.predicted[:, k]), "encoded views": share(c.encoded[:, k])}
+                str(S): {
+                    "centroid": share(c.centroid[:, k], c.unsure),
+                    "encoded views": share(c.encoded[:, k], c.unsure),
+                }
                 for k, S in enumerate(SIZES)
             },
-            "original": share(c.original),
-            "another clip": 2.0,
+            "original": share(c.original, c.unsure),
             "not trained on": {
                 name: {
-                    what: share(c.others[:, k, place])
-                    for place, what in enumerate(("centroid", "centroid of such vectors", "original"))
-                    if not (name == UNSEEN[side] and place == 1)
+                    what: share(c.others[:, k, n], c.others[:, k, 3])
+                    for n, what in enumerate(("centroid", "centroid of such vectors", "original"))
+                    if not (name == UNSEEN[side] and n == 1)
                 }
                 for k, name in enumerate((*(f"ranges x{strength:g}" for strength in STRONGER), UNSEEN[side]))
             },
@@ -120,11 +126,23 @@ def table(said: dict[str, Any], clips: int, views: int) -> str:
             cells = (row.get(what) for what in ("centroid", "centroid of such vectors", "original"))
             lines.append(f"| {side}, {name} | " + " | ".join("-" if x is None else f"{x:.3f}" for x in cells) + " |")
     told = (
-        f"Squared distance to the mean of {views} encoded views, as a share of the variance between clips: at 1 it is no nearer "
-        "than the middle of all clips. Encoded views: the mean of S others of them, which is what S predictions save. Not "
-        "trained on: the mean is that of views with wider ranges, or with what no vector describes."
+        f"Squared distance to the mean of {views} encoded views, after the intra-modal head, as a share of the variance between "
+        "clips: at 1 it is no nearer than the middle of all clips. Encoded views: the mean of S others of them, which is what S "
+        "predictions save. Not trained on: the mean is that of views with wider ranges, or with what no vector describes."
     )
     return "\n".join([*lines, "", told, ""])
+
+
+def _of_centroid(side: Side, strength: float, samples: Tensor) -> Tensor:
+    """-> t (b, S, d_t), as training draws them."""
+    of = side.vectors.drawing(stronger(side.vectors.augment, strength, side.vectors))
+    return of.draw(0, 0, samples, side.centroid, SIZES[-1])
+
+
+def _mean(encoded: Tensor, place: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """(b, views, D) -> where their mean lies (b, d), and the square by which it is uncertain (b,), from two halves."""
+    halves = (place(half.mean(dim=1)) for half in (encoded[:, ::2], encoded[:, 1::2]))
+    return place(encoded.mean(dim=1)), _apart(*halves) / 4
 
 
 def _apart(x: Tensor, y: Tensor) -> Tensor:
@@ -145,8 +163,8 @@ def _unseen(side: Side, samples: Tensor, k: int) -> Tensor:
     strength = uniforms(k, 1, samples, Purpose.UNSEEN, 1)[:, 0].float()  # (b,)
     if side.name == "audio":
         rows, columns = side.given.shape[2:]
-        u = uniforms(k, 0, samples, Purpose.UNSEEN, 2 * rows * columns).float().view(-1, 2, 1, rows, columns)
-        noise = (-2 * (1 - u[:, 0]).log()).sqrt() * (2 * torch.pi * u[:, 1]).cos()
+        u = uniforms(k, 0, samples, Purpose.UNSEEN, 2 * rows * columns).view(-1, 2, 1, rows, columns)
+        noise = ((-2 * (1 - u[:, 0]).log()).sqrt() * (2 * torch.pi * u[:, 1]).cos()).float()
         return side.given + LARGEST_NOISE * strength.view(-1, 1, 1, 1) * noise
     angle = (2 * strength - 1) * LARGEST_TURN * torch.pi / 180
     cos, sin, nothing = angle.cos(), angle.sin(), torch.zeros_like(angle)

@@ -72,40 +72,54 @@ def pointing(maps: np.ndarray, masks: np.ndarray) -> Pointed:
     return Pointed(float(right.mean()), float(right.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"))
 
 
-def said_of(maps: np.ndarray, objects: np.ndarray, masks: np.ndarray | None) -> dict[str, Any]:
-    """maps, objects (n, rows, columns); masks (n, H, W) of what sounds, where they are known."""
+def said_of(
+    maps: np.ndarray, objects: np.ndarray, masks: np.ndarray | None, choose: np.ndarray | None = None
+) -> dict[str, Any]:
+    """maps, objects (n, rows, columns); where it is known: masks (n, H, W) of what sounds, and in which clips (n,) something else
+    is in sight that does not."""
     position = maps.mean(axis=0)
     spread = ((maps - position) ** 2).mean()
     said: dict[str, Any] = {"share of the maps that is position alone": float(1 - spread / (maps**2).mean())}
-    if masks is None:
-        return said
-    there = masks.any(axis=(1, 2))
-    said |= {"clips with something that sounds in sight": int(there.sum())}
-    if not there.any():
+    if masks is None or choose is None:
         return said
     rows, columns = position.shape
     y, x = (np.arange(n) - (n - 1) / 2 for n in (rows, columns))
-    centre = -(y[:, None] ** 2 + x[None] ** 2)
-    ways = {"heat map": maps, "objectness": objects, "position only": position, "centre": centre}
-    for name, way in ways.items():
-        right = pointing(np.broadcast_to(way, maps.shape)[there].copy(), masks[there])
-        said[name] = {"pointing": right.right, "error": right.error}
-    said["chance"] = {"pointing": float(masks[there].mean()), "error": 0.0}
+    ways = {
+        "heat map": maps,
+        "objectness": objects,
+        "position only": position,
+        "centre": -(y[:, None] ** 2 + x[None] ** 2),
+    }
+    there = masks.any(axis=(1, 2))
+    for which, some in (("all", there), ("beside something silent", there & choose)):
+        if not some.any():
+            continue
+        said[which] = {"clips": int(some.sum()), "chance": {"pointing": float(masks[some].mean()), "error": 0.0}}
+        for name, way in ways.items():
+            right = pointing(np.broadcast_to(way, maps.shape)[some].copy(), masks[some])
+            said[which][name] = {"pointing": right.right, "error": right.error}
     return said
 
 
 def table(said: dict[str, Any], clips: int) -> str:
     """-> Markdown."""
-    lines = [f"| {clips:,} clips | points at what sounds, % |", "|---|---|"]
+    which = [name for name in ("all", "beside something silent") if name in said]
+    lines = [
+        "| points at what sounds, % | " + " | ".join(f"{name}, {said[name]['clips']:,} clips" for name in which) + " |"
+    ]
+    lines.append("|---" * (1 + len(which)) + "|")
     for name in ("heat map", "objectness", "position only", "centre", "chance"):
-        if name in said:
-            lines.append(f"| {name} | {100 * said[name]['pointing']:.1f} ± {100 * said[name]['error']:.1f} |")
-    if len(lines) == 2:
+        cells = (said[of][name] for of in which)
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * x['pointing']:.1f} ± {100 * x['error']:.1f}" for x in cells) + " |"
+        )
+    if not which:
         lines = ["What sounds is not known of these clips: there are maps, and no numbers."]
     told = (
         "The heat map is what each patch adds to the score of the picture and what its sound has of its own (the mean of all "
         "sounds is taken off). Objectness: the patch least like the picture's mean colour. Position only: the mean of all maps, "
         "the same for every clip. Chance: the share of the picture that sounds. "
-        f"Of the maps' squares, {100 * said['share of the maps that is position alone']:.0f}% are the same for every clip."
+        f"Of the maps' squares, {100 * said['share of the maps that is position alone']:.0f}% are the same for every clip "
+        f"({clips:,} clips)."
     )
     return "\n".join([*lines, "", told, ""])

@@ -59,6 +59,18 @@ def seen(image: Tensor) -> np.ndarray:
     return np.clip(255 * picture + 0.5, 0, 255).astype(np.uint8)
 
 
+def overlaid(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8, (rows, columns) -> (H, W, 3): what is above nothing shines, the rest stays dark."""
+    H, W = picture.shape[:2]
+    added = heat.clip(min=0)
+    levels = (255 * added / added.max() if added.max() > 0 else added).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(levels).resize((W, H), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    glow = np.stack([np.interp(smooth[..., 0], np.linspace(0, 1, len(LEVELS)), LEVELS[:, c]) for c in range(3)], axis=2)
+    return (
+        (picture * (0.45 * (1 - smooth)) + glow * smooth * 0.6 + picture * 0.4 * smooth).clip(0, 255).astype(np.uint8)
+    )
+
+
 def scaled(picture: np.ndarray, height: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (height, w, 3), of its shape as far as that is a picture's."""
     width = min(max(1, round(picture.shape[1] * height / picture.shape[0])), 4 * height)

@@ -1,20 +1,28 @@
 """`equiav eval`: plain computations on the same clips, the same at every number of processes."""
 
+import base64
+import io
 import json
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 
 from equiav import cli
-from equiav.augment import Clips, make_views
+from equiav.augment import Clips, make_views, original_image, sampled_vectors
+from equiav.augment.draws import Purpose
 from equiav.config import Config, DataConfig, from_dict
 from equiav.data.clips import decode_frame
 from equiav.data.sources import EncodeSynthetic, Shape
-from equiav.data.synthetic import World
-from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
+from equiav.data.synthetic import Rules, World
+from equiav.evaluate import attention, centroid, localize
+from equiav.evaluate.retrieval import Pairs, embed_pairs, zero_shot_retrieval
+from equiav.evaluate.sides import draws, sides
 from equiav.evaluate.similarity import columns, similarities
 from equiav.model import EquiAV
 from equiav.weights import save_model
@@ -69,7 +77,16 @@ def evaluate(place, out, *more, W=1):
     if W == 1:
         assert cli.main(typed) == 0
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(W), "-m", "equiav"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(W),
+            "-m",
+            "equiav",
+        ]
         subprocess.run([*command, *typed], check=True)
     (found,) = out.glob("*.json")
     return json.loads(found.read_text()), next(out.glob("*.md")).read_text()
@@ -135,16 +152,217 @@ def test_similarity_as_trained_is_that_of_training(place):
         assert torch.allclose(found[:, column], torch.cosine_similarity(z, aug).double(), atol=1e-5)
 
 
-def test_kinds_are_told_apart(place, tmp_path):
-    said, table = evaluate(place, tmp_path / "one", "similarity", "--batch", "8")
-    assert list(said["image"]) == ["as trained", "crop", "jitter", "blur", "flip", "gray"]
-    assert list(said["audio"]) == ["as trained", "crop", "jitter", "blur", "flip", "mask and shift"]
+def test_kinds_and_strengths_are_told_apart(place, tmp_path):
+    said, table = evaluate(place, tmp_path / "one", "similarity", "--batch", "8", "--strengths", "1", "2")
+    kinds = ["as trained", "crop", "jitter", "blur"]
+    assert list(said["image"]) == [*kinds, "flip", "gray", *(f"{kind}, x2" for kind in kinds)]
+    sounds = [*kinds, "flip", "mask and shift", *(f"{kind}, x2" for kind in (*kinds, "mask and shift"))]
+    assert list(said["audio"]) == sounds
     flips = said["image"]["flip"]
     assert flips["sensitivity"] != 0  # against not flipping
     assert said["image"]["crop"]["sensitivity"] != 0
+    assert said["image"]["jitter"] != said["image"]["jitter, x2"]
     assert table.count("± ") > 30
-    shared, _ = evaluate(place, tmp_path / "two", "similarity", "--batch", "8", W=2)
+    shared, _ = evaluate(place, tmp_path / "two", "similarity", "--batch", "8", "--strengths", "1", "2", W=2)
     assert shared == said
+
+
+def test_strengths_widen_what_is_drawn():
+    from equiav.augment import AudioVectors, ImageVectors
+    from equiav.evaluate.sides import stronger
+
+    for kind in (AudioVectors, ImageVectors):
+        of = kind(CONFIG.model, CONFIG.augment)
+        assert stronger(CONFIG.augment, 1, of) == CONFIG.augment
+        for strength in (0.1, 0.5, 1.5, 2, 10):
+            other = of.drawing(stronger(CONFIG.augment, strength, of))
+            t = other.draw(0, 0, torch.arange(400), Purpose.VIEW_IMAGE)[:, 0]
+            assert of.encode(of.decode(t)).allclose(t)  # the same scale: what a model was trained to read
+            p = of.decode(t)
+            shares = p["width"] * p["height"] / (64 * 64 if kind is ImageVectors else of.frames * of.mels)
+            assert shares.max() <= 1.03
+            assert shares.min() == pytest.approx(max(0.01, 1 - 0.92 * strength), abs=0.03)
+            assert p["sigma"].max() <= 2 * strength
+            assert p["brightness"].abs().max() <= min(0.99, 0.4 * strength)
+
+
+def test_the_centroid_comes_nearer_as_it_grows(place, tmp_path):
+    """Of encoded views that is arithmetic: their mean's distance falls as 1 / S."""
+    said, table = evaluate(place, tmp_path / "one", "centroid", "--batch", "8", "--views", "24")
+    for side in ("audio", "image"):
+        encoded = [row["encoded views"] for row in said[side]["S"].values()]
+        assert encoded[0] > encoded[1] > encoded[2] > encoded[4]
+        assert encoded[0] / encoded[3] == pytest.approx(8, rel=0.5)
+        assert set(said[side]["not trained on"]) == {
+            "ranges x1.5",
+            "ranges x2",
+            "noise" if side == "audio" else "rotation",
+        }
+        assert all(math.isfinite(row["centroid"]) for row in said[side]["S"].values())
+    assert table.count("\n| audio, ") == 5
+    shared, _ = evaluate(place, tmp_path / "two", "centroid", "--batch", "8", "--views", "24", W=2)
+    assert shared == said
+
+
+def test_a_perfect_predictor_is_at_the_true_mean(monkeypatch):
+    """Where every prediction is the mean of all views itself, nothing is left between them but what the views leave uncertain."""
+    pairs, views = clips(range(12)), 16
+    model = EquiAV(CONFIG.model, CONFIG.objective)
+    model.init_weights(5)
+    batch = Clips(0, torch.arange(12), *pairs, torch.ones(12, dtype=torch.bool))
+    off = torch.autocast("cpu", enabled=False)
+    with torch.no_grad():
+        for side in sides(model, CONFIG, batch):
+            t, of = draws(side, "as trained", 1.0, 0, batch.samples, views)
+            seen = [centroid._encoded(side, side.augmented(one, of), off).float() for one in t.unbind(1)]
+            mean = torch.stack(seen).mean(dim=0)
+            monkeypatch.setattr(
+                side.branch.predictor, "forward", lambda h, t, mean=mean: mean[:, None].expand(-1, t.shape[1], -1)
+            )
+    for side in centroid.split(centroid.distances(model, CONFIG, batch, views, off).numpy()).values():
+        assert side.centroid.max() < 1e-9
+        assert side.encoded[:, 0].min() > 1e-6
+
+
+def test_a_heat_map_adds_up_to_the_score(place, monkeypatch):
+    """What all patches add is what the picture's score is above that of its mean colour."""
+    model, pairs = model_of(place), clips(range(6))
+    image = original_image(pairs.frames, CONFIG.model.image_size)
+    one = torch.zeros(1, dtype=torch.int64)
+    _, t = sampled_vectors(CONFIG, 0, 0, one, 4)
+    sound = torch.randn(6, CONFIG.model.head_width, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(localize, "STEPS", 64)
+    maps = localize.heat(model, image, sound, t)
+    gray = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+    with torch.no_grad():
+        above = ((model.embed_image(image, t) - model.embed_image(gray, t)) * sound).sum(dim=1)
+    assert maps.shape == (6, *CONFIG.model.image_grid)
+    assert torch.allclose(maps.sum(dim=(1, 2)), above, atol=0.02 * above.abs().max().item())
+
+
+def test_pointing_is_that_of_the_masks(tmp_path):
+    masks = np.zeros((4, 64, 64), bool)
+    masks[:, 8:16, 40:48] = True
+    maps = np.zeros((4, 8, 8))
+    maps[:, 1, 5] = 1
+    assert localize.pointing(maps, masks).right == 1
+    maps[2:] = 0
+    maps[2:, 7, 0] = 1
+    assert localize.pointing(maps, masks).right == 0.5
+    objects = np.zeros((4, 8, 8))
+    objects[:, 1, 5] = [1, 1, 1, -1]
+    said = localize.said_of(maps, objects, masks, np.array([True, True, False, False]))
+    assert said["all"]["heat map"]["pointing"] == 0.5
+    assert said["all"]["objectness"]["pointing"] == 0.75
+    assert said["beside something silent"]["heat map"]["pointing"] == 1
+    assert said["all"]["chance"]["pointing"] == pytest.approx(1 / 64)
+    assert said["all"]["position only"]["pointing"] in (0, 1)
+
+
+def test_localization_of_the_synthetic_world(place, tmp_path, capsys):
+    world = World(4, 64, 3, 2.56, rules=Rules(silent=0.5))
+    encode = EncodeSynthetic(world, Shape(3, 64, 90, "wav", 30.0, False, DataConfig(silence=0.0)))
+    items = [(f"synthetic-4-{k}", k) for k in range(30)]
+    pack(items, encode, Store(str(tmp_path / "clips")), processes=0, part_items=10)
+    common = ("--stream.url", tmp_path / "clips", "--world.silent", "0.5", "--examples", "3")
+    said, table = evaluate(place, tmp_path / "one", "localize", *common, "--batch", "8")
+    sounding = [world.masks(k)[1].any() for k in range(30)]
+    assert said["all"]["clips"] == sum(sounding)
+    beside = [bool(sounding[k] and (~world.there(k)[1]).any()) for k in range(30)]
+    assert said["beside something silent"]["clips"] == sum(beside)
+    assert "| objectness |" in table
+    picture = Image.open(tmp_path / "one" / "localize.png")
+    assert picture.width > 4 * 100
+    assert evaluate(place, tmp_path / "two", "localize", *common, "--batch", "8", W=2) == (said, table)
+    # The masks of another world would be numbers without a meaning.
+    typed = ["eval", "localize", "--model", str(place / "run"), "--stream.url", str(tmp_path / "clips"), "--out"]
+    assert cli.main([*typed, str(tmp_path / "three")]) == 2
+    assert "give --world.* as `equiav pack` had them" in capsys.readouterr().err
+
+
+def test_clips_of_which_nobody_knows_what_sounds_have_maps_alone(place, tmp_path):
+    said, table = evaluate(place, tmp_path / "one", "localize", "--examples", "2")
+    assert "all" not in said
+    assert "there are maps, and no numbers" in table
+    assert (tmp_path / "one" / "localize.png").is_file()
+
+
+def test_attention_is_the_predictors(place, tmp_path):
+    said, table = evaluate(place, tmp_path / "one", "attention", "--batch", "8", "--examples", "2")
+    for side, grid in (("audio", CONFIG.model.audio_grid), ("image", CONFIG.model.image_grid)):
+        for kind, row in said[side].items():
+            mean = np.array(row["mean map"])
+            assert mean.shape == tuple(grid)
+            assert mean.sum() == pytest.approx(1, abs=1e-3)
+            assert 0 < row["looked at"] <= 1
+            assert ("inside the crop" in row) == (kind in ("as trained", "crop"))
+    assert "| audio | mask and shift |" in table
+    assert evaluate(place, tmp_path / "two", "attention", "--batch", "8", "--examples", "2", W=2) == (said, table)
+
+
+def test_inside_a_crop_is_counted_from_its_box():
+    """A predictor that looks at all alike looks at what is kept as much as its area is; one that looks there only, as often more
+    as the box is smaller."""
+    model = EquiAV(CONFIG.model, CONFIG.objective)
+    model.init_weights(5)
+    pairs = clips(range(3))
+    batch = Clips(0, torch.arange(3), *pairs, torch.ones(3, dtype=torch.bool))
+    for side in sides(model, CONFIG, batch):
+        t, of = draws(side, "crop", 1.0, 0, batch.samples, 5)
+        p, kept = of.decode(t), attention._kept(side, t, of)
+        _, rows, columns = side.branch.encoder.picture
+        assert kept.mean(dim=-1).allclose((p["width"] * p["height"] / (rows * columns)).double(), atol=1e-6)
+        grid = kept.unflatten(-1, side.branch.encoder.grid)
+        y, x = (p["top"] + p["height"] / 2) / rows, (p["left"] + p["width"] / 2) / columns
+        Y, X = grid.shape[-2:]
+        middle = grid.sum(dim=-1) @ (torch.arange(Y) + 0.5).double() / grid.sum(dim=(-2, -1)) / Y
+        assert middle.allclose(y.double(), atol=0.5 / Y)
+        middle = grid.sum(dim=-2) @ (torch.arange(X) + 0.5).double() / grid.sum(dim=(-2, -1)) / X
+        assert middle.allclose(x.double(), atol=0.5 / X)
+
+
+def test_examples_can_be_looked_at_and_listened_to(place, tmp_path):
+    said, _ = evaluate(place, tmp_path / "one", "examples", "--examples", "4", "--batch", "8")
+    assert [one["name"] for one in said["examples"]] == [f"a/clip-{k}" for k in (0, 12, 24, 36)]
+    pairs = clips(range(COUNT))
+    audio, image = embed_pairs(model_of(place), CONFIG, pairs, 0)
+    similar = (audio.double() @ image.double().T).numpy()
+    for one, k in zip(said["examples"], (0, 12, 24, 36), strict=True):
+        assert one["score"] == pytest.approx(similar[k, k], abs=1e-5)
+        assert one["place of the picture"] == 1 + (similar[k] > similar[k, k]).sum()
+        assert one["place of the sound"] == 1 + (similar[:, k] > similar[k, k]).sum()
+        assert [found["name"] for found in one["pictures found"]] == [
+            f"a/clip-{n}" for n in np.argsort(-similar[k])[:3]
+        ]
+        assert [found["name"] for found in one["sounds found"]] == [
+            f"a/clip-{n}" for n in np.argsort(-similar[:, k])[:3]
+        ]
+        wave, rate = soundfile.read(io.BytesIO(content(one["sound"])))
+        assert (rate, len(wave) / rate) == (16000, pytest.approx(2.56, abs=0.2))
+        frame = np.asarray(Image.open(io.BytesIO(content(one["picture"]))), float)
+        assert np.abs(frame - pairs.frames[k].permute(1, 2, 0).numpy()).mean() < 8
+        assert Image.open(io.BytesIO(content(one["heat"]))).mode == "RGBA"
+    assert len(said["map"]["audio"]) == len(said["map"]["image"]) == len(said["map"]["names"]) == COUNT
+    assert evaluate(place, tmp_path / "two", "examples", "--examples", "4", "--batch", "8", W=2)[0] == said
+
+
+def content(address):
+    return base64.b64decode(address.partition("base64,")[2])
+
+
+def test_predictors_that_were_not_trained_are_not_asked(tmp_path, place, capsys):
+    config = from_dict(
+        Config, {"model": {"size": "tiny", "depth": 1}, "objective": {"intra": "none", "inter_on": "original"}}, "test"
+    )
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(5)
+    save_model(tmp_path / "model", model.state_dict(), config)
+    typed = ["--model", str(tmp_path / "model"), "--stream.url", str(place / "clips"), "--out", str(tmp_path / "out")]
+    for what in ("similarity", "centroid", "attention"):
+        assert cli.main(["eval", what, *typed]) == 2
+        assert "its predictors know no augmentations" in capsys.readouterr().err
+    for what in ("retrieval", "localize", "examples"):
+        assert cli.main(["eval", what, *typed]) == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +370,7 @@ def test_kinds_are_told_apart(place, tmp_path):
     [
         ([], "model is not set"),
         (["--model", "RUN"], "stream.url is not set"),
-        (["similar"], "what: found 'similar', expected one of retrieval, similarity"),
+        (["similar"], "what: found 'similar', expected one of retrieval, similarity, centroid"),
         (["--model", "nowhere", "--stream.url", "CLIPS"], "nowhere: no config.json there"),
         (["--model", "RUN", "--stream.url", "nowhere"], "nowhere holds no dataset"),
         (
