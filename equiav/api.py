@@ -21,6 +21,7 @@ from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
 from equiav.data.clips import BadClipError, central_square, check_audio, check_frame
 from equiav.data.sources import Shape, length_of, read_audio, read_frames
+from equiav.evaluate.localize import heat
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
 from equiav.weights import CLASSES, Classes, bring, load_classifier, load_model, model_folder
@@ -200,6 +201,33 @@ class Embedder(Reader):
             each = self.embed_image([one for of in pictures for one in of]).reshape(len(parts), frames, -1).mean(axis=1)
             image = each / np.linalg.norm(each, axis=1, keepdims=True)
         return Windows(np.array(begin), np.array(end), audio, image)
+
+    @torch.no_grad()
+    def localize(
+        self,
+        sound: Sound | list[Sound],
+        picture: Picture | list[Picture],
+        rate: float | None = None,
+        others: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What of a picture belongs to a sound -> (rows, columns), of a list of pictures (b, rows, columns), with a sound for all
+        or as many: what each patch of the central square adds to the score; all together add what the picture's score is above
+        that of its mean colour. others (n, d): embeddings of other sounds, such as those of a dataset; what the sound has of its
+        own beside them is looked for, which points better (docs/downstream.md)."""
+        listed = isinstance(picture, list | tuple)
+        pictures: Any = picture if listed else [picture]
+        own = torch.from_numpy(self.embed_audio(sound, rate))
+        own = own.expand(len(pictures), -1) if own.dim() == 1 else own
+        if len(own) != len(pictures):
+            raise ConfigError(f"{len(own)} sounds and {len(pictures)} pictures, expected one sound, or as many")
+        if others is not None:
+            own = own - torch.from_numpy(np.asarray(others, np.float32)).reshape(-1, own.shape[1]).mean(dim=0)
+        self.network.requires_grad_(False)
+        parts = [
+            heat(self.network, self.pictures(some), z.to(self.device), self.vectors[1]).float().cpu().numpy()
+            for some, z in zip(_batches(pictures), own.split(BATCH), strict=True)
+        ]
+        return np.concatenate(parts) if listed else parts[0][0]
 
     def score(self, sound: Sound, picture: Picture, rate: float | None = None) -> float:
         """How well a sound and a picture belong together: the cosine of their embeddings, -1 to 1. What is high is a matter of

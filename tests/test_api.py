@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -241,6 +242,56 @@ def test_a_record_with_its_cover_has_no_picture(folder, tmp_path):
 def test_what_a_model_does_not_use_may_be_short(tuned, tmp_path):
     path = write_video(tmp_path / "a.mp4", seconds=8.5, size=(64, 64), audio=tones(4.0, 44100, [440, 440]))
     assert len(equiav.load(tuned("image")).predict_video(path)) == 3
+
+
+def test_what_sounds(folder, tmp_path, capsys):
+    model = equiav.load(folder)
+    rng = np.random.default_rng(0)
+    waves = [(3000 * rng.standard_normal(40_000)).astype(np.int16) for _ in range(3)]
+    frames = [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in range(20)]
+    one = model.localize(waves[0], frames[0], 16000)
+    assert one.shape == model.settings.model.image_grid
+    many = model.localize(waves[0], frames, 16000)  # more than a batch
+    assert np.allclose(many[0], one, atol=1e-6)
+    both = model.localize([waves[0], waves[1]], frames[:2], 16000)
+    assert np.allclose(both[0], one, atol=1e-6)
+    others = model.embed_audio(waves[1:], 16000)
+    beside = model.localize(waves[0], frames[0], 16000, others)
+    alone = [model.localize(wave, frames[0], 16000) for wave in waves]
+    assert np.allclose(beside, alone[0] - (alone[1] + alone[2]) / 2, atol=1e-5)  # it is linear in the sound
+    with pytest.raises(ConfigError, match="2 sounds and 3 pictures, expected one sound, or as many"):
+        model.localize(waves[:2], frames[:3], 16000)
+
+    write_video(tmp_path / "long.mp4", seconds=6)
+    typed = ["localize", str(tmp_path / "long.mp4"), "--model", str(folder), "--out"]
+    assert cli.main([*typed, str(tmp_path / "heat.mp4"), "--fps", "4"]) == 0
+    with av.open(str(tmp_path / "heat.mp4")) as file:
+        pictures = list(file.decode(video=0))
+        seconds = sum(frame.samples for frame in av.open(str(tmp_path / "heat.mp4")).decode(audio=0)) / 16000
+    assert seconds == pytest.approx(6, abs=1.3)  # a rest of less than half of what the model hears is left out
+    assert 4 * 4 < len(pictures) < 4 * 8
+    assert pictures[-1].time == pytest.approx(seconds, abs=0.5)
+    assert (pictures[0].width, pictures[0].height) == (256, 256)
+    assert (
+        cli.main(["embed", str(tmp_path / "long.mp4"), "--model", str(folder), "--out", str(tmp_path / "o.npz")]) == 0
+    )
+    assert cli.main([*typed, str(tmp_path / "heat.png"), "--others", str(tmp_path / "o.npz")]) == 0
+    assert Image.open(tmp_path / "heat.png").height > 2 * 256
+    capsys.readouterr()
+    write_video(tmp_path / "silent.mp4", sound=None)
+    (tmp_path / "text.npz").write_text("x")
+    for more, said in (
+        ([], "file is not given, expected a video with sound"),
+        ([str(tmp_path / "silent.mp4"), "--out", str(tmp_path / "a.mp4")], "has no sound"),
+        ([str(tmp_path / "long.mp4"), "--out", str(tmp_path / "a.txt")], "expected a name that ends in .mp4 or .png"),
+        ([str(tmp_path / "long.mp4"), "--out", str(tmp_path / "long.mp4")], "expected another file than it reads"),
+        ([str(tmp_path / "long.mp4"), "--others", str(tmp_path / "text.npz")], "holds no embeddings"),
+    ):
+        assert cli.main(["localize", *more, "--model", str(folder)]) in (1, 2)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert not list(tmp_path.glob("*.part*"))
+    assert not (tmp_path / "a.mp4").exists()
 
 
 @pytest.mark.parametrize(

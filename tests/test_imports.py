@@ -12,7 +12,7 @@ OURS = {"equiav", "streaming", "launch", "monitoring"}
 MAY_IMPORT = {
     "streaming": set(),
     "monitoring": set(),
-    "launch": {"equiav.config", "equiav.commands", "streaming", "monitoring"},
+    "launch": {"equiav.config", "equiav.commands", "equiav.evaluate.settings", "streaming", "monitoring"},
     "equiav": OURS,
     "equiav.config": set(),
     "equiav.data": {"equiav.config", "equiav.augment", "streaming"},
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "equiav.tasks": {"equiav.config", "equiav.augment", "equiav.model", "equiav.objective"},
     "equiav.terminal": set(),
     "equiav.train": OURS,
+    "equiav.evaluate.settings": {"equiav.config", "equiav.data"},
     "equiav.commands": OURS,
 }
 IN_THE_NODE = ("launch.agent", "launch.server")  # which is no laptop: torch is there, and it starts once

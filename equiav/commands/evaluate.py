@@ -17,7 +17,8 @@ from equiav.config import ConfigError, NotHere, require, to_dict
 from equiav.data.labels import keys_of
 from equiav.data.sources import key_of, list_frames
 from equiav.data.stream import require_modalities
-from equiav.evaluate.evaluations import EVALUATIONS, EvalConfig, Looker
+from equiav.evaluate.evaluations import EVALUATIONS, Looker
+from equiav.evaluate.settings import EvalConfig
 from equiav.parallel import Ranks
 from equiav.train.run import launched
 from equiav.weights import bring, load_model, model_folder

@@ -292,6 +292,19 @@ def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
     assert (model / "results.md").read_text().startswith("| dataset, sound and pictures | accuracy, % |")
 
 
+def test_a_model_of_the_cluster_is_evaluated_there(kubectl, launcher):
+    """Two processes, on what the run before left in the store."""
+    torchx(*launcher, "launch/eval.py", "--cpu", "2", "--memory", "4Gi", "--scratch", "4Gi", "--workers", "2",
+           "--data", "s3://equiav/clips", "--model", "s3://equiav/attacked", "--out", "s3://equiav/evaluated",
+           "--secret", "equiav-store", "--", "--batch", "8", "--seeds", "2")  # fmt: skip
+    until(lambda: ended(kubectl, "eval-retrieval"), 300, trouble(kubectl, "eval-retrieval"))
+    assert ended(kubectl, "eval-retrieval") == "Complete", trouble(kubectl, "eval-retrieval")()
+    folder = store_folder(kubectl) / "evaluated"
+    said = json.loads((folder / "retrieval.json").read_text())
+    assert said["clips"] == said["of"] > 0
+    assert (folder / "retrieval.md").read_text().startswith("| among ")
+
+
 class Relay:
     """Between a command and the API server. `cut` ends what goes through it, as a load balancer does."""
 

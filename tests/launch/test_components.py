@@ -10,6 +10,7 @@ import pytest
 import yaml
 from torchx.components.component_test_base import ComponentTestCase
 
+import launch.eval
 import launch.finetune
 import launch.pack
 import launch.pretrain
@@ -46,6 +47,8 @@ def command(made):
         launch.finetune.py,
         launch.pack.pack,
         launch.pack.py,
+        launch.eval.evaluate,
+        launch.eval.py,
     ],
 )
 def test_torchx_finds_no_fault_in_them(component):
@@ -88,6 +91,43 @@ def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
         "run", "-s", "kubernetes", "launch/finetune.py", *given, "--", "--tune.mixup", "3", cwd=tmp_path, status=1
     )
     assert "tune.mixup is 3.0, expected a probability" in text
+
+
+def test_evaluation_is_one_node_whose_processes_share_the_clips(tmp_path):
+    given = ["--what", "localize", "--model", "s3://b/run", "--data", "s3://b/test", "--out", "s3://b/run/eval"]
+    made = dryrun("launch/eval.py", *given, "--workers", "4", "--", "--examples", "6", cwd=tmp_path)
+    torchrun = [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "-m",
+        "equiav",
+        "eval",
+    ]
+    assert command(made)[:9] == torchrun
+    assert command(made)[9:] == [
+        *("localize", "--model", "s3://b/run", "--stream.url", "s3://b/test", "--out", "s3://b/run/eval"),
+        *("--device", "cpu", "--examples", "6"),
+    ]
+    assert made["Job"]["metadata"]["name"] == "eval-localize"
+    assert command(dryrun("launch/eval.py", *given, cwd=tmp_path))[:4] == ["python", "-m", "equiav", "eval"]
+    gpus = dryrun("launch/eval.py", *given, "--gpus", "2", cwd=tmp_path)
+    assert command(gpus)[5] == "2"
+    assert command(gpus)[-1] == "cuda"
+    for missing in ("--model", "--data", "--out"):
+        less = [word for k, word in enumerate(given) if word != missing and given[k - 1] != missing]
+        assert f"{missing[2:]}: no " in torchx(
+            "run", "-s", "kubernetes", "launch/eval.py", *less, cwd=tmp_path, status=1
+        )
+    for wrong, said in (
+        (["--seeds", "0"], "seeds is 0, expected 1 or more"),
+        (["--clips", "x.json"], "clips is a list on"),
+    ):
+        text = torchx("run", "-s", "kubernetes", "launch/eval.py", *given, "--", *wrong, cwd=tmp_path, status=1)
+        assert said in text
 
 
 def test_the_literal_command_runs_something_sensible_and_says_what(tmp_path):

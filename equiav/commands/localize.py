@@ -1,0 +1,149 @@
+"""`equiav localize`: what of a video's pictures sounds, as a video of its own."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from equiav.api import Embedder, load
+from equiav.config import ConfigError, NotHere, require
+from equiav.data.clips import BadClipError, central_square
+from equiav.evaluate.pictures import Titled, overlaid, sheet
+from equiav.terminal import say
+
+SMALLEST = 256  # pixels: side of what is drawn, so that it can be looked at
+ROWS = 60  # of a sheet
+
+
+@dataclass(frozen=True)
+class LocalizeConfig:
+    """Draws what of a video's pictures belongs to its sound: bright is what adds to the score of the two."""
+
+    file: tyro.conf.Positional[str] = field(default="")
+    """A video with sound."""
+    model: str = ""
+    """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
+    out: Path = Path("heat.mp4")
+    """File to write: .mp4, with the sound, or .png, a picture of each part that is as long as the model hears."""
+    others: Path | None = None
+    """Embeddings of other sounds (`equiav embed`): what the sound has of its own beside them is looked for. It points better."""
+    fps: float = 5.0
+    """Pictures a second of the video that is written."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes."""
+
+    def __post_init__(self) -> None:
+        require(0.1 <= self.fps <= 60, "fps", self.fps, "0.1 to 60")
+        require(self.out.suffix.lower() in (".mp4", ".png"), "out", self.out, "a name that ends in .mp4 or .png")
+
+
+def run_localize(config: LocalizeConfig) -> None:
+    require(bool(config.file), "file", "not given", "a video with sound")
+    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(Path(config.file).is_file(), "file", config.file, "a file that exists")
+    require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
+    require(
+        not config.out.exists() or not config.out.samefile(config.file), "out", config.out, "another file than it reads"
+    )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
+    model = load(config.model, config.device)
+    if not isinstance(model, Embedder):
+        raise ConfigError(f"model: {config.model} was fine-tuned and compares no sounds with pictures")
+    others = sounds_of(config.others, model) if config.others else None
+    film = config.out.suffix.lower() == ".mp4"
+    part = config.out.with_name(f"{config.out.stem}.part{config.out.suffix}")
+    count = max(1, round(config.fps * model.settings.model.spectrogram_frames / 100)) if film else 1
+    side = max(SMALLEST, model.data.frame_size // 2 * 2)  # pixels, even
+    rows: list[list[Titled]] = []
+    parts = 0
+    try:
+        with Film(part, side, config.fps, model.data.sample_rate) if film else nullcontext() as writer:
+            for begin, end, wave, pictures in model.windows(config.file, count):
+                if wave is None or not pictures:
+                    raise BadClipError(config.file, f"has no {'sound' if wave is None else 'picture'}, expected both")
+                maps = model.localize(wave, pictures, model.data.sample_rate, others)
+                for k, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
+                    frame, time = square(picture, side), begin + (end - begin) * (k + 0.5) / len(pictures)
+                    if writer:
+                        writer.show(time, overlaid(frame, heat))
+                    elif len(rows) < ROWS:
+                        rows.append([(f"{time:.1f} s", frame), ("what sounds", overlaid(frame, heat))])
+                if writer:
+                    writer.hear(wave)
+                parts += 1
+        if rows:
+            sheet(rows, SMALLEST).save(part)
+        part.replace(config.out)
+    finally:
+        part.unlink(missing_ok=True)
+    say(f"{config.out}: {parts} part(s) of {config.file}" + (f", {len(rows)} shown" if rows else ""))
+
+
+def sounds_of(path: Path, model: Embedder) -> np.ndarray:
+    """-> (n, d)"""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            rows = file["audio"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"others: {path} holds no embeddings ({error}); `equiav embed` writes them") from None
+    width = model.settings.model.head_width
+    if rows.ndim != 2 or rows.shape[1] != width or rows.dtype.kind != "f":
+        raise ConfigError(
+            f"others: {path} has rows of {rows.shape[1:]} {rows.dtype}, this model's have {width} numbers"
+        )
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    if not len(rows):
+        raise ConfigError(f"others: no file of {path} has sound")
+    return rows
+
+
+def square(picture: np.ndarray, side: int) -> np.ndarray:
+    """-> (side, side, 3): what the model sees of it."""
+    whole = central_square(picture, min(picture.shape[:2]))
+    return np.asarray(Image.fromarray(whole).resize((side, side), Image.Resampling.BICUBIC))
+
+
+class Film:
+    """An .mp4 that is being written."""
+
+    def __init__(self, path: Path, side: int, fps: float, rate: int):
+        import av
+
+        self.av, self.file = av, av.open(str(path), "w", format="mp4")
+        self.pictures: Any = self.file.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "20"}
+        )
+        self.pictures.width = self.pictures.height = side
+        self.pictures.pix_fmt, self.pictures.time_base = "yuv420p", Fraction(1, 1000)
+        self.sounds: Any = self.file.add_stream("aac", rate=rate, layout="mono")
+        self.rate, self.heard = rate, 0
+
+    def __enter__(self) -> Film:
+        return self
+
+    def show(self, time: float, picture: np.ndarray) -> None:
+        frame = self.av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+        self.file.mux(self.pictures.encode(frame))
+
+    def hear(self, wave: np.ndarray) -> None:
+        for k in range(0, len(wave), 1024):
+            frame = self.av.AudioFrame.from_ndarray(wave[None, k : k + 1024].copy(), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = self.rate, self.heard, Fraction(1, self.rate)
+            self.file.mux(self.sounds.encode(frame))
+            self.heard += frame.samples
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self.file.mux(self.pictures.encode())
+            self.file.mux(self.sounds.encode())
+        self.file.close()
