@@ -61,6 +61,9 @@ COMMANDS = {
     "score": Command("say how well sound and picture of a video belong together", "embed", "ScoreConfig", "run_score"),
     "localize": Command("show what of a video's pictures sounds", "localize", "LocalizeConfig", "run_localize"),
     "predict": Command("name the classes of files, by a fine-tuned model", "embed", "PredictConfig", "run_predict"),
+    "export": Command(
+        "write a model for others: programs that need no EquiAV, a model card", "export", "ExportConfig", "run_export"
+    ),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
     "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(

@@ -41,6 +41,8 @@ def test_print_config_shows_what_would_run(capsys, command):
         assert settings["labels"] == []
     elif command == "diff":
         assert settings == {"one": "", "two": ""}
+    elif command == "export":
+        assert (settings["model"], settings["formats"]) == ("", ["torch", "onnx"])
     elif command == "localize":
         assert (settings["file"], settings["out"]) == ("", "heat.mp4")
     elif command in ("embed", "score", "predict"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,14 +30,18 @@ def log_mel(waveform: Tensor, mels: int = 128, sample_rate: int = 16000) -> Tens
     frames = waveform.unfold(1, window, hop)  # (B, frames, window)
     frames = frames - frames.mean(dim=2, keepdim=True)
     previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
-    frames = (frames - PREEMPHASIS * previous) * torch.hann_window(
-        window, periodic=False, dtype=frames.dtype, device=frames.device
-    )
+    frames = (frames - PREEMPHASIS * previous) * _hann(window, frames)
     power = torch.view_as_real(torch.fft.rfft(frames, n=n_fft)).square().sum(dim=-1)  # (B, frames, n_fft / 2 + 1)
     with waveform.device:  # made where they are used: a copy would wait for the device
         banks, _ = get_mel_banks(mels, n_fft, sample_rate, LOWEST_HZ, 0.0, 100.0, -500.0, 1.0)  # (mels, n_fft / 2)
     energy = power @ F.pad(banks, (0, 1)).to(power).T
     return energy.clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def _hann(window: int, like: Tensor) -> Tensor:
+    """`torch.hann_window(window, periodic=False)`, to the bit, in operations that programs for elsewhere have, too."""
+    turn = torch.arange(window, dtype=like.dtype, device=like.device) * (2 * math.pi / (window - 1))
+    return turn.cos() * -0.5 + 0.5
 
 
 def normalised_spectrogram(waveform: Tensor, lengths: Tensor, model: ModelConfig, data: DataConfig) -> Tensor:

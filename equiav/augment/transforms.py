@@ -20,7 +20,7 @@ LUMA = (0.2989, 0.587, 0.114)
 def original_image(frames: Tensor, size: int) -> Tensor:
     """The untransformed input: frames (B, 3, H, W) uint8 -> (B, 3, size, size), the central square, normalised."""
     left, top, side = _central_square(frames)
-    whole = torch.full((len(frames),), float(side), device=frames.device)
+    whole = torch.full((1,), float(side), device=frames.device)  # the same for all
     columns = _taps(whole * 0 + left, whole, side, frames.shape[3], size)
     rows = _taps(whole * 0 + top, whole, side, frames.shape[2], size)
     return _normalise(_resample(_unit_range(frames), rows, columns))
@@ -132,11 +132,11 @@ def _taps(start: Tensor, length: Tensor, longest: int, n_in: int, n_out: int) ->
 def _resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """x (B, C, H, W) -> (B, C, n_rows, n_columns)."""
     for dim, (index, weight) in ((3, columns), (2, rows)):
-        shape = [len(x), 1, 1, 1]
-        shape[dim] = index.shape[1]
+        shape, whole = [index.shape[0], 1, 1, 1], list(x.shape)
+        shape[dim] = whole[dim] = index.shape[1]
         out = 0
         for k in range(index.shape[2]):  # a handful of taps
-            out = out + torch.take_along_dim(x, index[..., k].view(shape), dim) * weight[..., k].view(shape)
+            out = out + x.gather(dim, index[..., k].view(shape).expand(whole)) * weight[..., k].view(shape)
         x = out  # type: ignore[assignment]
     return x
 

@@ -70,7 +70,7 @@ class Branch(nn.Module):
         if h_aug is not None:
             h = h_aug  # after the final norm that this ablation trains
         if t is not None:
-            h = self.predictor(h, t.expand(len(h), -1, -1))  # (B, S, D)
+            h = self.predictor(h, t.expand(h.shape[0], -1, -1))  # (B, S, D)
         return F.normalize(self.inter_head(h.mean(dim=1)), dim=-1)
 
 
@@ -181,4 +181,4 @@ def _owner(model: nn.Module, parameter: str) -> str:
 def _attention(branch: Branch, h: Tensor, t: Tensor) -> Tensor:
     if not isinstance(branch.predictor, AttentionPredictor):
         raise ValueError(f"{type(branch.predictor).__name__} has no attention; model.predictor=attention has")
-    return branch.predictor.attention(h, t.expand(len(h), -1, -1))
+    return branch.predictor.attention(h, t.expand(h.shape[0], -1, -1))

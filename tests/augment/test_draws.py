@@ -71,5 +71,6 @@ def test_purposes_keep_their_numbers():
         "MIXUP": 7,
         "DROP_PATH": 8,
         "TIME_ROLL": 9,
+        "UNSEEN": 10,
     }
-    assert len(Purpose.__members__) == len(set(Purpose)) == 9
+    assert len(Purpose.__members__) == len(set(Purpose)) == 10

@@ -3,6 +3,7 @@ import torch
 from torchaudio.compliance.kaldi import fbank
 
 from equiav.augment import log_mel, normalised_spectrogram
+from equiav.augment.logmel import _hann
 
 RATE = 16000
 
@@ -98,3 +99,11 @@ def test_too_short_and_wrong_type_are_named():
         log_mel(torch.zeros(2, 399))
     with pytest.raises(ValueError, match="int16"):
         log_mel(torch.zeros(2, 4000, dtype=torch.int16))
+
+
+@pytest.mark.parametrize("window", [200, 275, 400, 551, 1102, 1200])
+def test_the_window_is_torchs(window):
+    for kind in (torch.float32, torch.float64):
+        assert torch.equal(
+            _hann(window, torch.zeros(1, dtype=kind)), torch.hann_window(window, periodic=False, dtype=kind)
+        )

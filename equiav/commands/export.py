@@ -1,0 +1,145 @@
+"""`equiav export`: a model folder for others: weights, programs that need no EquiAV, a model card."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from equiav.api import Embedder, Labeller, load
+from equiav.config import ConfigError, require, to_yaml
+from equiav.programs import programs, require_onnx, write
+from equiav.terminal import plain, say
+from equiav.weights import CLASSES, SETTINGS, WEIGHTS, bring, model_folder
+
+CARD = "README.md"  # where model hubs look for it
+SECRET = re.compile(r"://[^/\s]*@")  # of an address
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a model for others: its weights and settings, programs from samples and pixels to embeddings (or classes), each
+    reloaded and compared, and a model card."""
+
+    model: tyro.conf.Positional[str] = ""
+    """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
+    out: Path = Path("exported")
+    """Folder to write: a new one, or an empty one."""
+    formats: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")
+    """Of the programs: torch.export's, which PyTorch runs; ONNX, for everything else (`pip install 'equiav[export]'`)."""
+    name: str = ""
+    """Of the model, on its card. Without it: the folder's."""
+    license: str = ""
+    """Of the weights, as model hubs spell it (apache-2.0, cc-by-nc-4.0). It is yours to choose, as far as the data's allows."""
+    data: str = ""
+    """What it was trained on, for the card: names, hours, where it is from."""
+
+
+def run_export(config: ExportConfig) -> None:
+    require(bool(config.model), "model", "not given", "a model folder, or the folder of a run")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"out: {config.out} is there already, and not empty; choose another folder")
+    if "onnx" in config.formats:
+        require_onnx()
+    with TemporaryDirectory(prefix="equiav-") as temporary:
+        remote = "://" in config.model
+        given = bring(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
+        folder = model_folder(given)
+        model = load(folder)
+        part = config.out.with_name(f"{config.out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name in (SETTINGS, WEIGHTS, *([CLASSES] if isinstance(model, Labeller) else [])):
+            shutil.copyfile(folder / name, part / name)
+        off: dict[str, float] = {}
+        for name, program in programs(model).items():
+            off |= write(program, part / name, config.formats)
+        (part / CARD).write_text(card(config, model, given, folder, off))
+    if config.out.exists():
+        config.out.rmdir()
+    part.replace(config.out)
+    for name, worst in off.items():
+        say(f"{config.out / name}: reloaded, it is off by {worst:.1e} at most")
+    say(f"{config.out / CARD}")
+
+
+def card(config: ExportConfig, model: Embedder | Labeller, run: Path, folder: Path, off: dict[str, float]) -> str:
+    """-> Markdown. run: what was named; folder: the model's own, in it."""
+    embeds = isinstance(model, Embedder)
+    name = config.name or run.resolve().name
+    head: dict[str, Any] = {
+        "license": config.license or "unknown",
+        "library_name": "equiav",
+        "tags": ["audio-visual", "self-supervised", "equiav"] if embeds else ["audio-visual", "equiav"],
+        "pipeline_tag": "feature-extraction" if embeds else "audio-classification",
+    }
+    s, trained = model.settings, run / "config.yaml"
+    what = (
+        f"Embeds sounds and pictures in one space of {s.model.head_width} numbers, where those that belong together are near."
+        if isinstance(model, Embedder)
+        else f"Tells {len(model.classes)} classes apart"
+        + (", of which a clip has one." if model.one else ", of which a clip may have several.")
+    )
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", f"# {plain(name)}", ""]
+    lines += [
+        f"{what} EquiAV ([paper](https://arxiv.org/abs/2403.09502)), {s.model.size}, written by equiav {version('equiav')}.",
+        "",
+        "## Use",
+        "```python",
+        "import equiav",
+        'model = equiav.load("PATH OF THIS FOLDER")',
+        *(
+            ["z = model.embed_video('my.mp4')  # of parts as long as the model hears: .audio, .image, .begin, .end"]
+            if embeds
+            else ["model.predict_video('my.mp4')"]
+        ),
+        "```",
+        "",
+    ]
+    if off:
+        lines += ["Without this package, from what each program says of its inputs:", ""]
+        lines += ["| program | takes | gives | off by, at most |", "|---|---|---|---|"]
+        for key, program in programs(model).items():
+            takes = ", ".join(f"{n} {_shape(x)}" for n, x in program.inputs.items())
+            for file in (f"{key}.pt2", f"{key}.onnx"):
+                if file in off:
+                    lines.append(f"| `{file}` | {takes} | {program.output} | {off[file]:.0e} |")
+        lines += [
+            "",
+            f"`waveform`: mono at {s.data.sample_rate} Hz, in [-1, 1], filled up with zeros to {model.length} samples "
+            f"({model.seconds:.2f} s); `lengths`: how many of them are the sound's own; `frames`: the central square of a "
+            f"picture, {s.data.frame_size} pixels, RGB. b is any number of clips.",
+            "",
+        ]
+    lines += ["## Data", "", config.data or "Not said.", "", "## Results", ""]
+    told = {path.resolve() for of in (run, folder) for path in (of / "results.md", *of.glob("eval/*.md"))}
+    tables = [path.read_text() for path in sorted(told) if path.is_file()]
+    lines += tables or ["Not measured, or not beside the model: `equiav eval`, `equiav finetune` leave them there.", ""]
+    lines += [
+        "## Limits",
+        "",
+        f"- It hears {model.seconds:.2f} s at a time, up to {s.data.sample_rate // 2} Hz, and sees the central square of single "
+        f"pictures at {s.model.image_size} pixels: no motion.",
+        "- A score is a cosine; what is high depends on the model and the clips. Compare with pairs that do not belong together.",
+        "- It knows what its data shows, and repeats what is uneven in it. It was not made to recognise people.",
+        f"- Spectrograms are normalised by {s.data.audio_mean:g} and {s.data.audio_std:g}: recordings of another loudness may "
+        "lie outside what it knows.",
+        "",
+        "## Settings",
+        "```yaml",
+        SECRET.sub("://***@", trained.read_text() if trained.is_file() else to_yaml(s)).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _shape(x: Any) -> str:
+    return f"({', '.join(['b', *map(str, x.shape[1:])])}) {str(x.dtype).removeprefix('torch.')}"
