@@ -65,6 +65,7 @@ COMMANDS = {
         "write a model for others: programs that need no EquiAV, a model card", "export", "ExportConfig", "run_export"
     ),
     "diff": Command("say that two runs are equal, or where they part", "diff", "DiffConfig", "run_diff"),
+    "report": Command("write one page about runs: curves, results, examples", "report", "ReportConfig", "run_report"),
     "top": Command("show how a run does, from its folder or from what its nodes serve", "top", "TopConfig", "run_top"),
     "pack": Command(
         "turn videos, extracted frames and sounds, or synthetic clips into a dataset of shards",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equiav.config import NotHere, RunConfig, require
-from equiav.data.decoder import ClipDecoder
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
-from equiav.data.stream import batches
 from equiav.data.synthetic import World
-from equiav.evaluate.report import plot_run
-from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
+from equiav.evaluate.evaluations import EVALUATIONS, Looker
+from equiav.evaluate.examples import evenly
+from equiav.evaluate.page import page
+from equiav.evaluate.report import gather
+from equiav.evaluate.settings import EvalConfig
+from equiav.model import EquiAV
 from equiav.parallel import Ranks
 from equiav.tasks import Pretraining
 from equiav.train import run
 from equiav.train.run import Done
 from equiav.weights import save_model
 from monitoring.metrics import brief
-from streaming import Dataset, Loader, Order, Store
+from streaming import Dataset, Store
 from streaming.pack import Progress as Packed
 from streaming.pack import pack
 from streaming.processes import keep_freed_memory
 
 BUCKET, SHARD = "smoke", 128  # clips in a shard
+EVALUATED = {
+    "retrieval": 0,
+    "similarity": 128,
+    "centroid": 32,
+    "localize": 128,
+    "attention": 64,
+    "examples": 0,
+}  # clips; 0: all
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 
 
@@ -48,7 +58,7 @@ class SmokeConfig(RunConfig):
     held_out: int = 512
     """Clips to retrieve among; chance is 1 in this many."""
     out: Path = Path("runs/smoke")
-    """Folder of report.md, report.png, metrics.jsonl, config.yaml and the trained model; a next run writes over them."""
+    """Folder of report.html, report.md, metrics.jsonl, config.yaml and the trained model; a next run writes over them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +77,7 @@ def run_smoke(config: SmokeConfig) -> None:
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
+    shutil.rmtree(config.out / "eval", ignore_errors=True)
     for left in ("metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):
         (config.out / left).unlink(missing_ok=True)
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
@@ -97,15 +108,18 @@ def run_smoke(config: SmokeConfig) -> None:
             done = run(config, Pretraining(config), Ranks(config.device), lambda message: None, show, s3.options)
             clock["pretrain"] = time.perf_counter() - begun
 
-        begun = time.perf_counter()
         model: Any = done.state.model.eval()
-        retrieval = zero_shot_retrieval(model, config, held_out_pairs(config, s3))
-        clock["retrieve"] = time.perf_counter() - begun
-    save_model(config.out / "model", model.state_dict(), config)
+        save_model(config.out / "model", model.state_dict(), config)
+        begun = time.perf_counter()
+        evaluated = evaluate(config, model, s3)
+        clock["evaluate"] = time.perf_counter() - begun
     clock["in all"] = time.perf_counter() - started
-    text = write_report(config, rows, retrieval, clock, done)
+    text = write_report(config, rows, evaluated["retrieval"], clock, done)
+    gathered = gather(str(config.out))
+    (config.out / "report.json").write_text(json.dumps({"title": "EquiAV smoke run", "runs": [gathered]}, indent=1))
+    (config.out / "report.html").write_text(page([gathered], "EquiAV smoke run"), "utf-8")
     console.print(text, highlight=False, markup=False)
-    console.print(f"report: {config.out / 'report.md'} and report.png")
+    console.print(f"report: {config.out / 'report.html'}, in any browser, and report.md")
 
 
 def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:
@@ -135,35 +149,29 @@ def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:
         packed += count
 
 
-def held_out_pairs(config: SmokeConfig, s3: LocalS3) -> Pairs:
-    """The middle frame and the sound of each held-out clip."""
-    store = Store(f"s3://{BUCKET}/held-out", options=s3.options)
-    dataset = Dataset(store, config.stream.cache)
-    order = Order(dataset.fingerprint, config.seed, batch=64)
-    with Loader(
-        dataset,
-        order,
-        ClipDecoder(config.model, config.data),
-        workers=1,
-        cache=config.stream.cache,
-        draw=lambda epoch, samples: np.full(len(samples), 0.5),
-    ) as loader:
-        parts = [
-            Pairs(b.frames[b.valid], b.waveform[b.valid], b.lengths[b.valid])
-            for b in islice(batches(loader), loader.steps_per_epoch)
-        ]
-    return Pairs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+def evaluate(config: SmokeConfig, model: EquiAV, s3: LocalS3) -> dict[str, dict[str, Any]]:
+    """Of the held-out clips, as `equiav eval` -> what each evaluation says."""
+    dataset = Dataset(Store(f"s3://{BUCKET}/held-out", options=s3.options), config.stream.cache)
+    stream = replace(config.stream, url=dataset.store.url)
+    folder, found = config.out / "eval", {}
+    folder.mkdir(exist_ok=True)
+    model.requires_grad_(False)
+    for what, clips in EVALUATED.items():
+        of = EvalConfig(what=what, stream=stream, device=config.device, views=16, strengths=(1.0,))  # type: ignore[arg-type]
+        chosen = evenly(np.ones(dataset.samples, bool), clips or dataset.samples)
+        looker = Looker(of, model, config, dataset, Ranks(config.device), chosen)
+        result = EVALUATIONS[what](looker)
+        about = {"model": str(config.out), "dataset": "the held-out clips", "of": int(chosen.sum())}
+        found[what] = {**result.said, **about}
+        (folder / f"{what}.json").write_text(json.dumps(found[what], indent=1, allow_nan=False))
+        (folder / f"{what}.md").write_text(result.table)
+    return found
 
 
 def write_report(
-    config: SmokeConfig,
-    rows: list[dict[str, float]],
-    retrieval: dict[str, tuple[float, float]],
-    clock: dict[str, float],
-    done: Done,
+    config: SmokeConfig, rows: list[dict[str, float]], retrieval: dict[str, Any], clock: dict[str, float], done: Done
 ) -> str:
-    """report.md and report.png -> the Markdown."""
-    plot_run(rows, retrieval, config.held_out, config.out / "report.png")
+    """report.md -> the Markdown."""
     last = rows[-max(1, len(rows) // 20) :]
     mean = {name: sum(row[name] for row in last) / len(last) for name in rows[-1]}
     chance = 100 / config.held_out
@@ -180,7 +188,7 @@ def write_report(
         "|---|---|---|---|---|",
     ]
     for direction in ("image to audio", "audio to image"):
-        cells = [retrieval[f"{direction} R@{k}"] for k in (1, 5, 10)]
+        cells = [tuple(retrieval[f"{direction} R@{k}"].values()) for k in (1, 5, 10)]
         lines.append(
             f"| {direction} | "
             + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in cells)
@@ -213,8 +221,6 @@ def write_report(
         "| " + " | ".join(clock) + " |",
         "|" + "---|" * len(clock),
         "| " + " | ".join(f"{value:.1f}" for value in clock.values()) + " |",
-        "",
-        "![curves](report.png)",
         "",
     ]
     text = "\n".join(lines)

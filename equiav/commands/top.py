@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
 import tyro
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from equiav.config import ConfigError, require
-from equiav.train.log import METRICS, TIMING, step_of
-from equiav.train.numbers import SUMMARY
+from equiav.train.log import METRICS
+from equiav.train.seen import CURVES, HISTORY, Folder, Seen, over, verdicts
 from monitoring import metrics as m
-from monitoring.alerts import LIMITS
 from monitoring.metrics import COUNTER, Metric
 
 BARS = "▁▂▃▄▅▆▇█"
-HISTORY = 60  # values of a curve: as wide as it is drawn
-LONG = 4000  # bytes of a log that are read for each of them
 
 
 @dataclass(frozen=True)
@@ -45,68 +38,6 @@ class TopConfig:
 
     def __post_init__(self) -> None:
         require(self.seconds > 0, "seconds", self.seconds, "above 0")
-
-
-@dataclass
-class Seen:
-    """What is known of a run now."""
-
-    values: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)  # metric, labels beside `run`
-    curves: dict[tuple[str, tuple[str, ...]], list[float]] = field(default_factory=dict)
-    age: float = math.nan  # seconds since the last step
-
-    def get(self, metric: Metric, *labels: str) -> float:
-        return self.values.get((metric.name, labels), math.nan)
-
-    def all(self, metric: Metric) -> dict[tuple[str, ...], float]:
-        return {labels: value for (name, labels), value in self.values.items() if name == metric.name}
-
-
-CURVES = [(m.LOSS, ("total",)), (m.THROUGHPUT, ())]
-CURVES += [(metric, (term,)) for metric in (m.CHANCE, m.ACCURACY) for term in ("inter", m.CLASS)]
-CURVES += [(metric, (side,)) for metric in (m.SIMILARITY, m.EFFECTIVE_RANK) for side in m.SIDES]
-
-
-class Folder:
-    """metrics.jsonl and timing.jsonl of a run on this machine."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.keys = folder, m.by_key()
-
-    def look(self) -> Seen:
-        seen, summary, ended = Seen(), self.folder / SUMMARY, {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            planned = yaml.safe_load((self.folder / "config.yaml").read_text())["train"]["steps"]
-            seen.values[m.STEPS_PLANNED.name, ()] = float(planned)
-        if summary.is_file():  # it has ended
-            with suppress(ValueError):  # it is being written
-                ended = json.loads(summary.read_text())
-            for name, value in ended.items():
-                for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    seen.values[name.removeprefix(m.PREFIX), tuple(labels.split())] = number
-        for name in (METRICS, TIMING):
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            rows = list(tail(path))
-            for row in rows:
-                for key, value in row.items():
-                    metric, labels = self.keys.get(key, (None, ()))
-                    if metric and isinstance(value, int | float):
-                        seen.values[metric.name, labels] = value + (key == "step")  # steps that are done
-                        if (metric, labels) in CURVES:
-                            seen.curves.setdefault((metric.name, labels), []).append(value)
-            seen.age = time.time() - path.stat().st_mtime
-        return seen
-
-
-def tail(path: Path) -> Iterator[dict[str, float]]:
-    """The last whole lines."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - HISTORY * LONG))
-        for line in deque(file.read().decode(errors="replace").splitlines(keepends=True), HISTORY):
-            if step_of(line) is not None:
-                yield json.loads(line)
 
 
 class Served:
@@ -146,35 +77,6 @@ class Served:
         seen.curves = {key: list(values) for key, values in self.curves.items()}
         seen.age = time.time() - seen.get(m.LAST_STEP)
         return seen
-
-
-def verdicts(seen: Seen) -> list[str]:
-    """What is wrong, by the limits of the alerts. Comparisons with what is not known are false."""
-    ended = over(seen)
-    done = seen.get(m.STEP) / seen.get(m.STEPS_PLANNED)
-    early = not done > LIMITS["early"]  # where it is not known, too
-    wrong = []
-    if seen.age > LIMITS["stalled_seconds"] and not ended:
-        wrong.append(f"no step for {seen.age:.0f} s")
-    if seen.get(m.UNSAVED) > LIMITS["unsaved_seconds"]:
-        wrong.append(f"nothing saved for {seen.get(m.UNSAVED):.0f} s")
-    for (side,), rank in seen.all(m.EFFECTIVE_RANK).items():
-        if rank < LIMITS["effective_rank"] and not early and not seen.get(m.BATCH) < 8:
-            wrong.append(f"embeddings of the {side} fill {rank:.1f} direction(s)")
-    for (side,), gain in seen.all(m.GAIN).items():
-        if not early and gain < LIMITS["gain"] and seen.get(m.SENSITIVITY, side) < LIMITS["gain"]:
-            wrong.append(f"the predictor of the {side} does nothing")
-    if seen.get(m.WORLD) + seen.get(m.SPARES) < seen.get(m.WORLD_TARGET):
-        wrong.append(f"{seen.get(m.WORLD_TARGET) - seen.get(m.WORLD) - seen.get(m.SPARES):.0f} processes are missing")
-    if sum(seen.all(m.QUARANTINED).values()) > LIMITS["quarantine"] * seen.get(m.LIMIT):
-        wrong.append("much bad data")
-    return wrong
-
-
-def over(seen: Seen) -> str:
-    """How it has ended, unless it has gone on since."""
-    ends = {labels[0]: when for labels, when in seen.all(m.ENDED).items() if not when < seen.get(m.LAST_STEP)}
-    return max(ends, key=lambda how: ends[how], default="")
 
 
 def shown(seen: Seen) -> Text:

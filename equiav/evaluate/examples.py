@@ -75,7 +75,7 @@ def warm(heat: np.ndarray) -> str:
     colours = np.stack([np.interp(levels, np.linspace(0, 1, len(LEVELS)), LEVELS[:, c]) for c in range(3)], axis=2)
     pixels = np.concatenate([colours, 235 * levels[..., None] ** 0.7], axis=2).astype(np.uint8)
     found = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").resize((16 * heat.shape[1], 16 * heat.shape[0]), Image.Resampling.BICUBIC).save(
+    Image.fromarray(pixels, "RGBA").resize((4 * heat.shape[1], 4 * heat.shape[0]), Image.Resampling.BICUBIC).save(
         found, "PNG", optimize=True
     )
     return address("image/png", found.getvalue())

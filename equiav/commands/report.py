@@ -1,0 +1,46 @@
+"""`equiav report`: what runs have become, on one page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from equiav.config import ConfigError, require
+from equiav.evaluate.page import page
+from equiav.evaluate.report import gather
+from equiav.terminal import say
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Writes one page about a run, or about several beside each other: verdict, curves, what evaluations and fine-tuning have
+    found, examples to look at and listen to. It reads what `equiav eval` left in the runs' folders."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders of runs: paths, s3://..., or any others that fsspec reads."""
+    out: Path = Path()
+    """File to write, .html; its data are beside it, .json. By default report.html in the folder of the first run, or here."""
+    title: str = ""
+    """Of the page."""
+    patience: float = 600.0
+    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
+
+
+def run_report(config: ReportConfig) -> None:
+    if not config.runs:
+        raise ConfigError("runs: no run is named. Give its folder: equiav report runs/one")
+    first = Path(config.runs[0]).expanduser()
+    out = config.out
+    if out == Path():
+        out = first / "report.html" if first.is_dir() else Path("report.html")
+    require(out.suffix.lower() in (".html", ".htm"), "out", out, "a name that ends in .html")
+    require(out.absolute().parent.is_dir(), "out", out, "a file in a folder that is there")
+    runs = [gather(where, config.patience) for where in config.runs]
+    title = config.title or " and ".join(run["name"] for run in runs)
+    out.with_suffix(".json").write_text(json.dumps({"title": title, "runs": runs}, indent=1, allow_nan=False))
+    content = page(runs, title)
+    out.write_text(content, "utf-8")
+    say(f"{out}: {len(content.encode()) / 2**20:.1f} MiB, opens in any browser; its data: {out.with_suffix('.json')}")

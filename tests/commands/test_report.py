@@ -1,0 +1,235 @@
+"""`equiav report`: a page of its own, that says what the files say."""
+
+import base64
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from equiav import cli
+from equiav.evaluate import examples
+from equiav.evaluate.page import page, ticks
+from equiav.evaluate.report import gather
+from tests.videos import photo
+
+STEPS = 900
+
+
+class Seen(HTMLParser):
+    """What a browser would go for, and what is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted, self.tags, self.shown, self._open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.wanted += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        self.wanted += re.findall(r"url\(([^)]*)\)", dict(attributes).get("style") or "")
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            self.wanted += re.findall(r"url\(([^)]*)\)|@import[^;]*", data)
+        else:
+            self.shown.append(data)
+
+
+def written(folder, name="one", starts=1, clips=6):
+    run = folder / name
+    (run / "eval").mkdir(parents=True)
+    rows = [{"step": k, "loss": 10 / (k + 1), "loss_inter": 3.0, "similarity_audio": 0.9, "gain_audio": 0.001 * k, "lr": 1e-3,
+             "loss_intra_audio": float("nan") if k == 5 else 1.0} for k in range(STEPS)]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 900, "lo')
+    begun = [{"step": 300 * k, "ranks": k + 1, "equiav": "0.1.0", "code": "<b>"} for k in range(starts)]
+    (run / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in begun))
+    (run / "config.yaml").write_text(f"seed: 3\ntrain:\n  steps: {STEPS}\n  batch_size: 8\n")
+    times = {"equiav_run_began_time_seconds": 10.0, "equiav_run_ended_time_seconds": {"finished": 70.5}}
+    (run / "summary.json").write_text(json.dumps({"equiav_step": STEPS, **times}))
+    about = {"clips": 50, "of": 50, "model": str(run), "dataset": "clips"}
+    recalled = {f"{way} {at}": {"mean": 12.5, "half spread": 0.5} for way in ("image to audio", "audio to image")
+                for at in ("R@1", "R@5", "R@10", "median rank")}  # fmt: skip
+    (run / "eval" / "retrieval.json").write_text(json.dumps({**about, **recalled, "benchmark": "VGGSound"}))
+    rng = np.random.default_rng(0)
+    one = {
+        "picture": examples.picture(photo(0, (224, 224))),
+        "spectrogram": examples.picture(rng.integers(0, 255, (128, 256, 3), np.uint8)),
+        "sound": examples.sound((3000 * rng.standard_normal(160_000)).astype(np.int16), 16000),
+        "heat": examples.warm(rng.standard_normal((14, 14))),
+        "score": 0.5,
+        "place of the picture": 1,
+        "place of the sound": 7,
+    }
+    one |= {"nearest to centroid": one["picture"], "its heat": one["heat"]}
+    thumb = examples.picture(rng.integers(0, 255, (64, 64, 3), np.uint8))
+    told = []
+    for k in range(clips):
+        hits = [{"name": f"clip {k + n}</div><script>", "score": 0.5, "picture": thumb} for n in range(3)]
+        told.append(one | {"name": f"clip {k}</div><script>", "pictures found": hits, "sounds found": hits})
+    spots = rng.standard_normal((50, 2)).tolist()
+    found = {"examples": told, "map": {"audio": spots, "image": spots, "names": ["<x>"] * 50}}
+    (run / "eval" / "examples.json").write_text(json.dumps(found | about))
+    return run
+
+
+def told_of(html):
+    learning = html[html.index("<h2>Learning") :]
+    return re.findall("<figcaption>", learning[: learning.index("<h2>", 4)])
+
+
+def test_a_page_asks_for_nothing_and_runs_nothing(tmp_path, capsys):
+    run = written(tmp_path, starts=3)
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report.html").read_text()
+    seen = Seen()
+    seen.feed(html)
+    assert all(address.startswith("data:") for address in seen.wanted), [x[:50] for x in seen.wanted]
+    assert "script" not in seen.tags
+    assert seen.tags.count("audio") == 6
+    shown = " ".join(seen.shown)
+    assert "finished" in seen.shown
+    paper = ("EquiAV, the paper (Table 4, VGGSound), image to audio", "28.5")
+    for said in ("clip 3</div><script>", *paper, "12.5 ± 0.5", "900 of 900"):
+        assert said in shown, said
+    assert html.count('class="mark"') == 2 * len(
+        told_of(html)
+    )  # two starts beside the first, in every chart of learning
+    data = json.loads((run / "report.json").read_text())
+    (told,) = data["runs"]
+    assert told["seconds"] == 60.5
+    assert told["verdict"] == ["finished"]
+    assert told["last"]["loss"] == pytest.approx(np.mean([10 / (k + 1) for k in range(STEPS - STEPS // 20, STEPS)]))
+    curve = np.array(told["curves"]["gain_ratio"]["audio"])
+    assert len(curve) <= 200
+    assert np.allclose(curve[:, 1], 0.001 * curve[:, 0])  # means of steps, at the mean of their numbers
+    assert curve[:, 1].mean() == pytest.approx(0.001 * (STEPS - 1) / 2)
+
+
+def test_several_runs_stand_beside_each_other(tmp_path):
+    runs = [written(tmp_path, name, clips=1) for name in ("left", "right")]
+    assert cli.main(["report", *map(str, runs), "--out", str(tmp_path / "both.html"), "--title", "A & B"]) == 0
+    seen = Seen()
+    seen.feed((tmp_path / "both.html").read_text())
+    shown = " ".join(seen.shown)
+    assert "A & B" in shown
+    assert "left, image to audio, 50 clips" in shown
+    assert "right, image to audio, 50 clips" in shown
+    assert "Predictor similarity audio" in shown
+
+
+def test_fifty_examples_are_below_ten_megabytes(tmp_path):
+    run = written(tmp_path, clips=50)
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").stat().st_size < 10 * 2**20
+
+
+def test_what_is_not_there_is_not_shown(tmp_path, capsys):
+    run = written(tmp_path, clips=1)
+    for name in ("config.yaml", "starts.jsonl", "summary.json", "eval/retrieval.json", "eval/examples.json"):
+        (run / name).unlink()
+    (told,) = [gather(str(run))]
+    html = page([told], "x")
+    assert "Zero-shot" not in html
+    assert "<h2>Learning" in html
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["report", str(tmp_path / "empty")]) == 2
+    assert "no run has written there" in capsys.readouterr().err
+    (run / "eval" / "retrieval.json").write_text("[1]")
+    assert cli.main(["report", str(run)]) == 2
+    assert "retrieval.json: expected results, found list" in capsys.readouterr().err
+    assert cli.main(["report"]) == 2
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "x.txt")]) == 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7.9), (1e-6, 3e-6), (0.87, 0.92), (0, 12345), (5, 5)])
+def test_ticks_are_round_and_few(low, high):
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 6
+    assert all(low - 1e-9 <= x <= high + 1e-9 for x in found)
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian's package)")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_opens_it_without_a_word(tmp_path, width):
+    """Nothing on the console, nothing asked of a network; nothing wider than the window; a sound that plays."""
+    run = written(tmp_path, starts=2)
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report.html").read_text()
+    # The page itself has no script: this one looks at it.
+    probe = """<script>addEventListener("load", async () => {
+      const wide = document.documentElement.scrollWidth, audio = document.querySelector("audio");
+      audio.muted = true; audio.preload = "auto";
+      const plays = await new Promise(done => { audio.oncanplaythrough = () => done("plays " + audio.duration.toFixed(0));
+        audio.onerror = () => done("error " + audio.error.message); audio.load(); });
+      const broken = [...document.images].filter(image => !image.naturalWidth).length;
+      const asked = performance.getEntriesByType("resource").filter(one => !one.name.startsWith("data:")).length;
+      fetch("http://127.0.0.1:PORT/" + encodeURIComponent(JSON.stringify({wide, plays, broken, asked})), {mode: "no-cors"});
+    });</script></body>"""
+    said = queue.SimpleQueue()
+
+    class Ear(BaseHTTPRequestHandler):
+        def do_GET(self):
+            said.put(json.loads(unquote(self.path[1:])))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--hide-scrollbars",
+               "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    environment = os.environ | {"HOME": str(tmp_path)}
+    with HTTPServer(("127.0.0.1", 0), Ear) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "probed.html").write_text(html.replace("</body>", probe.replace("PORT", str(server.server_port))))
+        looking = subprocess.Popen(
+            [*browser, "--remote-debugging-port=0", f"file://{tmp_path / 'probed.html'}"],
+            stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            found = said.get(timeout=120)
+        finally:
+            os.killpg(looking.pid, signal.SIGKILL)
+            looking.wait()
+            server.shutdown()
+    assert found["wide"] <= max(width, 500)  # a headless window is no narrower
+    assert found["plays"] == "plays 10"
+    assert (found["broken"], found["asked"]) == (0, 0)
+    shot = tmp_path / "page.png"
+    done = subprocess.run(
+        [*browser, f"--screenshot={shot}", f"file://{run / 'report.html'}"],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert shot.stat().st_size > 10_000
+
+
+def test_pictures_and_sounds_are_what_they_were(tmp_path):
+    wave = (8000 * np.sin(np.arange(32000) * 0.3)).astype(np.int16)
+    for rate in (16000, 22050):
+        content = base64.b64decode(examples.sound(wave, rate).partition("base64,")[2])
+        Path(tmp_path, "x.mp3").write_bytes(content)
+        import soundfile
+
+        heard, at = soundfile.read(tmp_path / "x.mp3")
+        assert at == 16000
+        assert len(heard) / at == pytest.approx(len(wave) / rate, abs=0.15)
+        assert 0.15 < np.abs(heard).max() < 0.35
