@@ -43,6 +43,8 @@ def test_print_config_shows_what_would_run(capsys, command):
         assert settings == {"one": "", "two": ""}
     elif command == "export":
         assert (settings["model"], settings["formats"]) == ("", ["torch", "onnx"])
+    elif command == "report":
+        assert (settings["runs"], settings["title"]) == ([], "")
     elif command == "localize":
         assert (settings["file"], settings["out"]) == ("", "heat.mp4")
     elif command in ("embed", "score", "predict"):
@@ -126,10 +128,11 @@ def test_smoke_at_its_smallest(tmp_path, capsys):
         "loss inter",
     ):
         assert part in report
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>Examples</h2>" in (run / "report.html").read_text()
+    assert json.loads((run / "report.json").read_text())["runs"][0]["verdict"][0] == "finished"
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 3
     assert (run / "model" / "model.safetensors").is_file()
-    assert "report.md" in capsys.readouterr().out
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_smoke_refuses_a_gpu_that_is_not_there(capsys, tmp_path):

@@ -20,7 +20,7 @@ from equiav.config import NotHere, RunConfig, require
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
-from equiav.evaluate.evaluations import EVALUATIONS, Looker
+from equiav.evaluate.evaluations import EVALUATIONS, Looker, applicable
 from equiav.evaluate.examples import evenly
 from equiav.evaluate.page import page
 from equiav.evaluate.report import gather
@@ -41,7 +41,7 @@ BUCKET, SHARD = "smoke", 128  # clips in a shard
 EVALUATED = {
     "retrieval": 0,
     "similarity": 128,
-    "centroid": 32,
+    "centroid": 16,
     "localize": 128,
     "attention": 64,
     "examples": 0,
@@ -156,8 +156,9 @@ def evaluate(config: SmokeConfig, model: EquiAV, s3: LocalS3) -> dict[str, dict[
     folder, found = config.out / "eval", {}
     folder.mkdir(exist_ok=True)
     model.requires_grad_(False)
-    for what, clips in EVALUATED.items():
-        of = EvalConfig(what=what, stream=stream, device=config.device, views=16, strengths=(1.0,))  # type: ignore[arg-type]
+    for what in applicable(config):
+        clips = EVALUATED[what]
+        of = EvalConfig(what=what, stream=stream, device=config.device, batch=8, views=8, strengths=(1.0,))  # type: ignore[arg-type]
         chosen = evenly(np.ones(dataset.samples, bool), clips or dataset.samples)
         looker = Looker(of, model, config, dataset, Ranks(config.device), chosen)
         result = EVALUATIONS[what](looker)

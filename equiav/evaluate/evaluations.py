@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from equiav.augment import Clips, normalised_spectrogram, original_image, sampled_vectors
 from equiav.config import Config, ConfigError, LabelsConfig, ModelSettings, TrainConfig
 from equiav.data import survey
-from equiav.data.clips import DECODE_AUDIO, central_square, decode_frame
+from equiav.data.clips import DECODE_AUDIO, decode_frame
 from equiav.data.labels import keys_of
 from equiav.data.synthetic import World
 from equiav.evaluate import attention, centroid, examples, localize
@@ -250,32 +250,29 @@ class Masks(NamedTuple):
         keys = list(keys_of(looker.dataset))
         if not all(SYNTHETIC.fullmatch(key) for key in keys):
             return None
-        found = cls(World(size=looker.settings.data.frame_size, rules=looker.config.world), keys)
+        found = cls(World(rules=looker.config.world), keys)
         return found._replace(world=found.checked(looker))
 
     def checked(self, looker: Looker) -> World:
-        """-> the world, with as many frames as were packed; by some clips: they may be of other rules."""
-        data, frames = looker.settings.data, 0
+        """-> the world as it was packed, found from some clips; its rules may be other ones than are told."""
+        data, world = looker.settings.data, self.world
         for one in survey.spread(looker.dataset, 0, CHECKED):
-            names, sound = (
-                survey.pictures_of(one.sample),
-                next(name for name in one.sample.members if name in DECODE_AUDIO),
-            )
-            frames = len(names)
-            seen, heard = (survey.member(looker.dataset.store, one, name) for name in (names[frames // 2], sound))
-            picture = central_square(decode_frame(seen, one.sample.key), self.world.size)
+            names = survey.pictures_of(one.sample)
+            sound = next(name for name in one.sample.members if name in DECODE_AUDIO)
+            seen, heard = (survey.member(looker.dataset.store, one, name) for name in (names[len(names) // 2], sound))
+            picture = decode_frame(seen, one.sample.key)  # (H, H, 3)
             wave = DECODE_AUDIO[sound](heard, one.sample.key, data)
-            world, number = self.place(one.number)
-            world = dataclasses.replace(
-                world, frames=frames, seconds=len(wave) / data.sample_rate, sample_rate=data.sample_rate
+            world = World(
+                0, len(picture), len(names), len(wave) / data.sample_rate, data.sample_rate, rules=self.world.rules
             )
-            clip = world.clip(number)
-            apart = np.abs(clip.frames[frames // 2].astype(float) - picture).mean()
+            of, number = self._replace(world=world).place(one.number)
+            clip = of.clip(number)
+            apart = np.abs(clip.frames[len(names) // 2].astype(float) - picture).mean()
             if apart > 8 or not np.array_equal(clip.audio, wave):
                 raise ConfigError(
                     f"world: {one.sample.key} is not the clip of that name; give --world.* as `equiav pack` had them"
                 )
-        return dataclasses.replace(self.world, frames=frames)
+        return world
 
     def place(self, sample: int) -> tuple[World, int]:
         seed, number = SYNTHETIC.fullmatch(self.keys[sample]).groups()  # type: ignore[union-attr]
@@ -422,3 +419,10 @@ def as_run(config: EvalConfig, settings: ModelSettings, ranks: Ranks) -> Config:
     train = TrainConfig(batch_size=2 * config.batch * ranks.size, micro_batch=config.batch, precision=config.precision)
     own = {name: getattr(settings, name) for name in ("model", "augment", "objective", "data")}
     return Config(**own, device=config.device, stream=config.stream, train=train)
+
+
+def applicable(settings: ModelSettings) -> list[str]:
+    """What can be evaluated of a model: predictors may not have been trained, or have no attention."""
+    left_out = {"similarity", "centroid", "attention"} if settings.objective.intra != "equivariant" else set()
+    left_out |= {"attention"} if settings.model.predictor != "attention" else set()
+    return [what for what in EVALUATIONS if what not in left_out]

@@ -328,7 +328,7 @@ def example(one: Mapping[str, Any], clips: int) -> str:
 
     def found(what: str, of: Iterable[Mapping[str, Any]]) -> str:
         tiles = "".join(
-            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{hit["picture"]}" alt=""><div class="cut" title="{text(hit["name"])}">{text(hit["name"])}</div>{hit["score"]:.2f}</div>'
+            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{hit["picture"]}" alt=""><div class="cut" title="{text(hit["name"])}">{text(_end(hit["name"]))}</div>{hit["score"]:.2f}</div>'
             for hit in of
         )
         return f'<p class="soft">{what}</p><div class="found">{tiles}</div>'
@@ -483,6 +483,11 @@ def short(x: float) -> str:
     if x and (abs(x) >= 1e5 or abs(x) < 1e-3):
         return f"{x:.0e}".replace("e+0", "e").replace("e-0", "e-")
     return f"{x:.10g}" if abs(x) < 10 else f"{x:,.6g}"
+
+
+def _end(name: str) -> str:
+    """Which says more than a name's beginning."""
+    return name if len(name) <= 14 else f"…{name[-13:]}"
 
 
 def _within(values: Any, *path: str) -> Any:

@@ -10,14 +10,17 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from rich.progress import Progress
 
-from equiav.commands.smoke import HELD_OUT_FROM, SmokeConfig, held_out_pairs, pack_clips, write_report
+from equiav.commands.smoke import HELD_OUT_FROM, SmokeConfig, evaluate, pack_clips, write_report
 from equiav.config import from_dict
 from equiav.data.clips import decode_frame, encode_frame
 from equiav.data.local_s3 import LocalS3
 from equiav.data.stream import batches, open_stream
 from equiav.data.synthetic import World
+from equiav.evaluate.retrieval import Pairs, zero_shot_retrieval
+from equiav.model import EquiAV
 from equiav.train.run import Done
 from streaming import Stats
 
@@ -73,18 +76,39 @@ def test_the_stream_pairs_every_clip_with_its_own_frame_and_sound(store, tmp_pat
             assert any(np.array_equal(frame, as_packed(other)) for other in clip.frames)
 
 
-def test_held_out_pairs_are_the_middle_frames(store, tmp_path):
-    config = stream_config(tmp_path)
-    pairs = held_out_pairs(config, store)
-    assert pairs.frames.shape == (10, 3, 64, 64)
-    world = World(0, 64, seconds=2.56)
-    middles = {as_packed(world.clip(HELD_OUT_FROM + k).frames[5]).tobytes() for k in range(10)}
-    assert {frame.contiguous().numpy().tobytes() for frame in pairs.frames.permute(0, 2, 3, 1)} == middles
+def test_what_is_evaluated_are_the_held_out_clips(store, tmp_path):
+    """The smoke run's retrieval is that of their middle frames and their sounds."""
+    config = replace(small(out=str(tmp_path)), stream=stream_config(tmp_path).stream)
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(0)
+    found = evaluate(config, model.eval(), store)
+    assert set(found) == {"retrieval", "similarity", "centroid", "localize", "attention", "examples"}
+    clips = [World(0, 64, seconds=2.56).clip(HELD_OUT_FROM + k) for k in range(10)]
+    frames = torch.from_numpy(np.stack([as_packed(clip.frames[5]) for clip in clips])).permute(0, 3, 1, 2)
+    waveform = torch.from_numpy(np.stack([clip.audio for clip in clips]))
+    pairs = Pairs(frames, waveform, torch.full((10,), waveform.shape[1]))
+    for name, (mean, half) in zero_shot_retrieval(model, config, pairs).items():
+        assert found["retrieval"][name] == {"mean": pytest.approx(mean), "half spread": pytest.approx(half)}
+    assert {one["name"] for one in found["examples"]["examples"]} == {
+        f"synthetic-0-{HELD_OUT_FROM + k}" for k in range(10)
+    }
+
+
+def test_of_an_ablation_what_there_is_is_evaluated(store, tmp_path):
+    config = small(out=str(tmp_path), objective={"intra": "none", "inter_on": "original"})
+    config = replace(config, stream=stream_config(tmp_path).stream)
+    model = EquiAV(config.model, config.objective)
+    model.init_weights(0)
+    assert set(evaluate(config, model.eval(), store)) == {"retrieval", "localize", "examples"}
 
 
 def test_report_states_chance_among_the_held_out(tmp_path):
     config = small(out=str(tmp_path))
-    retrieval = {f"{d} R@{k}": (20.0, 1.0) for d in ("image to audio", "audio to image") for k in (1, 5, 10)}
+    retrieval = {
+        f"{d} R@{k}": {"mean": 20.0, "half spread": 1.0}
+        for d in ("image to audio", "audio to image")
+        for k in (1, 5, 10)
+    }
     rows = [{"loss_inter": 1.0, "accuracy_inter": 0.5, "loss": 1.0, "lr": 0.1}] * 3
     stats = Stats(Counter(requests=3, retries=1, bytes=1 << 20), [0.5], [100], 2.0, 0)
     text = write_report(config, rows, retrieval, {"in all": 1.0}, Done(None, 0, stats, Counter(checksum=2), None))

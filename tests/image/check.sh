@@ -141,7 +141,7 @@ attempt equiav pretrain --config smoke --stream.url /tmp/clips --stream.cache ca
 [ "$(wc -l < "$scratch/tmp/run/metrics.jsonl")" = 10 ] || fail "not ten steps in metrics.jsonl"
 [ -s "$scratch/tmp/run/model/model.safetensors" ] || fail "no model"
 [ "$(stat -c %u:%g "$scratch/tmp/run/metrics.jsonl")" = 10001:10001 ] || fail "it did not run as 10001:10001"
-# Once more with a real S3 server (rclone) between packing and training, retrieval and plots.
+# Once more with a real S3 server (rclone) between packing and training, evaluation and report.
 attempt equiav smoke --clips 64 --held_out 16 --train.steps 10 --train.warmup_steps 2 --out smoke
-[ -s "$scratch/tmp/smoke/report.png" ] || fail "no report"
+[ -s "$scratch/tmp/smoke/report.html" ] || fail "no report"
 say "image: all holds"

@@ -11,7 +11,6 @@ from importlib.util import cache_from_source
 from pathlib import Path
 
 import av
-import matplotlib.pyplot as plt
 import numpy as np
 import simplejpeg
 import soundfile
@@ -51,12 +50,11 @@ with av.open("video.mp4", "w") as video:
         video.mux(packet)
 with av.open("video.mp4") as video:
     assert len(list(video.decode(video=0))) == 1
-plt.figure().savefig("plot.png")
 rclone = shutil.which("rclone")
 assert rclone is not None
 assert Path(rclone).is_relative_to("/opt/equiav")
 version = subprocess.run([rclone, "version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
-print(f"torch {torch.__version__}, torchaudio, torchvision, soundfile, av, simplejpeg, matplotlib, {version} work")
+print(f"torch {torch.__version__}, torchaudio, torchvision, soundfile, av, simplejpeg, {version} work")
 
 # A module without bytecode, or with that of another source, would be compiled at every start anew.
 stale = []
