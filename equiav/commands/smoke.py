@@ -152,7 +152,7 @@ def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:
 def evaluate(config: SmokeConfig, model: EquiAV, s3: LocalS3) -> dict[str, dict[str, Any]]:
     """Of the held-out clips, as `equiav eval` -> what each evaluation says."""
     dataset = Dataset(Store(f"s3://{BUCKET}/held-out", options=s3.options), config.stream.cache)
-    stream = replace(config.stream, url=dataset.store.url)
+    stream = replace(config.stream, url=dataset.store.url, workers=0)  # each look would start them anew
     folder, found = config.out / "eval", {}
     folder.mkdir(exist_ok=True)
     model.requires_grad_(False)
