@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ Picture = Image.Image | np.ndarray | Tensor | str | Path
 BATCH = 16  # clips that are computed together
 CHANNELS = 32  # of one sound, at most
 ODDEST = 2000  # samples of the one rate, after which both rates' samples meet again
+ENDED = ("lengths differ", "too short")  # why a later part cannot be read: the sound or the picture is shorter
 SHORTEST = 0.5  # of a window, below which the rest of a video is left out
 
 
@@ -51,6 +53,8 @@ def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
     A pretrained model embeds; a fine-tuned one names classes."""
     if device != "cpu" and not torch.cuda.is_available():
         raise NotHere(f"device is {device}, expected cpu: this torch sees no GPU")
+    if isinstance(where, Path) and re.match(r"[a-z0-9]+:/", str(where)):
+        raise ConfigError(f"{where} is a Path, which takes a slash from an address; give it as text")
     with tempfile.TemporaryDirectory(prefix="equiav-") as temporary:
         path = Path(where).expanduser() if "://" not in str(where) else bring(str(where), Path(temporary))
         path = model_folder(path)
@@ -134,7 +138,7 @@ class Reader:
         self, path: str | Path, frames: int = 1, hears: bool = True, sees: bool = True
     ) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
         """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
-        as long as the model hears. hears, sees: what is wanted of it."""
+        as long as the model hears, as far as it has all that is wanted: hears, sees."""
         name = str(Path(path).absolute())
         sound, picture = _streams(name)
         hears, sees = hears and sound, sees and picture
@@ -152,8 +156,14 @@ class Reader:
                 return
             for k in range(int(length / step - SHORTEST) + 1):
                 begin, end = k * step, min((k + 1) * step, length)
-                heard = read_audio(name, shape, begin, end) if hears else None
-                yield begin, end, heard, read_frames(name, shape, begin, end)[0] if sees else []
+                try:
+                    heard = read_audio(name, shape, begin, end) if hears else None
+                    seen = read_frames(name, shape, begin, end)[0] if sees else []
+                except BadSample as error:
+                    if k and error.reason in ENDED:
+                        return
+                    raise
+                yield begin, end, heard, seen
         except BadSample as error:
             raise BadClipError(str(path), f"{error.reason}: {error.detail}") from None
 

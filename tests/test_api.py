@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -242,6 +243,34 @@ def test_a_record_with_its_cover_has_no_picture(folder, tmp_path):
 def test_what_a_model_does_not_use_may_be_short(tuned, tmp_path):
     path = write_video(tmp_path / "a.mp4", seconds=8.5, size=(64, 64), audio=tones(4.0, 44100, [440, 440]))
     assert len(equiav.load(tuned("image")).predict_video(path)) == 3
+
+
+@pytest.mark.parametrize("shorter", ["sound", "picture"])
+def test_a_video_ends_where_its_sound_or_its_picture_does(folder, tmp_path, shorter):
+    """What was embedded before is not lost."""
+    picture, sound = (9, 4) if shorter == "sound" else (4, 9)
+    both = write_video(tmp_path / "both.mp4", seconds=picture, audio=tones(sound, 44100, [440, 1000]))
+    found = equiav.load(folder).embed_video(both)
+    assert 1 <= len(found.begin) <= 2
+    assert np.isfinite(found.audio).all()
+    assert np.isfinite(found.image).all()
+
+
+def test_one_file_that_cannot_be_read_does_not_cost_the_others(folder, tmp_path, capsys):
+    good = str(write_video(tmp_path / "a.mp4", seconds=2.0))
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    bad, out = str(tmp_path / "b.mp4"), tmp_path / "x.npz"
+    assert cli.main(["embed", bad, good, "--model", str(folder), "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 files: could not be embedded" in said.err
+    assert bad in said.out
+    assert np.load(out)["name"].tolist() == [good]
+    out.unlink()
+    assert cli.main(["embed", bad, "--model", str(folder), "--out", str(out)]) == 2
+    assert "none of 1 could be embedded" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="is a Path, which takes a slash from an address"):
+        equiav.load(Path("s3://bucket/run"))
 
 
 def test_what_sounds(folder, tmp_path, capsys):

@@ -12,6 +12,7 @@ import tyro
 
 from equiav.api import Embedder, Labeller, load
 from equiav.config import ConfigError, NotHere, require
+from equiav.data.clips import BadClipError
 from equiav.terminal import say
 
 
@@ -81,8 +82,14 @@ def run_embed(config: EmbedConfig) -> None:
     model = embedder(config)
     width = model.settings.model.head_width
     columns: dict[str, list[np.ndarray]] = {"name": [], "begin": [], "end": [], "audio": [], "image": []}
+    problems = []
     for name in config.files:
-        found = model.embed_video(name, config.frames)
+        try:
+            found = model.embed_video(name, config.frames)
+        except BadClipError as error:  # the others' embeddings are not to be lost
+            problems.append(str(error))
+            say(f"{error}")
+            continue
         parts = len(found.begin)
         nothing = np.full((parts, width), np.nan, np.float32)
         columns["name"].append(np.array([name] * parts))
@@ -92,10 +99,17 @@ def run_embed(config: EmbedConfig) -> None:
         columns["image"].append(nothing if found.image is None else found.image)
         lacks = " without sound" * (found.audio is None) + " without picture" * (found.image is None)
         say(f"{name}: {parts} part(s), {found.end[-1]:.1f} s{lacks}")
+    if len(problems) == len(config.files):
+        raise ConfigError(f"files: none of {len(problems)} could be embedded, such as {problems[0]}")
     part = config.out.with_name(f"{config.out.name}.part.npz")
     np.savez(part, **{name: np.concatenate(rows) for name, rows in columns.items()})  # type: ignore[arg-type]
     part.replace(config.out)
-    say(f"{config.out}: {sum(map(len, columns['begin']))} parts of {len(config.files)} file(s), {width} numbers each")
+    done = len(config.files) - len(problems)
+    say(f"{config.out}: {sum(map(len, columns['begin']))} parts of {done} file(s), {width} numbers each")
+    if problems:
+        raise BadClipError(
+            f"{len(problems)} of {len(config.files)} files", "could not be embedded; they are named above"
+        )
 
 
 def run_score(config: ScoreConfig) -> None:
