@@ -328,14 +328,20 @@ def _frame(picture: Picture, name: str) -> np.ndarray:
     return check_frame(picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
 
 
+def require_av() -> None:
+    try:
+        __import__("av")
+    except ModuleNotFoundError:
+        raise NotHere("av is not installed, which reads videos; `pip install 'equiav[prep]'` brings it") from None
+
+
 def _streams(path: str) -> tuple[bool, bool]:
     """Whether a file has sound, and a picture."""
-    try:
-        import av
-        import av.error
-        from av.stream import Disposition
-    except ModuleNotFoundError:
-        raise ConfigError("av is not installed, which reads videos; `pip install 'equiav[prep]'` brings it") from None
+    require_av()
+    import av
+    import av.error
+    from av.stream import Disposition
+
     try:
         with av.open(path) as file:
             pictures = [

@@ -411,7 +411,7 @@ def test_without_what_training_needs(folder, tmp_path):
     Image.fromarray(CLIPS[0].frames[0]).save(tmp_path / "a.png")
     program = f"""
 import sys
-for name in ("av", "matplotlib", "torchx", "kubernetes", "sklearn"):
+for name in ("av", "matplotlib", "torchx", "kubernetes", "sklearn", "onnx", "onnxscript", "onnxruntime", "rclone"):
     sys.modules[name] = None
 import equiav
 assert "torch" not in sys.modules
@@ -427,5 +427,17 @@ except Exception as error:
     assert "equiav[prep]" in str(error), error
 else:
     raise SystemExit("read without av")
+from equiav import cli
+import io
+from contextlib import redirect_stderr
+for typed, extra in (
+    (["embed", {str(tmp_path / "a.wav")!r}, "--model", {str(folder)!r}], "prep"),
+    (["localize", {str(tmp_path / "a.wav")!r}, "--model", {str(folder)!r}], "prep"),
+    (["export", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}], "export"),
+):
+    with redirect_stderr(io.StringIO()) as said:
+        assert cli.main(typed) == 2, typed
+    assert f"equiav[{{extra}}]" in said.getvalue(), said.getvalue()
+    assert "Traceback" not in said.getvalue()
 """
     subprocess.run([sys.executable, "-c", program], check=True)

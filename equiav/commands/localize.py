@@ -13,7 +13,7 @@ import torch
 import tyro
 from PIL import Image
 
-from equiav.api import Embedder, load
+from equiav.api import Embedder, load, require_av
 from equiav.config import ConfigError, NotHere, require
 from equiav.data.clips import BadClipError, central_square
 from equiav.evaluate.pictures import Titled, overlaid, sheet
@@ -55,6 +55,7 @@ def run_localize(config: LocalizeConfig) -> None:
     )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
+    require_av()
     model = load(config.model, config.device)
     if not isinstance(model, Embedder):
         raise ConfigError(f"model: {config.model} was fine-tuned and compares no sounds with pictures")
