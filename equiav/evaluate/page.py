@@ -210,6 +210,10 @@ def classes(runs: Sequence[Mapping[str, Any]]) -> str:
                             f"{part.get('clips', said.get('clips', '-'))}",
                         ]
                     )
+        if said and (published := run["paper"]["classes"]):
+            value = "not reported" if published["value"] is None else f"{published['value']:.1f}"
+            where = f"EquiAV, the paper ({published['table']}, {published['benchmark']})"
+            rows.append([where, published["measure"], value, "", ""])
     return f"<h2>Classification, %</h2>{table(['', '', 'here', '95% interval', 'clips'], rows)}" if rows else ""
 
 

@@ -58,8 +58,21 @@ def gather(where: str, patience: float = 600.0) -> dict[str, Any]:
         "seconds": _seconds(files[SUMMARY]),
         "evaluated": {what: _of_json(text, f"{where}: {what}.json") for what, text in found.items() if text},
         "results": _of_json(results, f"{where}: results.json") if results else None,
-        "paper": {"retrieval": paper.RETRIEVED, "similarity": paper.SIMILAR},
+        "paper": {
+            "retrieval": paper.RETRIEVED,
+            "similarity": paper.SIMILAR,
+            "classes": _published(settings.get("tune")),
+        },
     }
+
+
+def _published(tune: Any) -> dict[str, Any] | None:
+    """What the paper has of the dataset that was fine-tuned on, from the same modalities."""
+    benchmark, modality = (tune.get(name) if isinstance(tune, dict) else None for name in ("benchmark", "modality"))
+    if not isinstance(benchmark, str) or benchmark not in paper.FINE_TUNED:
+        return None
+    table, measure, numbers = paper.FINE_TUNED[benchmark]
+    return {"benchmark": benchmark, "table": table, "measure": measure, "value": numbers.get(str(modality))}
 
 
 def _rows(text: str) -> list[dict[str, float]]:

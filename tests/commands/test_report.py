@@ -138,6 +138,22 @@ def test_fifty_examples_are_below_ten_megabytes(tmp_path):
     assert (run / "report.html").stat().st_size < 10 * 2**20
 
 
+def test_classification_stands_beside_the_paper(tmp_path):
+    run = written(tmp_path, clips=1)
+    (run / "model").mkdir()
+    said = {"accuracy": 0.5, "accuracy 95%": [0.4, 0.6], "clips": 40, "of": 40, "dataset": "x", "parts": ""}
+    (run / "model" / "results.json").write_text(json.dumps(said))
+    (run / "config.yaml").write_text("tune:\n  benchmark: ESC-50\n  modality: audio\n")
+    html = page([gather(str(run))], "x")
+    for cell in ("50.0", "40.0 to 60.0", "EquiAV, the paper (Table 2, ESC-50)", "96.0"):
+        assert f"<td>{cell}</td>" in html
+    probed = {"linear": {"accuracy": 0.75, "clips": 40}, "nearest": {"accuracy": 0.25, "clips": 40}}
+    (run / "model" / "results.json").write_text(json.dumps(probed))
+    html = page([gather(str(run))], "x")
+    assert "<td>one linear</td><td>accuracy</td><td>75.0</td>" in html
+    assert "<td>one nearest</td><td>accuracy</td><td>25.0</td>" in html
+
+
 def test_what_is_not_there_is_not_shown(tmp_path, capsys):
     run = written(tmp_path, clips=1)
     for name in ("config.yaml", "starts.jsonl", "summary.json", "eval/retrieval.json", "eval/examples.json"):
