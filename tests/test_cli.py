@@ -97,6 +97,7 @@ def test_plan_prints_its_tables(capsys):
         assert title in printed
 
 
+@pytest.mark.slow
 def test_smoke_at_its_smallest(tmp_path, capsys):
     """Every part of the command, in seconds; the whole run is tests/test_smoke.py."""
     argv = [

@@ -186,6 +186,7 @@ def test_strengths_widen_what_is_drawn():
             assert p["brightness"].abs().max() <= min(0.99, 0.4 * strength)
 
 
+@pytest.mark.slow
 def test_the_centroid_comes_nearer_as_it_grows(place, tmp_path):
     """Of encoded views that is arithmetic: their mean's distance falls as 1 / S."""
     said, table = evaluate(place, tmp_path / "one", "centroid", "--batch", "8", "--views", "24")
