@@ -210,8 +210,8 @@ def test_a_browser_opens_it_without_a_word(tmp_path, width):
         def log_message(self, *_):
             pass
 
-    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", f"--window-size={width},900", "--hide-scrollbars",
-               "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars",
+               f"--window-size={width},900", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     environment = os.environ | {"HOME": str(tmp_path)}
     with HTTPServer(("127.0.0.1", 0), Ear) as server:
         Thread(target=server.serve_forever, daemon=True).start()
