@@ -135,10 +135,11 @@ class Reader:
         return check_audio((other.clamp(-1, 32767 / 32768) * 32768).round().short().numpy(), ours, name, self.data)
 
     def windows(
-        self, path: str | Path, frames: int = 1, hears: bool = True, sees: bool = True
+        self, path: str | Path, frames: int = 1, hears: bool = True, sees: bool = True, per_second: float = 0.0
     ) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
         """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
-        as long as the model hears, as far as it has all that is wanted: hears, sees."""
+        as long as the model hears, as far as it has all that is wanted: hears, sees.
+        per_second: pictures, in place of `frames` of each part."""
         name = str(Path(path).absolute())
         sound, picture = _streams(name)
         hears, sees = hears and sound, sees and picture
@@ -146,19 +147,23 @@ class Reader:
             raise BadClipError(
                 str(path), f"has {'sound' if sound else 'picture' if picture else 'neither sound nor picture'} only"
             )
-        shape = Shape(frames, self.settings.data.frame_size, 90, "wav", math.inf, True, self.data, hears, sees)
         length, step = length_of(name), self.settings.model.spectrogram_frames / 100
+
+        def shape(seconds: float) -> Shape:
+            count = max(1, round(per_second * seconds)) if per_second else frames
+            return Shape(count, self.settings.data.frame_size, 90, "wav", math.inf, True, self.data, hears, sees)
+
         try:
             if length <= step * (1 + SHORTEST):
-                whole = read_frames(name, shape) if sees else ([], [], 0.0)
-                heard = read_audio(name, shape) if hears else None
+                whole = read_frames(name, shape(length or step)) if sees else ([], [], 0.0)
+                heard = read_audio(name, shape(step)) if hears else None
                 yield 0.0, length or whole[2], heard, whole[0]
                 return
             for k in range(int(length / step - SHORTEST) + 1):
                 begin, end = k * step, min((k + 1) * step, length)
                 try:
-                    heard = read_audio(name, shape, begin, end) if hears else None
-                    seen = read_frames(name, shape, begin, end)[0] if sees else []
+                    heard = read_audio(name, shape(step), begin, end) if hears else None
+                    seen = read_frames(name, shape(end - begin), begin, end)[0] if sees else []
                 except BadSample as error:
                     if k and error.reason in ENDED:
                         return

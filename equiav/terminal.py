@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 LONGEST = 2000  # characters of a line
+SECRETS = re.compile(
+    r"(://)[^/\s]*@|([?&][\w-]*(?:token|signature|credential|secret|key|sig)[\w-]*=)[^&\s]+", re.IGNORECASE
+)
+
+
+def masked(text: str) -> str:
+    """Without what an address has for its reader alone."""
+    return SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
 
 
 def say(text: str) -> None:

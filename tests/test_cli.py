@@ -130,7 +130,7 @@ def test_smoke_at_its_smallest(tmp_path, capsys):
     ):
         assert part in report
     assert "<h2>Examples</h2>" in (run / "report.html").read_text()
-    assert json.loads((run / "report.json").read_text())["runs"][0]["verdict"][0] == "finished"
+    assert json.loads((run / "report.data.json").read_text())["runs"][0]["verdict"][0] == "finished"
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 3
     assert (run / "model" / "model.safetensors").is_file()
     assert "report.html" in capsys.readouterr().out

@@ -126,6 +126,14 @@ def test_mistakes(exported, tmp_path, capsys, monkeypatch):
         assert cli.main(["export", *typed]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
+    # What stands beside is nobody's to remove.
+    for name in ("q.part", ".q"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("x")
+    assert cli.main(["export", f"file://{run}/model", "--out", str(tmp_path / "q"), "--formats", "torch"]) == 0
+    assert (tmp_path / "q.part" / "mine").is_file()
+    assert (tmp_path / ".q" / "mine").is_file()
+    assert "\n# model\n" in (tmp_path / "q" / "README.md").read_text()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "y")]) != 0
     assert "pip install 'equiav[export]'" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import tyro
 from equiav.api import Embedder, Labeller, load
 from equiav.config import ConfigError, NotHere, require
 from equiav.data.clips import BadClipError
+from equiav.files import beside
 from equiav.terminal import say
 
 
@@ -101,9 +102,12 @@ def run_embed(config: EmbedConfig) -> None:
         say(f"{name}: {parts} part(s), {found.end[-1]:.1f} s{lacks}")
     if len(problems) == len(config.files):
         raise ConfigError(f"files: none of {len(problems)} could be embedded, such as {problems[0]}")
-    part = config.out.with_name(f"{config.out.name}.part.npz")
-    np.savez(part, **{name: np.concatenate(rows) for name, rows in columns.items()})  # type: ignore[arg-type]
-    part.replace(config.out)
+    part = beside(config.out.with_suffix(".npz"))
+    try:
+        np.savez(part, **{name: np.concatenate(rows) for name, rows in columns.items()})  # type: ignore[arg-type]
+        part.replace(config.out)
+    finally:
+        part.unlink(missing_ok=True)
     done = len(config.files) - len(problems)
     say(f"{config.out}: {sum(map(len, columns['begin']))} parts of {done} file(s), {width} numbers each")
     if problems:

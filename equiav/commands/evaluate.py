@@ -20,6 +20,7 @@ from equiav.data.stream import require_modalities
 from equiav.evaluate.evaluations import EVALUATIONS, Looker
 from equiav.evaluate.settings import EvalConfig
 from equiav.parallel import Ranks
+from equiav.terminal import masked
 from equiav.train.run import launched
 from equiav.weights import bring, load_model, model_folder
 from streaming import Dataset, DatasetError, Store
@@ -34,6 +35,11 @@ def run_eval(config: EvalConfig) -> None:
     out = Store(
         config.out or ("runs/eval" if remote else str(Path(config.model).expanduser() / "eval")), config.stream.patience
     )
+    if "://" not in out.url:  # before it computes for hours
+        try:
+            Path(out.url).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotHere(f"out: {out.url} cannot be made ({error}); set a folder that can be written") from None
     console = Console(stderr=True)
 
     def tell(message: str) -> None:
@@ -55,7 +61,7 @@ def run_eval(config: EvalConfig) -> None:
             tell(f"{config.what} of {of:,} clips of {dataset.store.url}, {ranks.size} process(es)")
         found = EVALUATIONS[config.what](looker)
         about = {
-            "model": config.model,
+            "model": masked(config.model),
             "dataset": dataset.store.url,
             "of": int(looker.chosen.sum()),
             "settings": asked(config),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,10 @@ import yaml
 from equiav.api import Embedder, Labeller, load
 from equiav.config import ConfigError, require, to_yaml
 from equiav.programs import programs, require_onnx, write
-from equiav.terminal import plain, say
+from equiav.terminal import masked, plain, say
 from equiav.weights import CLASSES, SETTINGS, WEIGHTS, bring, model_folder
 
 CARD = "README.md"  # where model hubs look for it
-SECRET = re.compile(r"://[^/\s]*@")  # of an address
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,25 @@ def run_export(config: ExportConfig) -> None:
         raise ConfigError(f"out: {config.out} is there already, and not empty; choose another folder")
     if "onnx" in config.formats:
         require_onnx()
-    with TemporaryDirectory(prefix="equiav-") as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(TemporaryDirectory(prefix="equiav-"))
         remote = "://" in config.model
         given = bring(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
         folder = model_folder(given)
         model = load(folder)
-        part = config.out.with_name(f"{config.out.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        out = config.out.absolute()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)), "model")
+        part.mkdir()
         for name in (SETTINGS, WEIGHTS, *([CLASSES] if isinstance(model, Labeller) else [])):
             shutil.copyfile(folder / name, part / name)
         off: dict[str, float] = {}
         for name, program in programs(model).items():
             off |= write(program, part / name, config.formats)
         (part / CARD).write_text(card(config, model, given, folder, off))
-    if config.out.exists():
-        config.out.rmdir()
-    part.replace(config.out)
+        if out.exists():
+            out.rmdir()
+        part.replace(out)
     for name, worst in off.items():
         say(f"{config.out / name}: reloaded, it is off by {worst:.1e} at most")
     say(f"{config.out / CARD}")
@@ -73,7 +74,7 @@ def run_export(config: ExportConfig) -> None:
 def card(config: ExportConfig, model: Embedder | Labeller, run: Path, folder: Path, off: dict[str, float]) -> str:
     """-> Markdown. run: what was named; folder: the model's own, in it."""
     embeds = isinstance(model, Embedder)
-    name = config.name or run.resolve().name
+    name = config.name or (config.model if "://" in config.model else str(run.resolve())).rstrip("/").rpartition("/")[2]
     head: dict[str, Any] = {
         "license": config.license or "unknown",
         "library_name": "equiav",
@@ -134,7 +135,7 @@ def card(config: ExportConfig, model: Embedder | Labeller, run: Path, folder: Pa
         "",
         "## Settings",
         "```yaml",
-        SECRET.sub("://***@", trained.read_text() if trained.is_file() else to_yaml(s)).rstrip(),
+        masked(trained.read_text() if trained.is_file() else to_yaml(s)).rstrip(),
         "```",
         "",
     ]

@@ -17,10 +17,12 @@ from equiav.api import Embedder, load, require_av
 from equiav.config import ConfigError, NotHere, require
 from equiav.data.clips import BadClipError, central_square
 from equiav.evaluate.pictures import Titled, overlaid, sheet
+from equiav.files import beside
 from equiav.terminal import say
 
 SMALLEST = 256  # pixels: side of what is drawn, so that it can be looked at
 ROWS = 60  # of a sheet
+CLOCK, RATE = 90_000, 48_000  # of a film: ticks a second, samples a second
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,13 @@ def run_localize(config: LocalizeConfig) -> None:
         raise ConfigError(f"model: {config.model} was fine-tuned and compares no sounds with pictures")
     others = sounds_of(config.others, model) if config.others else None
     film = config.out.suffix.lower() == ".mp4"
-    part = config.out.with_name(f"{config.out.stem}.part{config.out.suffix}")
-    count = max(1, round(config.fps * model.settings.model.spectrogram_frames / 100)) if film else 1
+    part = beside(config.out)
     side = max(SMALLEST, model.data.frame_size // 2 * 2)  # pixels, even
     rows: list[list[Titled]] = []
     parts = 0
     try:
         with Film(part, side, config.fps, model.data.sample_rate) if film else nullcontext() as writer:
-            for begin, end, wave, pictures in model.windows(config.file, count):
+            for begin, end, wave, pictures in model.windows(config.file, per_second=config.fps if film else 0.0):
                 if wave is None or not pictures:
                     raise BadClipError(config.file, f"has no {'sound' if wave is None else 'picture'}, expected both")
                 maps = model.localize(wave, pictures, model.data.sample_rate, others)
@@ -124,8 +125,9 @@ class Film:
             "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "20"}
         )
         self.pictures.width = self.pictures.height = side
-        self.pictures.pix_fmt, self.pictures.time_base = "yuv420p", Fraction(1, 1000)
-        self.sounds: Any = self.file.add_stream("aac", rate=rate, layout="mono")
+        self.pictures.pix_fmt, self.pictures.codec_context.time_base = "yuv420p", Fraction(1, CLOCK)
+        self.sounds: Any = self.file.add_stream("aac", rate=RATE, layout="mono")
+        self.resampler = av.AudioResampler(format="fltp", layout="mono", rate=RATE)  # AAC knows a few rates only
         self.rate, self.heard = rate, 0
 
     def __enter__(self) -> Film:
@@ -133,18 +135,23 @@ class Film:
 
     def show(self, time: float, picture: np.ndarray) -> None:
         frame = self.av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+        frame.pts, frame.time_base = round(CLOCK * time), Fraction(1, CLOCK)
         self.file.mux(self.pictures.encode(frame))
 
     def hear(self, wave: np.ndarray) -> None:
         for k in range(0, len(wave), 1024):
             frame = self.av.AudioFrame.from_ndarray(wave[None, k : k + 1024].copy(), format="s16", layout="mono")
             frame.sample_rate, frame.pts, frame.time_base = self.rate, self.heard, Fraction(1, self.rate)
-            self.file.mux(self.sounds.encode(frame))
+            self._encode(self.resampler.resample(frame))
             self.heard += frame.samples
+
+    def _encode(self, frames: list[Any]) -> None:
+        for frame in frames:
+            self.file.mux(self.sounds.encode(frame))
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None:
+            self._encode(self.resampler.resample(None))
             self.file.mux(self.pictures.encode())
             self.file.mux(self.sounds.encode())
         self.file.close()

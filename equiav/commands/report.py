@@ -22,7 +22,7 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of runs: paths, s3://..., or any others that fsspec reads."""
     out: Path = Path()
-    """File to write, .html; its data are beside it, .json. By default report.html in the folder of the first run, or here."""
+    """File to write, .html; its data are beside it, .data.json. By default report.html in the first run's folder, or here."""
     title: str = ""
     """Of the page."""
     patience: float = 600.0
@@ -39,8 +39,11 @@ def run_report(config: ReportConfig) -> None:
     require(out.suffix.lower() in (".html", ".htm"), "out", out, "a name that ends in .html")
     require(out.absolute().parent.is_dir(), "out", out, "a file in a folder that is there")
     runs = [gather(where, config.patience) for where in config.runs]
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [{**run, "name": run["where"]} for run in runs]
     title = config.title or " and ".join(run["name"] for run in runs)
-    out.with_suffix(".json").write_text(json.dumps({"title": title, "runs": runs}, indent=1, allow_nan=False))
     content = page(runs, title)
+    data = out.with_suffix(".data.json")  # no run has a file of such a name
+    data.write_text(json.dumps({"title": title, "runs": runs}, indent=1, allow_nan=False))
     out.write_text(content, "utf-8")
-    say(f"{out}: {len(content.encode()) / 2**20:.1f} MiB, opens in any browser; its data: {out.with_suffix('.json')}")
+    say(f"{out}: {len(content.encode()) / 2**20:.1f} MiB, opens in any browser; its data: {data}")

@@ -116,7 +116,8 @@ def run_smoke(config: SmokeConfig) -> None:
     clock["in all"] = time.perf_counter() - started
     text = write_report(config, rows, evaluated["retrieval"], clock, done)
     gathered = gather(str(config.out))
-    (config.out / "report.json").write_text(json.dumps({"title": "EquiAV smoke run", "runs": [gathered]}, indent=1))
+    data = {"title": "EquiAV smoke run", "runs": [gathered]}
+    (config.out / "report.data.json").write_text(json.dumps(data, indent=1, allow_nan=False))
     (config.out / "report.html").write_text(page([gathered], "EquiAV smoke run"), "utf-8")
     console.print(text, highlight=False, markup=False)
     console.print(f"report: {config.out / 'report.html'}, in any browser, and report.md")

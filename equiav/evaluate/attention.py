@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equiav.augment import Clips
+from equiav.augment import AudioVectors, Clips, ImageVectors
 from equiav.config import ConfigError, ModelSettings
-from equiav.evaluate.sides import Side, draws, kinds, sides
+from equiav.evaluate.sides import SEED, Side, draws, kinds, sides
 from equiav.model import EquiAV
 from equiav.model.predictor import AttentionPredictor
 
@@ -39,7 +39,7 @@ def attentions(model: EquiAV, settings: ModelSettings, clips: Clips, computes: t
         with computes:
             h = side.branch.encoder(side.given)[0]
         for kind in kinds(side.name):
-            t, of = draws(side, kind, 1.0, 0, clips.samples, DRAWS)
+            t, of = draws(side, kind, 1.0, SEED, clips.samples, DRAWS)
             assert isinstance(side.branch.predictor, AttentionPredictor)
             with computes:
                 attention = side.branch.predictor.attention(h, t).double().mean(dim=1)  # (b, DRAWS, N)
@@ -83,26 +83,28 @@ def table(said: dict[str, Any], clips: int) -> str:
             inside = f"{row['inside the crop']:.2f}" if "inside the crop" in row else "-"
             lines.append(f"| {side} | {kind} | {100 * row['looked at']:.1f} | {inside} |")
     told = (
-        "Mean over heads and 8 draws of each kind alone. Patches looked at: of a predictor that looks at all alike, 100. Inside "
-        "a crop: 1 if the predictor looks as much at what a crop takes away as at what it keeps."
+        "Mean over heads and 8 draws; each kind alone, but for `as trained`. Patches looked at: of a predictor that looks at all "
+        "alike, 100. Inside a crop: 1 if the predictor looks as much at what a crop takes away as at what it keeps."
     )
     return "\n".join([*lines, "", told, ""])
 
 
-def _kept(side: Side, t: Tensor, of: Any) -> Tensor:
+def _kept(side: Side, t: Tensor, of: AudioVectors | ImageVectors) -> Tensor:
     """-> (b, DRAWS, N): of each patch, the share that the crop keeps."""
     p = of.decode(t)
     _, rows, columns = side.branch.encoder.picture
-    grid = side.branch.encoder.grid
     on = p["crop_on"] > 0
+    # A spectrogram is rolled in time before it is cropped (not in the released program).
+    rolled = p["shift"] if side.name == "audio" and of.augment.variant == "paper" else torch.zeros_like(p["left"])
 
-    def share(begin: Tensor, length: Tensor, size: int, cells: int) -> Tensor:
-        """-> (b, DRAWS, cells)"""
-        edges = torch.arange(cells + 1, device=t.device) * (size / cells)
-        begin, length = torch.where(on, begin, 0), torch.where(on, length, size)
-        low = torch.maximum(edges[:-1], begin[..., None])
-        high = torch.minimum(edges[1:], (begin + length)[..., None])
-        return (high - low).clamp(min=0) / (size / cells)
+    def inside(first: Tensor, length: Tensor, shift: Tensor, size: int, cells: int) -> Tensor:
+        """-> (b, DRAWS, cells): of each cell, the share of its pixels that lie in the box"""
+        first, length = torch.where(on, first, 0), torch.where(on, length, size)
+        place = (torch.arange(size, device=t.device) + shift[..., None]) % size
+        kept = (place >= first[..., None]) & (place < (first + length)[..., None])
+        return kept.double().unflatten(-1, (cells, -1)).mean(dim=-1)
 
-    across, down = share(p["left"], p["width"], columns, grid[1]), share(p["top"], p["height"], rows, grid[0])
-    return (down[..., :, None] * across[..., None, :]).flatten(2).double()
+    grid = side.branch.encoder.grid
+    across = inside(p["left"], p["width"], rolled, columns, grid[1])
+    down = inside(p["top"], p["height"], torch.zeros_like(rolled), rows, grid[0])
+    return (down[..., :, None] * across[..., None, :]).flatten(2)

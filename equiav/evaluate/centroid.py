@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
 from equiav.config import ModelSettings
-from equiav.evaluate.sides import ALL, Side, draws, sides, stronger
+from equiav.evaluate.sides import ALL, SEED, Side, draws, sides, stronger
 from equiav.model import EquiAV
+from streaming import DatasetError
 
 SIZES = (1, 2, 4, 8, 16, 32)  # S
 STRONGER = (1.5, 2.0)  # times the ranges of training
@@ -23,14 +24,14 @@ LARGEST_NOISE, LARGEST_TURN = 1.0, 30.0  # deviations of the spectrogram, degree
 
 
 class Columns(NamedTuple):
-    """Of `distances`, for one modality: squared distances to the true mean, and that mean."""
+    """Of `distances`, for one modality: squared distances to the true means, and those means."""
 
     centroid: np.ndarray  # (n, SIZES)
     encoded: np.ndarray  # (n, SIZES), of the mean of so many other encoded views
     original: np.ndarray  # (n, 1)
     unsure: np.ndarray  # (n, 1), by which the true mean is uncertain
     others: np.ndarray  # (n, 3, 4): stronger, stronger still, unseen x centroid, that of such vectors, original, unsure
-    mean: np.ndarray  # (n, d)
+    means: np.ndarray  # (n, 4, d): the true mean as trained, stronger, stronger still, unseen
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def distances(model: EquiAV, settings: ModelSettings, clips: Clips, views: int, 
                 return side.branch.predictor(h, t).double()  # (b, S, D)
 
         def seen(strength: float, count: int, side: Side = side) -> Tensor:
-            t, of = draws(side, ALL, strength, 0, clips.samples, count)
+            t, of = draws(side, ALL, strength, SEED, clips.samples, count)
             return torch.stack([_encoded(side, side.augmented(one, of), computes) for one in t.unbind(1)], dim=1)
 
         encoded, predicted = seen(1.0, views + S), told(_of_centroid(side, 1.0, clips.samples))
@@ -60,14 +61,17 @@ def distances(model: EquiAV, settings: ModelSettings, clips: Clips, views: int, 
         original, centroid = place(h.float().mean(dim=1)), place(predicted.mean(dim=1))
         rows = [_apart(place(of[:, :k].mean(dim=1)), true) for of in (predicted, encoded[:, views:]) for k in SIZES]
         rows += [_apart(original, true), unsure]
+        means = [true]
         for strength in STRONGER:
             other, unsure = _mean(seen(strength, views), place)
             such = place(told(_of_centroid(side, strength, clips.samples)).mean(dim=1))
             rows += [*(_apart(x, other) for x in (centroid, such, original)), unsure]
+            means.append(other)
         changed = [_encoded(side, _unseen(side, clips.samples, k), computes) for k in range(views)]
         other, unsure = _mean(torch.stack(changed, dim=1), place)
         rows += [*(_apart(x, other) for x in (centroid, centroid, original)), unsure]
-        found.append(torch.cat([torch.stack(rows, dim=1), true], dim=1))
+        means.append(other)
+        found.append(torch.cat([torch.stack(rows, dim=1), *means], dim=1))
     return torch.cat(found, dim=1)
 
 
@@ -75,8 +79,10 @@ def split(values: np.ndarray) -> dict[str, Columns]:
     S = len(SIZES)
     found = {}
     for name, part in zip(("audio", "image"), np.split(values, 2, axis=1), strict=True):
-        centroid, encoded, original, unsure, others, mean = np.split(part, np.cumsum([S, S, 1, 1, 12]), axis=1)
-        found[name] = Columns(centroid, encoded, original, unsure, others.reshape(-1, 3, 4), mean)
+        centroid, encoded, original, unsure, others, means = np.split(part, np.cumsum([S, S, 1, 1, 12]), axis=1)
+        found[name] = Columns(
+            centroid, encoded, original, unsure, others.reshape(-1, 3, 4), means.reshape(len(means), 4, -1)
+        )
     return found
 
 
@@ -85,10 +91,14 @@ def summary(values: np.ndarray) -> dict[str, Any]:
     what the true mean is uncertain, is taken off."""
     said: dict[str, Any] = {}
     for side, c in split(values).items():
-        between = ((c.mean - c.mean.mean(axis=0)) ** 2).sum(axis=1).mean()
+        between = ((c.means - c.means.mean(axis=0)) ** 2).sum(axis=2).mean(axis=0)  # (4,)
+        if not between.min() > 0:
+            raise DatasetError(
+                "stream.url: the clips are all alike to this model: distances have nothing to be compared with"
+            )
 
-        def share(squared: np.ndarray, unsure: np.ndarray, between: float = between) -> float:
-            return float((squared.mean() - unsure.mean()) / between)
+        def share(squared: np.ndarray, unsure: np.ndarray, of: float = between[0]) -> float:
+            return float((squared.mean() - unsure.mean()) / of)
 
         said[side] = {
             "S": {
@@ -101,7 +111,7 @@ def summary(values: np.ndarray) -> dict[str, Any]:
             "original": share(c.original, c.unsure),
             "not trained on": {
                 name: {
-                    what: share(c.others[:, k, n], c.others[:, k, 3])
+                    what: share(c.others[:, k, n], c.others[:, k, 3], between[1 + k])
                     for n, what in enumerate(("centroid", "centroid of such vectors", "original"))
                     if not (name == UNSEEN[side] and n == 1)
                 }
@@ -136,7 +146,7 @@ def table(said: dict[str, Any], clips: int, views: int) -> str:
 def _of_centroid(side: Side, strength: float, samples: Tensor) -> Tensor:
     """-> t (b, S, d_t), as training draws them."""
     of = side.vectors.drawing(stronger(side.vectors.augment, strength, side.vectors))
-    return of.draw(0, 0, samples, side.centroid, SIZES[-1])
+    return of.draw(SEED, 0, samples, side.centroid, SIZES[-1])
 
 
 def _mean(encoded: Tensor, place: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from equiav.augment import Clips, normalised_spectrogram, original_image, sampled_vectors
 from equiav.config import Config, ConfigError, LabelsConfig, ModelSettings, TrainConfig
 from equiav.data import survey
-from equiav.data.clips import DECODE_AUDIO, decode_frame
+from equiav.data.clips import DECODE_AUDIO, BadClipError, decode_frame
 from equiav.data.labels import keys_of
 from equiav.data.synthetic import World
 from equiav.evaluate import attention, centroid, examples, localize
@@ -27,7 +27,7 @@ from equiav.evaluate.paper import retrieval_table, similarity_table
 from equiav.evaluate.pictures import Titled, coloured, overlaid, seen, sheet
 from equiav.evaluate.retrieval import both_directions
 from equiav.evaluate.settings import EvalConfig
-from equiav.evaluate.sides import needs_predictions
+from equiav.evaluate.sides import SEED, needs_predictions
 from equiav.evaluate.similarity import columns, similarities
 from equiav.model import EquiAV
 from equiav.parallel import Ranks
@@ -125,7 +125,7 @@ def compare(looker: Looker) -> Evaluated:
     needs_predictions(looker.settings)
     strengths = looker.config.strengths
     found = looker.look(
-        lambda clips, computes: similarities(looker.model, looker.settings, clips, 0, computes, strengths)
+        lambda clips, computes: similarities(looker.model, looker.settings, clips, SEED, computes, strengths)
     )
     several(found)
     means = found.values.mean(axis=0)
@@ -157,10 +157,12 @@ def attend(looker: Looker) -> Evaluated:
     found = looker.look(lambda clips, computes: attention.attentions(model, settings, clips, computes))
     said = attention.summary(found.values, settings)
     table = attention.table(said, len(found.samples))
-    return Evaluated({"clips": len(found.samples), **said, "bad": dict(found.bad)}, table, attended(looker))
+    return Evaluated(
+        {"clips": len(found.samples), **said, "bad": dict(found.bad)}, table, attended(looker, found.samples)
+    )
 
 
-def attended(looker: Looker) -> Image.Image | None:
+def attended(looker: Looker, usable: np.ndarray) -> Image.Image | None:
     """A row a clip: picture and spectrogram, then what is looked at for each kind of augmentation."""
     settings, side = looker.settings, looker.settings.model.image_size
 
@@ -169,7 +171,7 @@ def attended(looker: Looker) -> Image.Image | None:
         maps = attention.attentions(looker.model, settings, clips, computes)
         return torch.cat([*(x.double() for x in given), maps], dim=1)
 
-    found = shown(looker, compute)
+    found = shown(looker, usable, compute)
     if found is None:
         return None
     T, M = settings.model.spectrogram_frames, settings.model.spectrogram_mels
@@ -214,7 +216,9 @@ def localized(looker: Looker) -> Evaluated:
         return torch.cat([x.flatten(1) for x in (image, view, *maps)], dim=1).double()
 
     sheet_of = None
-    if (few := shown(looker, pictures if settings.objective.sampled_in_evaluation else None)) is not None:
+    if (
+        few := shown(looker, found.samples, pictures if settings.objective.sampled_in_evaluation else None)
+    ) is not None:
         side = settings.model.image_size
         parts = np.split(few.values, np.cumsum([3 * side * side] * 2 + [rows * cells]), axis=1)
         lines: list[list[Titled]] = []
@@ -255,13 +259,16 @@ class Masks(NamedTuple):
 
     def checked(self, looker: Looker) -> World:
         """-> the world as it was packed, found from some clips; its rules may be other ones than are told."""
-        data, world = looker.settings.data, self.world
+        data, world = looker.settings.data, None
         for one in survey.spread(looker.dataset, 0, CHECKED):
             names = survey.pictures_of(one.sample)
             sound = next(name for name in one.sample.members if name in DECODE_AUDIO)
             seen, heard = (survey.member(looker.dataset.store, one, name) for name in (names[len(names) // 2], sound))
-            picture = decode_frame(seen, one.sample.key)  # (H, H, 3)
-            wave = DECODE_AUDIO[sound](heard, one.sample.key, data)
+            try:
+                picture = decode_frame(seen, one.sample.key)  # (H, H, 3)
+                wave = DECODE_AUDIO[sound](heard, one.sample.key, data)
+            except BadClipError:  # of which what looks at the clips will tell
+                continue
             world = World(
                 0, len(picture), len(names), len(wave) / data.sample_rate, data.sample_rate, rules=self.world.rules
             )
@@ -272,6 +279,8 @@ class Masks(NamedTuple):
                 raise ConfigError(
                     f"world: {one.sample.key} is not the clip of that name; give --world.* as `equiav pack` had them"
                 )
+        if world is None:
+            raise DatasetError(f"stream.url: none of {CHECKED} clips of {looker.dataset.store.url} can be decoded")
         return world
 
     def place(self, sample: int) -> tuple[World, int]:
@@ -289,10 +298,19 @@ class Masks(NamedTuple):
         return np.stack([world.masks(number)[world.frames // 2] for world, number in places])
 
 
-def shown(looker: Looker, compute: Callable[[Clips, torch.autocast], Tensor] | None) -> Looked | None:
-    """Of some clips only."""
-    few = evenly(looker.chosen, looker.config.examples)
+def shown(
+    looker: Looker, usable: np.ndarray, compute: Callable[[Clips, torch.autocast], Tensor] | None
+) -> Looked | None:
+    """usable: numbers of clips -> of some of them only."""
+    few = few_of(looker, usable)
     return looker.look(compute, chosen=few) if compute and few.any() else None
+
+
+def few_of(looker: Looker, usable: np.ndarray) -> np.ndarray:
+    """-> (samples,) bool: those that are shown"""
+    there = np.zeros_like(looker.chosen)
+    there[usable] = True
+    return evenly(there, looker.config.examples)
 
 
 def collect(looker: Looker) -> Evaluated:
@@ -301,7 +319,7 @@ def collect(looker: Looker) -> Evaluated:
     keys = np.array(list(keys_of(looker.dataset)), object)[found.samples]
     d = looker.settings.model.head_width
     audio, image = (torch.from_numpy(x).float() for x in np.split(found.values, [d], axis=1))
-    chosen = np.isin(found.samples, np.flatnonzero(evenly(looker.chosen, looker.config.examples)))
+    chosen = few_of(looker, found.samples)[found.samples]
     rows = np.flatnonzero(chosen)
     of_sound, of_picture = (examples.nearest(one, other, rows) for one, other in ((audio, image), (image, audio)))
     ranked = [of[rows] for of in examples.places(audio, image)]

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from equiav.augment import ImageVectors, augment_image
 from equiav.augment.draws import Purpose
 from equiav.config import ModelSettings
+from equiav.evaluate.sides import SEED
 from equiav.model import EquiAV
 
-STEPS = 5  # of the integral
+STEPS = 16  # of the integral: its sum is within some percent of what it stands for
+TOGETHER = 50  # predictions of a clip: other predictors than that with attention take much memory for each
 DRAWS = 1000  # of augmentations, among which the nearest to the centroid is chosen (Figure 3)
 
 
@@ -40,8 +42,10 @@ def nearest_to_centroid(
 ) -> Tensor:
     """image (B, 3, H, W), samples (B,) -> t (B, d_t): of so many, the one whose prediction is nearest to the mean of all
     predictions: it stands for the centroid in the input space."""
-    t = ImageVectors(settings.model, settings.augment).draw(0, 0, samples, Purpose.CENTROID_IMAGE, draws)
-    predicted = F.normalize(model.predict_image(model.encode_image(image), t).float(), dim=-1)  # (B, draws, D)
+    t = ImageVectors(settings.model, settings.augment).draw(SEED, 0, samples, Purpose.CENTROID_IMAGE, draws)
+    h = model.encode_image(image)
+    predicted = torch.cat([model.predict_image(h, some) for some in t.split(TOGETHER, dim=1)], dim=1)  # (B, draws, D)
+    predicted = F.normalize(predicted.float(), dim=-1)
     centroid = F.normalize(predicted.mean(dim=1, keepdim=True), dim=-1)
     nearest = (predicted * centroid).sum(dim=-1).argmax(dim=1)
     return t[torch.arange(len(t), device=t.device), nearest]
@@ -60,7 +64,7 @@ def objectness(image: Tensor, patch: int) -> Tensor:
 
 class Pointed(NamedTuple):
     right: float  # share of the clips whose highest place lies on what sounds
-    error: float  # standard error
+    error: float | None  # standard error; of one clip there is none
 
 
 def pointing(maps: np.ndarray, masks: np.ndarray) -> Pointed:
@@ -69,7 +73,7 @@ def pointing(maps: np.ndarray, masks: np.ndarray) -> Pointed:
     smooth = F.interpolate(torch.from_numpy(maps)[:, None].float(), (H, W), mode="bicubic", align_corners=False)
     highest = smooth.flatten(1).argmax(dim=1).numpy()
     right = masks.reshape(n, -1)[np.arange(n), highest]
-    return Pointed(float(right.mean()), float(right.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"))
+    return Pointed(float(right.mean()), float(right.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
 
 
 def said_of(
@@ -79,7 +83,9 @@ def said_of(
     is in sight that does not."""
     position = maps.mean(axis=0)
     spread = ((maps - position) ** 2).mean()
-    said: dict[str, Any] = {"share of the maps that is position alone": float(1 - spread / (maps**2).mean())}
+    said: dict[str, Any] = {
+        "share of the maps that is position alone": float(1 - spread / max((maps**2).mean(), 1e-30))
+    }
     if masks is None or choose is None:
         return said
     rows, columns = position.shape
@@ -109,10 +115,8 @@ def table(said: dict[str, Any], clips: int) -> str:
     ]
     lines.append("|---" * (1 + len(which)) + "|")
     for name in ("heat map", "objectness", "position only", "centre", "chance"):
-        cells = (said[of][name] for of in which)
-        lines.append(
-            f"| {name} | " + " | ".join(f"{100 * x['pointing']:.1f} ± {100 * x['error']:.1f}" for x in cells) + " |"
-        )
+        cells = (percent(said[of][name]) for of in which)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if not which:
         lines = ["What sounds is not known of these clips: there are maps, and no numbers."]
     told = (
@@ -123,3 +127,7 @@ def table(said: dict[str, Any], clips: int) -> str:
         f"({clips:,} clips)."
     )
     return "\n".join([*lines, "", told, ""])
+
+
+def percent(of: dict[str, Any]) -> str:
+    return f"{100 * of['pointing']:.1f}" + ("" if of["error"] is None else f" ± {100 * of['error']:.1f}")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from equiav.terminal import plain
+from equiav.config import ConfigError
+from equiav.evaluate.localize import percent
+from equiav.terminal import masked, plain
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 220, 46, 26, 8  # of a chart, in its own pixels
+JPEG, PNG, MP3 = "image/jpeg", "image/png", "audio/mpeg"
 COLOURS = 8  # then they begin again
 AT = ("R@1", "R@5", "R@10", "median rank")
 DIRECTIONS = ("image to audio", "audio to image")
@@ -67,21 +71,36 @@ class Line(NamedTuple):
 
 def page(runs: Sequence[Mapping[str, Any]], title: str) -> str:
     """runs: of `report.gather`."""
-    parts = [
-        head(runs, title),
-        summary(runs),
-        learning(runs),
-        retrieval(runs),
-        classes(runs),
-        similarity(runs),
-        centroid(runs),
-    ]
-    parts += [localization(runs), attention(runs), *(examples(run, len(runs) > 1) for run in runs), settings(runs)]
+    parts = [head(runs, title)]
+    for section in (
+        summary,
+        learning,
+        retrieval,
+        classes,
+        similarity,
+        centroid,
+        localization,
+        attention,
+        examples,
+        settings,
+    ):
+        try:
+            parts.append(section(runs))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"runs: the files on {section.__name__} of {', '.join(str(run['where']) for run in runs)} are not as `equiav` "
+                f"writes them ({type(error).__name__}: {error}); evaluate again, or move them away"
+            ) from None
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
     )
+
+
+def data(value: Any, kind: str) -> str:
+    """An address that has its content in itself; anything else is nothing: a page fetches nothing, whoever wrote its data."""
+    return value if isinstance(value, str) and re.fullmatch(rf"data:{kind};base64,[A-Za-z0-9+/=]*", value) else "data:,"
 
 
 def text(value: Any) -> str:
@@ -95,9 +114,9 @@ def head(runs: Sequence[Mapping[str, Any]], title: str) -> str:
         if not run["verdict"]:
             continue
         how, *wrong = run["verdict"]
-        well = how == "finished" and not wrong
+        mood = "bad" if wrong or how == "failed" else "good" if how in ("finished", "asked") else "soft"
         said = "; ".join([how, *wrong])
-        lines.append(f'<p>{text(run["name"])}: <span class="{"good" if well else "bad"}">{text(said)}</span></p>')
+        lines.append(f'<p>{text(run["name"])}: <span class="{mood}">{text(said)}</span></p>')
     return "\n".join(lines)
 
 
@@ -283,14 +302,7 @@ def localization(runs: Sequence[Mapping[str, Any]]) -> str:
             for name in ("heat map", "objectness", "position only", "centre", "chance"):
                 if name in said.get(which, {}):
                     row = said[which][name]
-                    rows.append(
-                        [
-                            f"{run['name']}, {name}",
-                            which,
-                            f"{said[which]['clips']:,}",
-                            f"{100 * row['pointing']:.1f} ± {100 * row['error']:.1f}",
-                        ]
-                    )
+                    rows.append([f"{run['name']}, {name}", which, f"{said[which]['clips']:,}", percent(row)])
     return f"<h2>Pointing at what sounds, %</h2>{table(['', '', 'clips', ''], rows)}" if rows else ""
 
 
@@ -309,7 +321,11 @@ def attention(runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def examples(run: Mapping[str, Any], named: bool) -> str:
+def examples(runs: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(examples_of(run, len(runs) > 1) for run in runs)
+
+
+def examples_of(run: Mapping[str, Any], named: bool) -> str:
     said = run["evaluated"].get("examples")
     if not said:
         return ""
@@ -327,12 +343,12 @@ def example(one: Mapping[str, Any], clips: int) -> str:
     def seen(picture: str, heat: str, what: str) -> str:
         # The picture is there once, as a variable, and shown twice.
         plain, under = (f'<div class="shown{more}" role="img" aria-label="{what}"></div>' for more in ("", " under"))
-        over = f'<img class="heat" src="{heat}" alt="what sounds of it">'
-        return f'<div class="pair" style="--p: url({picture})">{plain}<div class="seen">{under}{over}</div></div>'
+        over = f'<img class="heat" src="{data(heat, PNG)}" alt="what sounds of it">'
+        return f'<div class="pair" style="--p: url({data(picture, JPEG)})">{plain}<div class="seen">{under}{over}</div></div>'
 
     def found(what: str, of: Iterable[Mapping[str, Any]]) -> str:
         tiles = "".join(
-            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{hit["picture"]}" alt=""><div class="cut" title="{text(hit["name"])}">{text(_end(hit["name"]))}</div>{hit["score"]:.2f}</div>'
+            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{data(hit["picture"], JPEG)}" alt=""><div class="cut" title="{text(hit["name"])}">{text(_end(hit["name"]))}</div>{hit["score"]:.2f}</div>'
             for hit in of
         )
         return f'<p class="soft">{what}</p><div class="found">{tiles}</div>'
@@ -345,8 +361,8 @@ def example(one: Mapping[str, Any], clips: int) -> str:
     )
     return (
         f'<div class="example"><h3>{name}</h3>{seen(one["picture"], one["heat"], "picture")}{view}'
-        f'<img class="heard" src="{one["spectrogram"]}" alt="spectrogram, low tones below">'
-        f'<audio controls preload="none" src="{one["sound"]}"></audio>'
+        f'<img class="heard" src="{data(one["spectrogram"], JPEG)}" alt="spectrogram, low tones below">'
+        f'<audio controls preload="none" src="{data(one["sound"], MP3)}"></audio>'
         f'<p class="soft">Score {one["score"]:.2f}. Among {clips:,}, its picture is number {place:,}, its sound number {other:,}.</p>'
         f"{found('Found by the sound', one['pictures found'])}{found('Found by the picture', one['sounds found'])}</div>"
     )
@@ -383,7 +399,7 @@ def settings(runs: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"equiav {command} --config {run['where']}/config.yaml --out ANOTHER")
         for what, said in run["evaluated"].items():
             lines.append(
-                f"equiav eval {what} --model {said.get('model', run['where'])} --stream.url {said.get('dataset', '')}"
+                f"equiav eval {what} --model {masked(str(said.get('model', run['where'])))} --stream.url {masked(str(said.get('dataset', '')))}"
             )
         starts = "".join(
             f'<p class="soft">Started at step {text(start["step"])} with {text(start["ranks"])} process(es), equiav {text(start["equiav"])} {text(start["code"] or "")}</p>'

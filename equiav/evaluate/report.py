@@ -12,6 +12,7 @@ import yaml
 
 from equiav.config import ConfigError
 from equiav.evaluate import paper
+from equiav.terminal import masked
 from equiav.train.log import METRICS, TIMING, step_of
 from equiav.train.numbers import SUMMARY
 from equiav.train.seen import Folder, over, verdicts
@@ -47,11 +48,11 @@ def gather(where: str, patience: float = 600.0) -> dict[str, Any]:
     settings = _of_yaml(files["config.yaml"])
     return {
         "name": where.rstrip("/").rpartition("/")[2] or where,
-        "where": where,
+        "where": masked(where),
         "verdict": _verdict(files) if files[METRICS] else [],
         "settings": settings,
         "steps": len(rows[METRICS]),
-        "planned": settings.get("train", {}).get("steps"),
+        "planned": _within(settings, "train", "steps"),
         "last": _last(rows[METRICS]),
         "curves": _curves(rows[METRICS], rows[TIMING]),
         "starts": _starts(files[STARTS] or ""),
@@ -64,6 +65,12 @@ def gather(where: str, patience: float = 600.0) -> dict[str, Any]:
             "classes": _published(settings.get("tune")),
         },
     }
+
+
+def _within(values: Any, *path: str) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _published(tune: Any) -> dict[str, Any] | None:
@@ -80,8 +87,13 @@ def _rows(text: str) -> list[dict[str, float]]:
 
 
 def _of_json(text: str, source: str) -> dict[str, Any]:
+    def number(given: str) -> float:
+        if not math.isfinite(value := float(given)):
+            raise ValueError(f"{given} is no finite number")
+        return value
+
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -91,7 +103,7 @@ def _of_json(text: str, source: str) -> dict[str, Any]:
 
 def _of_yaml(text: str | None) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text or "")
+        found = yaml.safe_load(masked(text or ""))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -145,7 +157,8 @@ def _seconds(text: str | None) -> float | None:
     began, ended = said.get("equiav_run_began_time_seconds"), said.get("equiav_run_ended_time_seconds")
     if not _number(began) or not isinstance(ended, dict):
         return None
-    return max(ended.values(), default=math.nan) - began  # type: ignore[operator]
+    times = [time for time in ended.values() if _number(time)]
+    return max(times) - began if times else None
 
 
 def _number(value: Any) -> bool:

@@ -63,3 +63,5 @@ class EvalConfig:
         require(0 <= self.examples <= 200, "examples", self.examples, "0 to 200")
         allowed = bool(self.strengths) and all(0 < x <= 10 for x in self.strengths)
         require(allowed, "strengths", self.strengths, "numbers above 0, at most 10")
+        apart = len({f"{strength:g}" for strength in self.strengths}) == len(self.strengths)
+        require(apart, "strengths", self.strengths, "numbers that differ in their first six digits")

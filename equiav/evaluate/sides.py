@@ -21,6 +21,7 @@ from equiav.model.equiav import Branch, as_picture
 ALL = "as trained"
 KINDS = {"crop": CROP, "jitter": JITTER, "blur": BLUR, "flip": ("flip",)}
 OF_IMAGES, OF_SOUNDS = {"gray": ("gray",)}, {"mask and shift": ("mask_on", "t0", "t1", "f0", "f1", "shift_on", "shift")}
+SEED = 1 << 40  # of draws that no training has seen, unless that is its own seed
 SMALLEST = 0.01  # area of a crop, however strong
 
 

@@ -57,9 +57,10 @@ class Folder:
         if summary.is_file():  # it has ended
             with suppress(ValueError):  # it is being written
                 ended = json.loads(summary.read_text())
-            for name, value in ended.items():
+            for name, value in ended.items() if isinstance(ended, dict) else ():
                 for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    seen.values[name.removeprefix(m.PREFIX), tuple(labels.split())] = number
+                    if isinstance(number, int | float):
+                        seen.values[name.removeprefix(m.PREFIX), tuple(labels.split())] = number
         for name in (METRICS, TIMING):
             path = self.folder / name
             if not path.is_file():

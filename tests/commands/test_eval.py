@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from equiav import cli
-from equiav.augment import Clips, make_views, original_image, sampled_vectors
+from equiav.augment import Clips, augment_spectrogram, make_views, original_image, sampled_vectors
 from equiav.augment.draws import Purpose
 from equiav.config import Config, DataConfig, from_dict
 from equiav.data.clips import decode_frame
@@ -22,11 +23,11 @@ from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import Rules, World
 from equiav.evaluate import attention, centroid, localize
 from equiav.evaluate.retrieval import Pairs, embed_pairs, zero_shot_retrieval
-from equiav.evaluate.sides import draws, sides
+from equiav.evaluate.sides import SEED, draws, sides
 from equiav.evaluate.similarity import columns, similarities
 from equiav.model import EquiAV
 from equiav.weights import save_model
-from streaming import Store
+from streaming import DatasetError, Store
 from streaming.pack import pack
 
 CONFIG = from_dict(
@@ -214,31 +215,51 @@ def test_a_perfect_predictor_is_at_the_true_mean(monkeypatch):
     off = torch.autocast("cpu", enabled=False)
     with torch.no_grad():
         for side in sides(model, CONFIG, batch):
-            t, of = draws(side, "as trained", 1.0, 0, batch.samples, views)
+            t, of = draws(side, "as trained", 1.0, SEED, batch.samples, views)
             seen = [centroid._encoded(side, side.augmented(one, of), off).float() for one in t.unbind(1)]
             mean = torch.stack(seen).mean(dim=0)
             monkeypatch.setattr(
                 side.branch.predictor, "forward", lambda h, t, mean=mean: mean[:, None].expand(-1, t.shape[1], -1)
             )
-    for side in centroid.split(centroid.distances(model, CONFIG, batch, views, off).numpy()).values():
+    values = centroid.distances(model, CONFIG, batch, views, off).numpy()
+    for side in centroid.split(values).values():
         assert side.centroid.max() < 1e-9
         assert side.encoded[:, 0].min() > 1e-6
+        assert side.unsure.min() > 0
+    for said in centroid.summary(values).values():
+        assert all(-0.5 < row["centroid"] < 1e-6 for row in said["S"].values())  # less what is uncertain of the mean
 
 
-def test_a_heat_map_adds_up_to_the_score(place, monkeypatch):
+def test_distances_are_shares_of_the_variance_of_that_mean():
+    """One direction, by hand: three clips; trained means at 0, 1, 2, those of stronger views twice as far apart."""
+    n, S = 3, len(centroid.SIZES)
+    half = np.zeros((n, 2 * S + 2 + 12 + 4))
+    half[:, :S] = 1.0  # the centroid's squared distances
+    half[:, 2 * S + 1] = 0.25  # uncertain
+    half[:, 2 * S + 2 : 2 * S + 6] = [4.0, 2.0, 8.0, 0.0]  # stronger: centroid, of such vectors, original, uncertain
+    half[:, -4:] = np.arange(3.0)[:, None] * [1, 2, 1, 1]
+    said = centroid.summary(np.concatenate([half, half], axis=1))["audio"]
+    assert said["S"]["1"]["centroid"] == pytest.approx((1 - 0.25) / (2 / 3))
+    assert said["not trained on"]["ranges x1.5"]["centroid"] == pytest.approx(4 / (8 / 3))
+    assert said["not trained on"]["ranges x1.5"]["original"] == pytest.approx(8 / (8 / 3))
+    half[:, -4:] = 1.0
+    with pytest.raises(DatasetError, match="all alike to this model"):
+        centroid.summary(np.concatenate([half, half], axis=1))
+
+
+def test_a_heat_map_adds_up_to_the_score(place):
     """What all patches add is what the picture's score is above that of its mean colour."""
     model, pairs = model_of(place), clips(range(6))
     image = original_image(pairs.frames, CONFIG.model.image_size)
     one = torch.zeros(1, dtype=torch.int64)
     _, t = sampled_vectors(CONFIG, 0, 0, one, 4)
     sound = torch.randn(6, CONFIG.model.head_width, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(localize, "STEPS", 64)
     maps = localize.heat(model, image, sound, t)
     gray = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
     with torch.no_grad():
         above = ((model.embed_image(image, t) - model.embed_image(gray, t)) * sound).sum(dim=1)
     assert maps.shape == (6, *CONFIG.model.image_grid)
-    assert torch.allclose(maps.sum(dim=(1, 2)), above, atol=0.02 * above.abs().max().item())
+    assert torch.allclose(maps.sum(dim=(1, 2)), above, atol=0.03 * above.abs().max().item())
 
 
 def test_pointing_is_that_of_the_masks(tmp_path):
@@ -252,6 +273,9 @@ def test_pointing_is_that_of_the_masks(tmp_path):
     assert localize.pointing(maps, masks).right == 0.5
     objects = np.zeros((4, 8, 8))
     objects[:, 1, 5] = [1, 1, 1, -1]
+    one = localize.said_of(maps[:1], objects[:1], masks[:1], np.array([True]))
+    assert one["all"]["heat map"] == {"pointing": 1.0, "error": None}
+    assert "| heat map | 100.0 | 100.0 |" in localize.table(one, 1)
     said = localize.said_of(maps, objects, masks, np.array([True, True, False, False]))
     assert said["all"]["heat map"]["pointing"] == 0.5
     assert said["all"]["objectness"]["pointing"] == 0.75
@@ -301,25 +325,29 @@ def test_attention_is_the_predictors(place, tmp_path):
     assert evaluate(place, tmp_path / "two", "attention", "--batch", "8", "--examples", "2", W=2) == (said, table)
 
 
-def test_inside_a_crop_is_counted_from_its_box():
-    """A predictor that looks at all alike looks at what is kept as much as its area is; one that looks there only, as often more
-    as the box is smaller."""
-    model = EquiAV(CONFIG.model, CONFIG.objective)
-    model.init_weights(5)
-    pairs = clips(range(3))
-    batch = Clips(0, torch.arange(3), *pairs, torch.ones(3, dtype=torch.bool))
-    for side in sides(model, CONFIG, batch):
-        t, of = draws(side, "crop", 1.0, 0, batch.samples, 5)
-        p, kept = of.decode(t), attention._kept(side, t, of)
-        _, rows, columns = side.branch.encoder.picture
-        assert kept.mean(dim=-1).allclose((p["width"] * p["height"] / (rows * columns)).double(), atol=1e-6)
-        grid = kept.unflatten(-1, side.branch.encoder.grid)
-        y, x = (p["top"] + p["height"] / 2) / rows, (p["left"] + p["width"] / 2) / columns
-        Y, X = grid.shape[-2:]
-        middle = grid.sum(dim=-1) @ (torch.arange(Y) + 0.5).double() / grid.sum(dim=(-2, -1)) / Y
-        assert middle.allclose(y.double(), atol=0.5 / Y)
-        middle = grid.sum(dim=-2) @ (torch.arange(X) + 0.5).double() / grid.sum(dim=(-2, -1)) / X
-        assert middle.allclose(x.double(), atol=0.5 / X)
+@pytest.mark.parametrize("kind", ["crop", "as trained"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_inside_a_crop_is_what_the_view_shows(kind, variant):
+    """By the transformation itself: what a view does not depend on was not kept. As trained, spectrograms are rolled before."""
+    config = from_dict(
+        Config,
+        {"model": {"size": "tiny", "depth": 1}, "augment": {"variant": variant, "blur_p": 0, "mask_p": 1}},
+        "test",
+    )
+    config = replace(config, augment=replace(config.augment, max_mask_frames=0, max_mask_mels=0, jitter_p=0))
+    model = EquiAV(config.model, config.objective)
+    pairs = clips(range(6))
+    batch = Clips(0, torch.arange(6), *pairs, torch.ones(6, dtype=torch.bool))
+    side = sides(model, config, batch)[0]
+    t, of = draws(side, kind, 1.0, 0, batch.samples, 4)
+    kept = attention._kept(side, t, of).unflatten(-1, side.branch.encoder.grid)  # (6, 4, rows, columns)
+    patch = config.model.audio_patch
+    for k in range(4):
+        given = torch.zeros(6, of.frames, of.mels, requires_grad=True)
+        (seen,) = torch.autograd.grad(augment_spectrogram(given, t[:, k], of).sum(), given)
+        shown = (seen != 0).double().transpose(1, 2)  # (6, mels, frames)
+        share = torch.nn.functional.avg_pool2d(shown[:, None], patch)[:, 0]
+        assert (share - kept[:, k]).abs().max() < 0.15, (kind, variant, k)  # a view's edges may weigh nothing
 
 
 def test_examples_can_be_looked_at_and_listened_to(place, tmp_path):
@@ -345,6 +373,23 @@ def test_examples_can_be_looked_at_and_listened_to(place, tmp_path):
         assert Image.open(io.BytesIO(content(one["heat"]))).mode == "RGBA"
     assert len(said["map"]["audio"]) == len(said["map"]["image"]) == len(said["map"]["names"]) == COUNT
     assert evaluate(place, tmp_path / "two", "examples", "--examples", "4", "--batch", "8", W=2)[0] == said
+
+
+def test_clips_that_cannot_be_decoded_cost_themselves_alone(place, tmp_path):
+    """The first, which examples would show, among them."""
+    world = World(4, 64, 3, 2.56)
+    encode = EncodeSynthetic(world, Shape(3, 64, 90, "wav", 30.0, False, DataConfig()))
+    made = {k: encode(k) for k in range(6)}
+    made[0] = made[0] | {f"{n}.jpg": b"no picture" for n in range(3)}
+    pack([(f"synthetic-4-{k}", k) for k in range(6)], made.__getitem__, Store(str(tmp_path / "clips")), processes=0)
+    for what in ("localize", "attention", "examples"):
+        said, _ = evaluate(place, tmp_path / what, what, "--stream.url", tmp_path / "clips", "--examples", "1")
+        assert said["clips"] == 5
+        assert said["bad"] == {"image": 1}
+        if what == "examples":
+            assert [one["name"] for one in said["examples"]] == ["synthetic-4-1"]
+        else:
+            assert (tmp_path / what / f"{what}.png").is_file()
 
 
 def content(address):

@@ -109,7 +109,7 @@ def test_a_page_asks_for_nothing_and_runs_nothing(tmp_path, capsys):
     assert html.count('class="mark"') == 2 * len(
         told_of(html)
     )  # two starts beside the first, in every chart of learning
-    data = json.loads((run / "report.json").read_text())
+    data = json.loads((run / "report.data.json").read_text())
     (told,) = data["runs"]
     assert told["seconds"] == 60.5
     assert told["verdict"] == ["finished"]
@@ -118,6 +118,79 @@ def test_a_page_asks_for_nothing_and_runs_nothing(tmp_path, capsys):
     assert len(curve) <= 200
     assert np.allclose(curve[:, 1], 0.001 * curve[:, 0])  # means of steps, at the mean of their numbers
     assert curve[:, 1].mean() == pytest.approx(0.001 * (STEPS - 1) / 2)
+
+
+HOSTILE = {
+    "picture": "http://evil.example/x.png",
+    "sound": 'x" onerror="alert(1)',
+    "heat": 'x" onerror="alert(2)',
+    "spectrogram": "javascript:alert(3)",
+    "nearest to centroid": "data:image/jpeg;base64,AAAA) ; background: url(http://evil.example/",
+}
+
+
+def test_what_somebody_else_wrote_is_not_fetched_and_not_run(tmp_path):
+    run = written(tmp_path)
+    said = json.loads((run / "eval" / "examples.json").read_text())
+    for one in said["examples"]:
+        one |= HOSTILE
+        one["pictures found"][0]["picture"] = '"><script>alert(4)</script>'
+    (run / "eval" / "examples.json").write_text(json.dumps(said))
+    (run / "config.yaml").write_text("stream:\n  url: s3://me:hunter2@host/clips?X-Amz-Signature=abcdef\n")
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report.html").read_text()
+    seen = Seen()
+    seen.feed(html)
+    assert all(address.startswith("data:") for address in seen.wanted)
+    assert "script" not in seen.tags
+    assert not any(word in html for word in ("evil.example", "onerror", "alert(4)</script>", "hunter2", "abcdef"))
+    assert "hunter2" not in (run / "report.data.json").read_text()
+
+
+ODD = [
+    ("eval/examples.json", '{"clips": 3}', "the files on examples"),
+    ("eval/similarity.json", '{"clips": 3}', "similarity"),
+    ("eval/retrieval.json", '{"clips": "many"}', "retrieval"),
+    ("results.json", '{"accuracy": 0.3, "accuracy 95%": 0.3}', "classes"),
+    ("eval/centroid.json", '{"clips": NaN}', "NaN is no finite number"),
+    ("eval/centroid.json", '{"clips": 1e999}', "1e999 is no finite number"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), ODD)
+def test_odd_files_are_named(tmp_path, capsys, name, content, said):
+    run = written(tmp_path, clips=1)
+    (run / name).write_text(content)
+    assert cli.main(["report", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (run / "report.html").exists()
+    assert not (run / "report.data.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("summary.json", "[1]"), ("summary.json", '{"equiav_run_ended_time_seconds": {}, "equiav_run_began_time_seconds": 1}'),
+     ("config.yaml", "train: null"), ("config.yaml", "[1, 2]"), ("starts.jsonl", "[1]\n{}\n"), ("summary.json", '{"a')],
+)  # fmt: skip
+def test_what_a_run_wrote_in_part_is_left_out(tmp_path, name, content):
+    run = written(tmp_path, clips=1)
+    (run / name).write_text(content)
+    assert cli.main(["report", str(run)]) == 0
+
+
+def test_a_report_takes_no_file_of_the_run(tmp_path):
+    run = written(tmp_path, clips=1)
+    before = (run / "summary.json").read_text()
+    assert cli.main(["report", str(run), "--out", str(run / "summary.html")]) == 0
+    assert (run / "summary.json").read_text() == before
+
+
+def test_a_run_that_goes_on_is_not_called_bad(tmp_path):
+    run = written(tmp_path, clips=1)
+    (run / "summary.json").unlink()
+    html = page([gather(str(run))], "x")
+    assert '<span class="soft">not ended' in html
 
 
 def test_several_runs_stand_beside_each_other(tmp_path):
