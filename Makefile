@@ -13,7 +13,7 @@ help: ## show this list
 
 install: .venv/installed ## create .venv and install EquiAV into it (about 5 GB, mostly torch)
 
-smoke: .venv/installed ## generate clips, pretrain the tiny model, retrieve, write runs/smoke/report.md (under 3 minutes on two cores)
+smoke: .venv/installed ## generate clips, pretrain the tiny model, evaluate, write runs/smoke/report.html (under 3 minutes on two cores)
 	@$(BIN)/equiav smoke
 
 test: .venv/installed ## the fast tests
