@@ -226,9 +226,9 @@ class Embedder(Reader):
         others: np.ndarray | None = None,
     ) -> np.ndarray:
         """What of a picture belongs to a sound -> (rows, columns), of a list of pictures (b, rows, columns), with a sound for all
-        or as many: what each patch of the central square adds to the score; all together add, within some percent, what the picture's score is above
-        that of its mean colour. others (n, d): embeddings of other sounds, such as those of a dataset; what the sound has of its
-        own beside them is looked for, which points better (docs/downstream.md)."""
+        or as many: what each patch of the central square adds to the score. All together add, within some percent, what the
+        picture's score is above that of its mean colour. others (n, d): embeddings of other sounds, such as those of a dataset;
+        what the sound has of its own beside them is looked for, which points better (docs/downstream.md)."""
         listed = isinstance(picture, list | tuple)
         pictures: Any = picture if listed else [picture]
         own = torch.from_numpy(self.embed_audio(sound, rate))

@@ -23,8 +23,8 @@ DRAWS = 1000  # of augmentations, among which the nearest to the centroid is cho
 @torch.enable_grad()
 def heat(model: EquiAV, image: Tensor, sound: Tensor, t: Tensor | None) -> Tensor:
     """image (B, 3, H, W), sound (B, d), t as of `embed_image` -> (B, rows, columns): what each patch adds to the score
-    <sound, embedding of the image>, by integrated gradients from a picture of its mean colour. All patches together add, within some percent, what the
-    picture's score is above that one's."""
+    <sound, embedding of the image>, by integrated gradients from a picture of its mean colour. All patches together add, within
+    some percent, what the picture's score is above that one's."""
     gray = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
     slope = torch.zeros_like(image)
     for k in range(STEPS):
