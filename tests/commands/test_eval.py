@@ -153,6 +153,7 @@ def test_similarity_as_trained_is_that_of_training(place):
         assert torch.allclose(found[:, column], torch.cosine_similarity(z, aug).double(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kinds_and_strengths_are_told_apart(place, tmp_path):
     said, table = evaluate(place, tmp_path / "one", "similarity", "--batch", "8", "--strengths", "1", "2")
     kinds = ["as trained", "crop", "jitter", "blur"]
@@ -284,6 +285,7 @@ def test_pointing_is_that_of_the_masks(tmp_path):
     assert said["all"]["position only"]["pointing"] in (0, 1)
 
 
+@pytest.mark.slow
 def test_localization_of_the_synthetic_world(place, tmp_path, capsys):
     world = World(4, 64, 3, 2.56, rules=Rules(silent=0.5))
     encode = EncodeSynthetic(world, Shape(3, 64, 90, "wav", 30.0, False, DataConfig(silence=0.0)))
@@ -396,6 +398,7 @@ def content(address):
     return base64.b64decode(address.partition("base64,")[2])
 
 
+@pytest.mark.slow
 def test_predictors_that_were_not_trained_are_not_asked(tmp_path, place, capsys):
     config = from_dict(
         Config, {"model": {"size": "tiny", "depth": 1}, "objective": {"intra": "none", "inter_on": "original"}}, "test"

@@ -297,6 +297,7 @@ def test_a_large_config_is_told(tmp_path):
     assert "at most 100,000" in text
 
 
+@pytest.mark.slow
 def test_nodes_of_this_machine(run_config, tmp_path):
     settings = yaml.safe_load(run_config.read_text())
     arguments = [

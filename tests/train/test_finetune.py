@@ -140,6 +140,7 @@ def test_the_protocol_is_the_mean_of_probabilities_over_frames(whole, config):
     assert json.loads((whole / "model" / "results.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 def test_balanced_and_without_a_fold_it_is_one_run_at_every_number_of_processes(config, whole, tmp_path):
     """Rare classes come more often, a clip several times in an epoch, each time with draws of its own; a fold is left out."""
     typed = ["--tune.test_url", "", "--tune.test_on", "fold 1", "--tune.balance", "--log_samples"]

@@ -7,6 +7,7 @@ from equiav.config import RunConfig, load
 from tests.train.test_pretrain import Run
 
 
+@pytest.mark.slow
 def test_settings_that_fit_a_small_dataset(run_config, tmp_path, capsys):
     url = yaml.safe_load(run_config.read_text())["stream"]["url"]
     path = tmp_path / "run.yaml"

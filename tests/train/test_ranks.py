@@ -75,7 +75,8 @@ def same(name, result, expected):
         assert torch.equal(weights[key], value), (name, key)
 
 
-@pytest.mark.parametrize("W", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("W", [1, 2, 3])
 def test_gradient_curve_and_weights_are_those_of_one_process(alone, tmp_path, W):
     for name, result in zip(CASES, in_processes(W, list(CASES.values()), tmp_path), strict=True):
         same(name, result, alone[name])
