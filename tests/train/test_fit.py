@@ -1,5 +1,6 @@
 """`equiav plan --stream.url`: settings that fit, and with which a run begins."""
 
+import pytest
 import yaml
 
 from equiav import cli
