@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchaudio.functional import resample
 
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
-from equiav.data.clips import BadClipError, central_square, check_audio, check_frame
+from equiav.data.clips import OWN_FORMATS, BadClipError, central_square, check_audio, check_frame, open_image
 from equiav.data.sources import Shape, length_of, read_audio, read_frames
 from equiav.evaluate.localize import heat
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
-from equiav.weights import CLASSES, Classes, bring, load_classifier, load_model, model_folder
+from equiav.weights import CLASSES, Classes, download, load_classifier, load_model, model_folder
 from streaming import BadSample
 
 Sound = np.ndarray | Tensor | str | Path
@@ -56,7 +56,7 @@ def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
     if isinstance(where, Path) and re.match(r"[a-z0-9]+:/", str(where)):
         raise ConfigError(f"{where} is a Path, which takes a slash from an address; give it as text")
     with tempfile.TemporaryDirectory(prefix="equiav-") as temporary:
-        path = Path(where).expanduser() if "://" not in str(where) else bring(str(where), Path(temporary))
+        path = Path(where).expanduser() if "://" not in str(where) else download(str(where), Path(temporary))
         path = model_folder(path)
         if (path / CLASSES).is_file():
             network, settings, classes = load_classifier(path)
@@ -321,14 +321,16 @@ def _frame(picture: Picture, name: str) -> np.ndarray:
         name = str(picture)
     try:
         if isinstance(picture, str | Path):
-            picture = Image.open(name)
+            picture = open_image(name, OWN_FORMATS)
         if isinstance(picture, Image.Image):
             if picture.mode[0] in "IF":
                 raise BadClipError(name, f"picture has mode {picture.mode}, expected 8 bits a channel")
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except BadClipError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UnidentifiedImageError:
+        raise BadClipError(name, f"no picture: none of {', '.join(OWN_FORMATS)}") from None
+    except Exception as error:  # whatever a decoder has to say of a file that may be anything
         raise BadClipError(name, f"no picture: {error}") from None
     return check_frame(picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
 

@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import secrets
+import signal
 import socket
 import struct
 import time
@@ -76,19 +77,21 @@ class Ranks:
 
         return _dump_nccl_trace()
 
-    def wait_as_spare(self) -> str:
-        """Until the run has ended -> how, as rank 0 told it to `close`."""
+    def wait_as_spare(self) -> tuple[int, str]:
+        """Until the run has ended -> how, as rank 0 told it to `close`. Signals are for the others: they finish and say so."""
         assert self.store is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         while not self.store.check(["ended"]):
             time.sleep(1)
-        how = self.store.get("ended").decode()
+        status, _, how = self.store.get("ended").decode().partition(" ")
         self.store.set(f"left/{self.rank}", "")
-        return how
+        return int(status), how
 
-    def close(self, how: str = "") -> None:
-        """how: what went wrong, for the spares; empty: nothing did."""
+    def close(self, how: str = "", status: int = 0) -> None:
+        """how: what went wrong, for the spares; empty: nothing did. status: with which they end, too."""
         if self.store is not None and self.rank == 0 and self.spares:
-            self.store.set("ended", how)
+            self.store.set("ended", f"{status} {how}")
             left, deadline = [f"left/{self.size + k}" for k in range(self.spares)], time.monotonic() + 5
             while not self.store.check(left) and time.monotonic() < deadline:  # the store ends with this process
                 time.sleep(0.05)

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +100,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
 
 
 def initial_weights(
-    source: str, settings: ModelSettings, seed: int, patience: float = 600.0, predicts: bool = True
+    source: str,
+    settings: ModelSettings,
+    seed: int,
+    path: Path | None = None,
+    predicts: bool = True,
+    patience: float = 600.0,
 ) -> Imported:
     """What a run begins with: from a model folder (ours, also that within a run's folder) or a published checkpoint, on this
-    machine or in a store. `settings` are the run's own; `predicts`: its model has predictors."""
+    machine or in a store. `settings` are the run's own; path: where its files were downloaded to; `predicts`: its model has
+    predictors."""
     with tempfile.TemporaryDirectory(prefix="equiav-") as folder:
         try:
-            path = bring(source, Path(folder), patience) if "://" in source else Path(source).expanduser()
+            if path is None:
+                path = download(source, Path(folder), patience) if "://" in source else Path(source).expanduser()
+            folder = str(path if path.is_dir() else path.parent) if "://" in source else folder
             path = model_folder(path)
             if path.is_dir():
                 state, theirs = read_folder(path)
@@ -158,7 +166,7 @@ def model_folder(path: Path) -> Path:
     return next((place for place in places if (place / SETTINGS).is_file()), path)
 
 
-def bring(url: str, folder: Path, patience: float = 600.0) -> Path:
+def download(url: str, folder: Path, patience: float = 600.0, moved: Callable[[], None] = lambda: None) -> Path:
     """From a store to this machine -> the file, or the folder that has a model's files."""
     if url.endswith((".pth", ".pt")):
         where, _, name = url.rpartition("/")
@@ -171,7 +179,7 @@ def bring(url: str, folder: Path, patience: float = 600.0) -> Path:
         store = next((place for place in places if place.exists(SETTINGS)), Store(f"{where}/model", patience))
     for name in names:
         try:
-            (folder / name).write_bytes(store.read(name))
+            store.download(name, folder / name, moved)
         except Missing:
             raise ConfigError(
                 f"{store.url}/{name} does not exist; expected a model folder, a run's checkpoints, or a .pth file"

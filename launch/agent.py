@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Closed = RendezvousClosedError  # the run has finished
 LOST = (RendezvousError, DistError, ConnectionError)  # what the loss of the rendezvous host looks like
 QUICK, ROUNDS = 60.0, 20  # after so many rounds in a row that each failed in so many seconds, the node gives up
+NO_PROGRESS = 10  # rounds in a row that failed with no newer step saved, after which the run is over
 JOIN = 600  # seconds for the least nodes to come together, before this one says so and begins anew
 BEATS = 6  # that a node may miss before it counts as lost
 GRACE = 2.0  # seconds for the other workers when one is lost: they wait for it, and have nothing to save
@@ -89,6 +90,7 @@ class Agent(LocalElasticAgent):
         self._round = 0
         self._begun = 0.0
         self._quick = 0  # rounds in a row that failed at once
+        self._saved, self._fruitless = -1, 0  # newest step that is saved; rounds that failed since it is
         self._doubt = False  # whether the last of them ended with what may pass
 
     def abandon(self) -> None:
@@ -186,7 +188,26 @@ class Agent(LocalElasticAgent):
         self.board.add(metrics.LOST, 1, how.partition(" ")[2])
         self.tell(f"rank {rank} ended {how}" + (f": {text}" if text else ""))
         if status != TERMINATED:  # by which another node leaves, and all have saved
+            self._require_progress(status, f"rank {rank} ended {how}" + (f": {text}" if text else ""))
             self._pause(status, quick)
+
+    def _require_progress(self, status: int, what: str) -> None:
+        """What fails in the same place each time would do so for ever, and so does what fails more often than it is saved."""
+        saved = self.node.record.saved()
+        if saved is None:
+            return  # the store does not say
+        if saved > self._saved:
+            self._saved, self._fruitless = saved, 0
+        self._fruitless += 1
+        self.board.set(metrics.NO_PROGRESS, self._fruitless)
+        if self._fruitless < 2:
+            return
+        text = f"{self._fruitless} rounds in a row have failed, and no step is saved beyond {saved}"
+        self.tell(text)
+        if self._fruitless >= NO_PROGRESS:
+            text = f"{text}; the last: {what}. Mend the cause, or save more often (checkpoint.every_steps)"
+            self.leave()
+            raise Ended(status if 0 < status < 256 else 1, text, self.node.record.write(status, text))
 
     def _pause(self, status: int, quick: bool) -> None:
         """Between rounds that fail one after the other."""

@@ -14,8 +14,10 @@ import signal
 import time
 
 TERMINATED, SUPERSEDED = 143, 144  # as in equiav.ending
-OWNER = "owner"  # as in equiav.train.checkpoint
-PATIENCE = 60.0  # seconds for a store that does not answer
+OWNER = "owner"  # as in equiav.train.owner
+MANIFEST, CHECKPOINT = "manifest.json", re.compile(r"step-([0-9]{8,15})-[0-9a-f]{8}")  # as in equiav.train.manifest
+PATIENCE, QUESTION = 60.0, 10.0  # seconds for a store that does not answer; for one that need not
+SMALL = 1 << 16  # bytes of what nodes tell each other
 FOR_GOOD = "the run has ended for good: "  # by which `torchx status` knows it, too
 
 
@@ -44,11 +46,13 @@ class Record:
         if not (self.folder and self.submission):
             return
         from streaming import Store, StoreError
+        from streaming.outside import parse, table, whole
+        from streaming.outside import text as told
         from streaming.store import Denied, Missing
 
         try:
-            ended = json.loads(Store(self.folder, PATIENCE).read(self.name))
-            text, status = str(ended["error"]), int(ended["status"])
+            ended = table(parse(Store(self.folder, PATIENCE).read(self.name, most=SMALL)), "it")
+            text, status = told(ended["error"], "error"), whole(ended["status"], "status", -255, 255)
         except Missing:
             return
         except Denied as error:
@@ -73,12 +77,26 @@ class Record:
             return False
         return True
 
-    def replaced(self) -> bool:
-        """Whether the run that has taken over is of another submission, not a second node of this index."""
+    def saved(self) -> int | None:
+        """The newest step that is saved, 0 where none is; None: nobody knows."""
+        if not self.folder:
+            return None
         from streaming import Store, StoreError
 
         try:
-            owner = json.loads(Store(self.folder, PATIENCE).read(OWNER))
+            store = Store(self.folder, QUESTION)
+            steps = {int(found[1]): name for name in store.list() if (found := CHECKPOINT.fullmatch(name))}
+            return next((step for step in sorted(steps, reverse=True) if store.exists(f"{steps[step]}/{MANIFEST}")), 0)
+        except StoreError:
+            return None
+
+    def replaced(self) -> bool:
+        """Whether the run that has taken over is of another submission, not a second node of this index."""
+        from streaming import Store, StoreError
+        from streaming.outside import parse, table
+
+        try:
+            owner = table(parse(Store(self.folder, PATIENCE).read(OWNER, most=SMALL)), OWNER)
             return str(owner["submission"]) != self.submission
         except (StoreError, ValueError, KeyError, TypeError):
             return False

@@ -24,6 +24,7 @@ LIMITS = {
     "effective_rank": 2,
     "gain": 0.005,
     "quarantine": 0.5,
+    "rounds_without_progress": 3,
     "early": 0.05,
 }
 
@@ -208,6 +209,14 @@ ALERTS = (
         "warning",
         "it has begun {{ $value | humanize }} times in 30 minutes",
         "Each time some seconds are lost and, if a worker or a node was, the steps since the last checkpoint.",
+    ),
+    Alert(
+        "EquiavNoProgress",
+        f"max {BY} (equiav_rounds_without_progress) >= {LIMITS['rounds_without_progress']}",
+        "0m",
+        "critical",
+        "{{ $value | humanize }} rounds in a row have failed with no newer step saved",
+        "It computes the same steps again and again, and ends at 10 such rounds.",
     ),
     Alert(
         "EquiavWorldShrunk",

@@ -216,9 +216,16 @@ class Server(ThreadingHTTPServer):
         late.start()
         try:
             super().process_request_thread(request, client_address)
+        except OSError:
+            pass  # the connection was gone when it was closed
         finally:
             late.cancel()
             self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who asks may hang up at any moment: that is no error of ours. What is one is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def leave(self, request: socket.socket) -> None:
         with suppress(OSError):

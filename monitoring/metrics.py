@@ -312,6 +312,11 @@ SPARES = _gauge(
     "spare_processes", "Processes beyond the number of micro-batches: they wait.", "0, or a machine too many."
 )
 ROUNDS = _counter("rounds", "Times that this node has joined the others.", "Each costs a restart of the workers.")
+NO_PROGRESS = _gauge(
+    "rounds_without_progress",
+    "Rounds in a row that failed on this node with no step saved since the first of them.",
+    "0 or 1. At 10 the run ends: it fails in the same place each time, or more often than it is saved.",
+)
 LOST = _counter(
     "lost_workers",
     "Workers of this node that ended by themselves, by how.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -14,20 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from streaming.quarantine import Bad, BadSample
-from streaming.shards import Offsets, encode_offsets, file_checksum, scan
-from streaming.store import Missing, Short, Store
+from streaming.outside import Malformed, entry, parse, table, whole
+from streaming.quarantine import Bad, BadSample, decode
+from streaming.shards import Offsets, ShardError, encode_offsets, file_checksum, offsets_limit, scan
+from streaming.store import Missing, Short, Store, TooLarge
 
 if TYPE_CHECKING:
     from streaming.loader import Decoder
 
 INDEX, FORMAT = "index", 1
 COLUMNS = {"samples": 10, "bytes": 13, "checksum": 16, "offsets": 16}  # widths, characters
-LONGEST_NAME = 120
+LONGEST_NAME, LONGEST_HEAD = 120, 4096
 AGAIN = (0.2, 1.0)  # seconds, after which an index that is wrong is read again
 PIECE = 16 << 20
+MOST_SAMPLES = 1 << 22  # of a shard
+LEAST_BYTES = tarfile.BLOCKSIZE  # of a sample in a tar: the header of its only, empty member
 
 
 class DatasetError(ValueError):
@@ -119,17 +123,17 @@ class Dataset:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         end = self._map.find(b"\n") + 1
         try:
-            head = json.loads(self._map[:end])
-            if head["format"] != FORMAT:
-                raise DatasetError(f"{url}/{INDEX} has format {head['format']}, this program reads {FORMAT}")
-            width = int(head["name_width"])
-            if not 0 < width <= LONGEST_NAME:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, DatasetError):
-                raise
+            if end > LONGEST_HEAD:
+                raise Malformed(f"has {end} bytes")
+            head = table(parse(self._map[:end]), "it")
+            written = whole(entry(head, "format"), "format")
+            if written != FORMAT:
+                raise DatasetError(f"{url}/{INDEX} has format {written}, this program reads {FORMAT}")
+            width = whole(entry(head, "name_width"), "name_width", 1, LONGEST_NAME)
+        except Malformed as error:
             raise DatasetError(
-                f"{url}/{INDEX} is not an index of shards: its first line is no JSON object with format and name_width"
+                f"{url}/{INDEX} is not an index of shards: its first line is no JSON object with format and name_width "
+                f"({error})"
             ) from None
         fields: list[tuple[str, str]] = [("name", f"S{width}")]
         for column, characters in COLUMNS.items():
@@ -144,6 +148,7 @@ class Dataset:
                 "makes it anew"
             )
         self._check_names()
+        self._check_numbers()
         self.fingerprint: str = head["fingerprint"]
         if not self.samples:
             raise DatasetError(f"{url} has no samples")
@@ -162,19 +167,37 @@ class Dataset:
                     "without slashes or control characters, and not beginning with a dot"
                 )
 
+    def _check_numbers(self) -> None:
+        """Nor is a number believed that its own shard cannot have: memory is taken by it."""
+        for start in range(0, len(self), 1 << 16):
+            part = self._rows[start : start + (1 << 16)]
+            right = np.ones(len(part), bool)
+            for column, width in COLUMNS.items():
+                letters = np.ascontiguousarray(part[column]).view(np.uint8).reshape(len(part), width)
+                digit = (letters >= ord("0")) & (letters <= ord("9"))
+                if column in ("samples", "bytes"):  # blanks, then digits
+                    blank = letters == ord(" ")
+                    right &= (digit | blank).all(axis=1) & digit[:, -1] & ~(blank[:, 1:] & ~blank[:, :-1]).any(axis=1)
+                else:
+                    right &= (digit | (letters >= ord("a")) & (letters <= ord("f"))).all(axis=1)
+            samples, size = (self._column(part, column) for column in ("samples", "bytes"))
+            right &= (samples > 0) & (samples <= size // LEAST_BYTES) & (samples <= MOST_SAMPLES)
+            if not right.all():
+                shard = self[start + int((~right).argmax())]
+                raise DatasetError(
+                    f"{self.store.url}/{INDEX} says of shard {shard.name} what cannot be: {shard.samples} samples in "
+                    f"{shard.bytes} bytes, checksums {shard.checksum!r} and {shard.offsets!r}; `equiav index` makes it anew"
+                )
+
     def __len__(self) -> int:
         """Shards."""
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Shard:
-        row = self._rows[number]
-        return Shard(
-            row["name"].decode().rstrip(),
-            int(row["samples"]),
-            int(row["bytes"]),
-            row["checksum"].decode(),
-            row["offsets"].decode(),
-        )
+        row, part = self._rows[number], self._rows[number : number + 1]
+        samples, size = (int(self._column(part, column)[0]) for column in ("samples", "bytes"))
+        checksums = (row[column].decode("ascii", "replace") for column in ("checksum", "offsets"))
+        return Shard(row["name"].decode(errors="replace").rstrip(), samples, size, *checksums)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[k] for k in range(len(self)))
@@ -199,22 +222,27 @@ class Dataset:
     def _numbers(self, column: str) -> np.ndarray:
         """A column of right-aligned decimals -> int64, in parts: the characters of all rows at once would be large."""
         numbers = np.empty(len(self), np.int64)
-        powers = 10 ** np.arange(COLUMNS[column] - 1, -1, -1)
         for start in range(0, len(self), 1 << 16):
-            text = np.ascontiguousarray(self._rows[column][start : start + (1 << 16)])
-            digits = text.view(np.uint8).reshape(len(text), -1).astype(np.int64) - ord("0")
-            numbers[start : start + len(text)] = np.maximum(digits, 0) @ powers  # a blank is below zero
+            part = self._rows[start : start + (1 << 16)]
+            numbers[start : start + len(part)] = self._column(part, column)
         return numbers
+
+    def _column(self, rows: np.ndarray, column: str) -> np.ndarray:
+        letters = np.ascontiguousarray(rows[column]).view(np.uint8).reshape(len(rows), COLUMNS[column])
+        digits = letters.astype(np.int64) - ord("0")
+        return np.maximum(digits, 0) @ 10 ** np.arange(COLUMNS[column] - 1, -1, -1)  # a blank is below zero
 
 
 def read_offsets(store: Store, shard: Shard) -> Offsets:
     try:
-        content = store.read(shard.offsets_name)
+        content = store.read(shard.offsets_name, most=offsets_limit(shard.bytes))
+    except TooLarge as error:
+        raise DatasetError(f"shard {shard.name}: its offsets file is too large: {error}") from None
     except Missing:
         raise DatasetError(f"shard {shard.name}: its offsets file is missing") from None
     if xxh3_64_hexdigest(content) != shard.offsets:
         raise DatasetError(f"shard {shard.name}: its offsets file is not the one that the index was made with")
-    offsets = Offsets(content, shard.offsets_name)
+    offsets = Offsets(content, shard.offsets_name, shard.bytes)
     if len(offsets) != shard.samples:
         raise DatasetError(
             f"shard {shard.name}: its offsets file has {len(offsets)} samples, the index says {shard.samples}"
@@ -228,6 +256,8 @@ def read_offsets(store: Store, shard: Shard) -> Offsets:
 def describe(path: Path, name: str) -> tuple[Shard, bytes]:
     """A tar on local disk -> its line in the index, its offsets file."""
     samples = scan(path, name)
+    if len(samples) > MOST_SAMPLES:
+        raise ShardError(f"shard {name} has {len(samples)} samples, expected {MOST_SAMPLES} at most")
     offsets = encode_offsets(samples)
     return Shard(name, len(samples), path.stat().st_size, file_checksum(path), xxh3_64_hexdigest(offsets)), offsets
 
@@ -247,12 +277,24 @@ def write_index(store: Store, shards: Iterable[Shard]) -> None:
     store.write(INDEX, encode_index(shards))
 
 
-def index_shard(store: Store, name: str) -> Shard:
-    """Writes the offsets file of a shard that is in the store already."""
+def index_shard(store: Store, name: str) -> tuple[Shard, np.ndarray]:
+    """Writes the offsets file of a shard that is in the store already -> its line, and the hashes of its keys."""
     with local_copy(store, name) as path:
         shard, offsets = describe(path, name)
     store.write(shard.offsets_name, offsets)
-    return shard
+    read = Offsets(offsets, shard.offsets_name, shard.bytes)
+    return shard, np.array([xxh3_64_intdigest(read[k].key.encode()) for k in range(len(read))], np.uint64)
+
+
+def keys_that_come_again(hashes: list[np.ndarray]) -> list[tuple[int, int]]:
+    """Hashes of keys, by shard -> of each key that stands in more than one: the number of a later shard, its place there."""
+    if not hashes:
+        return []
+    everyone, starts = np.concatenate(hashes), np.cumsum([0, *map(len, hashes)])
+    order = np.argsort(everyone, kind="stable")
+    again = np.sort(order[1:][everyone[order][1:] == everyone[order][:-1]])
+    shards = np.searchsorted(starts, again, side="right") - 1
+    return list(zip(shards.tolist(), (again - starts[shards]).tolist(), strict=True))
 
 
 def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
@@ -281,7 +323,12 @@ def verify_shard(store: Store, shard: Shard) -> list[dict[str, Any]]:
             ]
             with path.open("rb") as file:
                 for k in range(len(offsets)):
-                    for extension, member in offsets[k].members.items():
+                    try:
+                        members = offsets[k].members
+                    except ShardError as error:
+                        found.append(problem(str(error)))
+                        continue
+                    for extension, member in members.items():
                         file.seek(member.offset)
                         data = file.read(member.length)
                         if len(data) < member.length or xxh3_64_hexdigest(data) != member.checksum:
@@ -297,14 +344,18 @@ def unusable(store: Store, shard: Shard, decoder: Decoder, most: int | None = No
     count = min(len(offsets), most or len(offsets))
     with local_copy(store, shard.name) as path, path.open("rb") as file:
         for k in range(count):
-            sample = offsets[k]
+            try:
+                sample = offsets[k]
+            except ShardError as error:
+                bad.append(Bad(k, "offsets", f"{shard.name}, sample {k}", str(error)))
+                continue
             out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in decoder.fields.items()}
             try:
                 contents = {}
                 for name in decoder.members(list(sample.members), 0.0):
                     file.seek(sample.members[name].offset)
                     contents[name] = file.read(sample.members[name].length)
-                decoder.decode(sample.key, contents, out)
+                decode(decoder, sample.key, contents, out)
             except BadSample as error:
                 bad.append(Bad(k, error.reason, f"{shard.name}, sample {k} ({sample.key})", error.detail))
     return count, bad

@@ -11,10 +11,12 @@ again and again, read anew after each pause, is taken for a fact about the data;
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -27,9 +29,9 @@ from xxhash import xxh3_64_hexdigest
 
 from streaming.cache import Cache, Entry, gone
 from streaming.dataset import Shard
-from streaming.processes import portable
-from streaming.shards import Member, Offsets
-from streaming.store import Missing, Short, Store
+from streaming.processes import Inbox, portable
+from streaming.shards import Member, Offsets, ShardError, offsets_limit
+from streaming.store import Missing, Short, Store, TooLarge
 
 REQUEST = 8 << 20  # bytes asked for at once: large enough for throughput, small enough to retry
 AGAIN = (0.2, 1.0, 3.0, 10.0)  # seconds between the attempts at what is wrong, with a patience of ten minutes or more
@@ -62,6 +64,7 @@ class Files(NamedTuple):
     offsets: str
     offsets_start: int
     cache: str  # its folder; empty: the store is a local folder and is read in place
+    size: int  # bytes of the tar
 
 
 class Unusable(NamedTuple):
@@ -105,9 +108,10 @@ class Fetcher:
 
     def serve(self) -> None:
         last: Counter[str] = Counter()
+        inbox = Inbox(self.connection)
         while True:
-            if self.connection.poll(1.0):
-                kind, *rest = self.connection.recv()
+            with suppress(queue.Empty):
+                kind, *rest = inbox.receive(1.0)
                 if kind == "want":
                     self._windows.submit(self._guarded, self._want, *rest)
                 elif kind == "release":
@@ -169,9 +173,9 @@ class Fetcher:
                 ready[piece.number] = self._wrong[piece.shard.name] = content
             elif self.cache is None:
                 tar, offsets = self.store.path(piece.shard.name), self.store.path(piece.shard.offsets_name)
-                ready[piece.number] = Files(tar, offsets, 0, "")
+                ready[piece.number] = Files(tar, offsets, 0, "", piece.shard.bytes)
             else:
-                ranges = _ranges(piece, Offsets(content))
+                ranges = _ranges(piece, Offsets(content, piece.shard.offsets_name, piece.shard.bytes))
                 behind = (piece.shard.bytes, piece.shard.bytes + len(content))
                 entry, new = self._claim(piece, [*ranges, behind], ranking)
                 entries[piece.number] = entry
@@ -225,7 +229,8 @@ class Fetcher:
                 self._unwanted.add(key)
 
     def _files(self, entry: Entry, piece: Piece) -> Files:
-        return Files(str(entry.path), str(entry.path), piece.shard.bytes, str(self.settings.cache))
+        shard = piece.shard
+        return Files(str(entry.path), str(entry.path), shard.bytes, str(self.settings.cache), shard.bytes)
 
     def _cached(self, piece: Piece) -> Entry | None:
         """The whole shard, or exactly this part of it, from the cache; what a crash of the machine left torn is removed."""
@@ -274,9 +279,11 @@ class Fetcher:
     def _offsets(self, shard: Shard) -> bytes | Unusable:
         name = shard.offsets_name
         try:
-            content = self.store.read(name)
+            content = self.store.read(name, most=offsets_limit(shard.bytes))
         except Missing as error:
             return Unusable("offsets missing", str(error))
+        except TooLarge as error:
+            return Unusable("offsets damaged", str(error))
         if xxh3_64_hexdigest(content) != shard.offsets:
             return Unusable("offsets damaged", f"{name} has not the checksum {shard.offsets} that the index says")
         if self.cache is None and not self.store.exists(shard.name):
@@ -345,12 +352,17 @@ def _ranges(piece: Piece, offsets: Offsets) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     last = None
     for place in piece.places.tolist():
-        start, stop = offsets[place].span
+        try:
+            start, stop = offsets[place].span
+        except ShardError:  # whoever decodes it finds that, too
+            continue
         if last == place - 1 and 0 <= start - ranges[-1][1] <= GAP:
             ranges[-1] = (ranges[-1][0], stop)
         else:
             ranges.append((start, stop))
         last = place
+    if sum(stop - start for start, stop in ranges) > piece.shard.bytes:  # samples that claim the same bytes
+        return [(0, piece.shard.bytes)]
     return ranges
 
 

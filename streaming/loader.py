@@ -21,9 +21,9 @@ from streaming.cache import Cache, CacheError, CacheMisfit, Claim, gone
 from streaming.dataset import Dataset, DatasetError
 from streaming.fetch import FetchSettings, Files, Piece, Unusable, run_fetcher
 from streaming.order import COPY, Epoch, Order, Selection, sample_of, share
-from streaming.processes import Child, stop
-from streaming.quarantine import Bad, BadSample
-from streaming.shards import Member, Offsets, Sample
+from streaming.processes import Child, Inbox, stop
+from streaming.quarantine import Bad, BadSample, decode
+from streaming.shards import Member, Offsets, Sample, ShardError, offsets_limit
 
 KNOWN_SHARDS = 128  # whose offsets a decoding process keeps, a few hundred kB each
 TASK = 16  # rows at most
@@ -498,22 +498,26 @@ class _Buffers:
 
 
 def run_worker(connection: Connection, decoder: Decoder, buffers: _Buffers) -> None:
-    known: OrderedDict[Files, Offsets] = OrderedDict()
+    inbox, known = Inbox(connection), OrderedDict[Files, Offsets]()
     views = [buffers.views(k) for k in range(buffers.count)]
     while True:
-        task: Task = connection.recv()
+        task: Task = inbox.receive()
         begun = time.perf_counter()
         bad, damaged = [], []
         for row, files, place, draw in task.rows:
-            sample = _offsets(files, known)[place]
             out = {name: view[row, ...] for name, view in views[task.buffer].items()}
+            key = ""
             try:
+                sample = _offsets(files, known)[place]
+                key = sample.key
                 found = _decode(decoder, files, sample, draw, out)
+            except ShardError as error:
+                bad.append((row, key, "offsets", str(error)))
             except BadSample as error:
-                bad.append((row, sample.key, error.reason, error.detail))
+                bad.append((row, key, error.reason, error.detail))
             else:
                 if found is not None:
-                    damaged.append((row, sample.key, found))
+                    damaged.append((row, key, found))
         connection.send(Result(task.step, len(task.rows), bad, damaged, time.perf_counter() - begun))
 
 
@@ -521,7 +525,7 @@ def _offsets(files: Files, known: OrderedDict[Files, Offsets]) -> Offsets:
     if files not in known:
         with open(_open(files.offsets, files), "rb") as file:
             file.seek(files.offsets_start)
-            known[files] = Offsets(file.read())
+            known[files] = Offsets(file.read(offsets_limit(files.size)), f"the offsets file of {files.tar}", files.size)
         if len(known) > KNOWN_SHARDS:
             known.popitem(last=False)
     known.move_to_end(files)
@@ -549,5 +553,5 @@ def _decode(decoder: Decoder, files: Files, sample: Sample, draw: float, out: di
                 return member
     finally:
         os.close(file)
-    decoder.decode(sample.key, contents, out)
+    decode(decoder, sample.key, contents, out)
     return None

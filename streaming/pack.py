@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from streaming.dataset import INDEX, Dataset, DatasetError, Shard, describe, write_index
 from streaming.processes import Child, ChildDied, stop
 from streaming.quarantine import BadSample
-from streaming.store import Missing, NoStore, Store
+from streaming.store import TEMPORARY, Missing, NoStore, Store
 
 RECORDS = "packing"  # folder of what is finished, removed at the end
 REJECTED = "rejected.jsonl"
@@ -150,8 +150,11 @@ def pack(
 
 
 def _clear_up(store: Store, items: int) -> Progress:
-    """Of a whole dataset, removes what only packing needed."""
+    """Of a whole dataset, removes what only packing needed, and what a killed one was writing."""
     store.remove(RECORDS)
+    for name in store.list():
+        if TEMPORARY.search(name):
+            store.remove(name)
     dataset, rejected = Dataset(store), map(json.loads, store.read(REJECTED).splitlines())
     return Progress(items, Counter(line["reason"] for line in rejected), len(dataset), dataset.bytes)
 

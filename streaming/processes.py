@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import queue
 import signal
 import sys
 import threading
@@ -81,6 +82,29 @@ class Child:
 
     def stop(self) -> None:
         stop([self])
+
+
+class Inbox:
+    """What a child is sent, taken from its pipe as it comes: a parent that sends much never waits for a child that waits until
+    the parent receives. How much is under way is for the parent to bound."""
+
+    def __init__(self, connection: Connection):
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._take, args=(connection,), daemon=True, name="inbox").start()
+
+    def _take(self, connection: Connection) -> None:
+        try:
+            while True:
+                self._messages.put((connection.recv(), None))
+        except Exception as error:  # the end of the pipe, or a message that cannot be read
+            self._messages.put((None, error))
+
+    def receive(self, seconds: float | None = None) -> Any:
+        """The next message; raises queue.Empty where none comes in so many seconds, and what ended the pipe at its end."""
+        message, error = self._messages.get(timeout=seconds)
+        if error is not None:
+            raise error
+        return message
 
 
 def stop(children: Iterable[Child], patience: float = 5.0) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from streaming.outside import Malformed, entry, parse, table, whole
 
 FEW = 3  # samples that may be bad however small the dataset is, unless none may
 
@@ -17,6 +21,17 @@ class BadSample(ValueError):  # noqa: N818
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+def decode(decoder: Any, key: str, members: dict[str, bytes], out: dict[str, Any]) -> None:
+    """By a decoder. Whatever it raises is said of the sample: bytes from a store find errors that nobody has thought of, and one
+    sample ends no run. A decoder that is wrong is wrong for too many samples, and the run says so."""
+    try:
+        decoder.decode(key, members, out)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample("decoder failed", f"{', '.join(members)}: {type(error).__name__}: {error}") from error
 
 
 class Bad(NamedTuple):
@@ -40,17 +55,7 @@ class Quarantine:
         self.total, self.max_bad, self.path = total, max_bad, path
         self.limit = max(max_bad * total, FEW) if max_bad else 0.0
         self._reasons: dict[int, str] = {}
-        self._listed: set[int] = set()
-        if path and path.exists():  # of an earlier start of this run: not to be listed twice
-            text = path.read_text()
-            for line in text.splitlines():
-                try:
-                    self._listed.add(json.loads(line)["sample"])
-                except ValueError:
-                    continue  # a line cut by a crash; it will be listed again
-            if text and not text.endswith("\n"):
-                with path.open("a") as file:
-                    file.write("\n")
+        self._listed: set[int] | None = None  # not read yet
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -72,11 +77,29 @@ class Quarantine:
             )
 
     def _list(self, bad: Bad) -> None:
-        if self.path and bad.sample not in self._listed:
+        if not self.path:
+            return
+        if self._listed is None:
+            self._listed = self._earlier(self.path)
+        if bad.sample not in self._listed:
             self._listed.add(bad.sample)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:  # one write to the end: processes may share the file
                 file.write(json.dumps(bad._asdict()) + "\n")
+
+    @staticmethod
+    def _earlier(path: Path) -> set[int]:
+        """Those that earlier starts of this run have listed: each stays once, and a line that a crash has cut goes."""
+        lines: dict[int, str] = {}
+        there = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for line in there:
+            with suppress(Malformed):
+                lines.setdefault(whole(entry(table(parse(line), "a line"), "sample"), "sample"), line)
+        if len(lines) < len(there):
+            part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            part.write_text("".join(line + "\n" for line in lines.values()))
+            part.replace(path)
+        return set(lines)
 
     def counts(self) -> Counter[str]:
         return Counter(self._reasons.values())

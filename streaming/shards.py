@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from streaming.outside import HEX64, Malformed, parse, rows, table, text, whole
+
 CHUNK = 1 << 20
+LONGEST_KEY = 1 << 16  # characters
 
 
 class ShardError(ValueError):
@@ -34,14 +38,25 @@ class Sample(NamedTuple):
         return min(m.offset for m in places), max(m.offset + m.length for m in places)
 
 
+class _Info(tarfile.TarInfo):
+    """Sizes below zero send Python's own reader back to where it came from, for ever (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.HeaderError("a size below zero")
+        return super()._block(count)  # type: ignore[misc]
+
+
 def scan(path: Path, name: str) -> list[Sample]:
     """Every sample of a tar, in its order. A sample is a run of members that share a path up to the first dot."""
     samples: list[Sample] = []
     seen: set[str] = set()
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
+        with tarfile.open(path, "r:", tarinfo=_Info) as tar, path.open("rb") as raw:
             for info in tar:
+                if info.size < 0:
+                    raise ShardError(f"shard {name}: member {info.name!a} has a size of {info.size} bytes")
                 if not info.isfile():
                     continue
                 if any("\ud800" <= letter <= "\udfff" for letter in info.name):
@@ -56,6 +71,8 @@ def scan(path: Path, name: str) -> list[Sample]:
                 if not dot or not stem:
                     continue  # as webdataset does: not part of a sample
                 key = f"{folder}/{stem}" if folder else stem
+                if max(len(key), len(extension)) > LONGEST_KEY:
+                    raise ShardError(f"shard {name}: member {key[:60]}... has a name of {len(info.name)} characters")
                 if not samples or samples[-1].key != key:
                     if key in seen:
                         raise ShardError(f"shard {name}: sample {key} comes twice, or its members are not side by side")
@@ -72,8 +89,10 @@ def scan(path: Path, name: str) -> list[Sample]:
                     f"shard {name}: truncated or damaged at byte {tar.offset}: there is neither a member nor the "
                     "two empty blocks that end a tar"
                 )
-    except tarfile.TarError as error:
-        raise ShardError(f"shard {name}: not a plain tar file ({error})") from None
+    except ShardError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, AttributeError, TypeError) as error:
+        raise ShardError(f"shard {name}: not a plain tar file ({error})") from None  # whatever damaged headers raise
     if not samples:
         raise ShardError(f"shard {name}: holds no samples")
     return samples
@@ -92,26 +111,41 @@ def encode_offsets(samples: Iterable[Sample]) -> bytes:
     return "".join(line + "\n" for line in lines).encode()
 
 
+def offsets_limit(size: int) -> int:
+    """Bytes that the offsets file of a tar of `size` bytes can have: of a member there it has less than its header here."""
+    return 4096 + 2 * size
+
+
 class Offsets:
     """An offsets file in memory. A line is parsed when it is asked for: most of a shard's samples are another process's."""
 
-    def __init__(self, content: bytes, name: str = "an offsets file"):
-        self.content, self.name = content, name
-        self._lines = content.splitlines()
+    def __init__(self, content: bytes, name: str, size: int):
+        """size: bytes of the tar."""
+        self.content, self.name, self.size = content, name, size
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        return self.content.splitlines()
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, number: int) -> Sample:
+        """Raises ShardError where the file has no such line, or what is in it cannot be."""
         try:
-            key, members = json.loads(self._lines[number])
-            sample = Sample(key, {extension: Member(*place) for extension, place in members.items()})
-            if (
-                not isinstance(key, str)
-                or not members
-                or any(m.offset < 0 or m.length < 0 for m in sample.members.values())
-            ):
-                raise ValueError
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ShardError(f"line {number + 1} of {self.name} is no sample with its members") from None
-        return sample
+            if not 0 <= number < len(self):
+                raise Malformed(f"is not there: it has {len(self)} lines")
+            key, members = rows(parse(self._lines[number]), "a sample", 2)
+            found = {}
+            for extension, place in table(members, "its members").items():
+                offset, length, checksum = rows(place, f"member {extension}", 3)
+                whole(length, "a length", 0, self.size)
+                whole(offset, "an offset", 0, self.size - length)
+                found[text(extension, "a name", longest=LONGEST_KEY)] = Member(
+                    offset, length, text(checksum, "a checksum", HEX64)
+                )
+            if not found:
+                raise Malformed("has no members")
+            return Sample(text(key, "a key", longest=LONGEST_KEY), found)
+        except Malformed as error:
+            raise ShardError(f"line {number + 1} of {self.name} is no sample with its members: {error}") from None

@@ -1,7 +1,11 @@
 """Bytes of objects through fsspec, whatever the store does meanwhile: retried with backoff and jitter, or one clear error.
 
 A store may also be slow, or silent. Each attempt is limited in time, the call as a whole by `patience`; a read that takes far
-longer than others did is asked for again beside the first, and the first to arrive is taken.
+longer than others did is asked for again beside the first, and the first to arrive is taken. A whole object is read in pieces,
+each retried by itself, and its size is held against what the caller expects before memory is taken.
+
+A write counts when the store has shown that it holds the bytes: by the checksum of the protocol (the ETag of S3 is the MD5 of
+what was stored), or, where it shows none, by sending them back. On a disk they are synced and read back.
 """
 
 from __future__ import annotations
@@ -9,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import random
 import re
+import secrets
 import shutil
 import stat
 import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,11 @@ SAY, SAY_AGAIN = 2.0, 30.0  # seconds without an answer, after which it is said
 SAME = 3  # requests for the same bytes at a time
 USER = re.compile(r"://([^/]*|[^/:]*:.*)@")  # who asks, with a password, which may have a slash in it
 OVERHEAD = 256 << 10  # bytes that a store could send while it begins to answer
+SMALL = 64 << 20  # bytes: no object that is read at once is larger, unless the caller says so
+FIRST_PIECE, LEAST_PIECE, LARGEST_PIECE = 1 << 20, 256 << 10, 32 << 20  # bytes, of an object that is read whole
+FAST, SLOW = 1.0, 8.0  # seconds for a piece: the next one is larger, or smaller
+TEMPORARY = re.compile(r"\.part-[0-9a-f]{8}$")  # of a file in a folder, while it is written
+PART = 64 << 20  # bytes of a part of an upload, from twice as many on
 
 
 class StoreError(OSError):
@@ -66,6 +77,10 @@ class Short(StoreError):  # noqa: N818
     size: int = 0
 
 
+class TooLarge(StoreError):  # noqa: N818
+    """The object has more bytes than what it should hold can have."""
+
+
 class Store:
     """One folder of a store. Threads may share it; a process makes its own (event loops do not survive a fork)."""
 
@@ -78,6 +93,8 @@ class Store:
         self._said = float("-inf")  # when a store that does not answer was told of
         if re.fullmatch(r"[\w+.-]+:/*", url):
             raise NoStore(f"{url} names no bucket, expected {url.rstrip('/')}//BUCKET/NAME")
+        if "::" in url:
+            raise NoStore(f"{self.url}: a chain of file systems (::) is not supported, expected one URL or folder")
         protocol = get_protocol(url)
         options = dict(self.options)
         if protocol in ("s3", "s3a"):
@@ -96,33 +113,65 @@ class Store:
             options.setdefault("anon", os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes"))
         try:
             self.fs, self.root = url_to_fs(self.address, **options)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, TypeError) as error:
             raise NoStore(f"{self.url}: {self._clean(error)}") from None
+        self._upload_options: dict[str, Any] = {}
         if protocol in ("s3", "s3a"):
             self.fs.retries = 1
+            self._upload_options = {"chunksize": PART}
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The whole object, or bytes start to stop of it: all of them, or an error."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, most: int = SMALL) -> bytes:
+        """The whole object, which has at most `most` bytes, or bytes start to stop of it: all of them, or an error."""
         if stop is None:
             assert start == 0, "a range has an end"
-            content = self._retry(name, lambda limit: self._read(limit, 0, self.path(name)))
-        else:
-            content = self._retry(name, lambda limit: self._range(limit, name, start, stop), stop - start)
+            return b"".join(self.pieces(name, most))
+        content = self._retry(name, lambda limit: self._range(limit, name, start, stop), stop - start)
         with self._lock:
             self.counts["bytes"] += len(content)
         return content
 
-    def _range(self, limit: float, name: str, start: int, stop: int) -> bytes:
+    def pieces(self, name: str, most: int | None = None) -> Iterator[bytes]:
+        """The whole object, piece by piece: what has come is not asked for again. Most objects are one piece, and one request."""
+        length = FIRST_PIECE
+        first = self._retry(name, lambda limit: self._at_most(limit, name, 0, length), length)
+        with self._lock:
+            self.counts["bytes"] += len(first)
+        size = len(first) if len(first) < length else self.size(name)
+        if most is not None and size > most:
+            raise TooLarge(f"{self.url}/{name} has {size} bytes, expected {most} at most")
+        yield first
+        start = len(first)
+        while start < size:
+            begun, stop = time.monotonic(), min(start + length, size)
+            yield self.read(name, start, stop)
+            start, seconds = stop, time.monotonic() - begun
+            if seconds < FAST:
+                length = min(2 * length, LARGEST_PIECE)
+            elif seconds > SLOW:
+                length = max(length // 2, LEAST_PIECE)
+
+    def download(self, name: str, target: Path, moved: Callable[[], None] = lambda: None) -> None:
+        """moved: called for each piece that has come."""
+        with target.open("wb") as file:
+            for piece in self.pieces(name):
+                file.write(piece)
+                moved()
+
+    def _at_most(self, limit: float, name: str, start: int, stop: int) -> bytes:
+        """As many of these bytes as there are."""
         try:
-            content = self._read(limit, stop - start, self.path(name), start=start, end=stop)
+            return self._read(limit, stop - start, self.path(name), start=start, end=stop)
         except OSError as error:
             if _status(error) != 416:  # the object ends before the range begins
                 raise
-            content = b""
+            return b""
+
+    def _range(self, limit: float, name: str, start: int, stop: int) -> bytes:
+        content = self._at_most(limit, name, start, stop)
         if len(content) == stop - start:
             return content
         size = self._size(limit, name)
@@ -230,38 +279,111 @@ class Store:
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def write(self, name: str, content: bytes) -> None:
-        """All of it or nothing of it becomes visible."""
-        self._publish(name, len(content), lambda limit, path: self._wait(limit, "pipe_file", path, content))
+        """All of it becomes visible, and the store has shown that it holds it; or nothing of it."""
+
+        def piece(start: int, stop: int) -> bytes:
+            return content[start:stop]
+
+        def put(limit: float, path: str) -> None:
+            self._wait(limit, "pipe_file", path, content, **self._upload_options)
+
+        self._publish(name, len(content), put, piece)
 
     def upload(self, name: str, source: Path) -> None:
-        size = source.stat().st_size
-        self._publish(name, size, lambda limit, path: self._wait(limit, "put_file", str(source), path))
+        """As `write`, of a file."""
 
-    def _publish(self, name: str, size: int, put: Callable[[float, str], None]) -> None:
-        path = self.path(name)
+        def piece(start: int, stop: int) -> bytes:
+            with source.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+
+        def put(limit: float, path: str) -> None:
+            self._wait(limit, "put_file", str(source), path, **self._upload_options)
+
+        self._publish(name, source.stat().st_size, put, piece)
+
+    def _publish(
+        self, name: str, size: int, put: Callable[[float, str], None], piece: Callable[[int, int], bytes]
+    ) -> None:
+        path, begun = self.path(name), time.monotonic()
 
         def put_in_place(limit: float) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.part"
+            temporary = f"{path}.part-{secrets.token_hex(4)}"  # of this write alone: nodes may write one name
             try:
                 put(limit, temporary)
+                _sync(temporary)
+                if not self._same(limit, temporary, size, piece):
+                    raise OSError(errno.EIO, "other bytes were written than those that were sent")
                 os.replace(temporary, path)
+                _sync(os.path.dirname(path))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
                 raise
 
-        self._retry(name, put_in_place if self.local else lambda limit: put(limit, path), size)
+        if self.local:
+            self._retry(name, put_in_place, size)
+            return
+        while True:
+            self._retry(name, lambda limit: put(limit, path), size)
+            if self._retry(name, lambda limit: self._holds(limit, path, size, piece), size):
+                return
+            if time.monotonic() - begun > self.patience:
+                raise NoAnswer(
+                    f"{self.url}/{name}: the store holds other bytes than were written, again and again for "
+                    f"{time.monotonic() - begun:.0f} s (patience)"
+                )
+            with self._lock:
+                self.counts["retries"] += 1
+            time.sleep(random.uniform(0.1, 0.5))
+
+    def _holds(self, limit: float, path: str, size: int, piece: Callable[[int, int], bytes]) -> bool:
+        return self._vouches(limit, path, size, piece) or self._same(limit, path, size, piece)
+
+    def _vouches(self, limit: float, path: str, size: int, piece: Callable[[int, int], bytes]) -> bool:
+        """Whether the store names the checksum of these bytes. One that it does not name says nothing: encrypted objects have
+        other ETags."""
+        self.fs.invalidate_cache()
+        named = str(self._wait(limit, "info", path).get("ETag") or "").strip('"')
+        if not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", named):
+            return False
+        if size < 2 * PART:
+            return named == hashlib.md5(piece(0, size), usedforsecurity=False).hexdigest()
+        parts = [
+            hashlib.md5(piece(start, min(start + PART, size)), usedforsecurity=False).digest()
+            for start in range(0, size, PART)
+        ]
+        return named == f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+    def _same(self, limit: float, path: str, size: int, piece: Callable[[int, int], bytes]) -> bool:
+        """Reads back what was written."""
+        if self._wait(limit, "info", path)["size"] != size:
+            return False
+        return all(
+            self._read(limit, stop - start, path, start=start, end=stop) == piece(start, stop)
+            for start in range(0, size, LARGEST_PIECE)
+            for stop in [min(start + LARGEST_PIECE, size)]
+        )
 
     def remove(self, folder: str) -> None:
         """A folder and all in it, or an object."""
-        if self.local and os.path.isfile(self.path(folder)):
-            os.unlink(self.path(folder))
+        path = self.path(folder)
+        if self.local and os.path.isfile(path):
+            os.unlink(path)
         elif self.local:
-            shutil.rmtree(self.path(folder), ignore_errors=True)
-        elif self.list(folder):
-            with contextlib.suppress(Missing):  # an earlier attempt's answer was lost
-                self._retry(folder, lambda limit: self._wait(limit, "rm", self.path(folder), recursive=True))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            self.fs.invalidate_cache()
+            # Not `rm`: it takes brackets and stars in a name for a pattern.
+            try:
+                found = self._retry(folder, lambda limit: self._wait(limit, "find", path))
+            except Missing:
+                return
+            for one in found:
+                if one == path or one.startswith(f"{path}/"):
+                    with contextlib.suppress(Missing):  # an earlier attempt's answer was lost
+                        self._retry(folder, lambda limit, one=one: self._wait(limit, "rm_file", one))
 
     def rename(self, folder: str, new: str) -> None:
         """A folder of objects, copied by the store itself. Interrupted, it may be done again."""
@@ -364,6 +486,15 @@ class Store:
             raise NoStore(f"{url}: {said}; AWS_ENDPOINT_URL is http://HOST:PORT or https://HOST") from None
         if not isinstance(error, OSError) and kind not in ("botocore", "aiobotocore", "aiohttp", "asyncio", "fsspec"):
             raise error
+
+
+def _sync(path: str) -> None:
+    """Until it is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _hidden(error: Exception) -> Exception:

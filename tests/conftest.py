@@ -6,6 +6,14 @@ import torch
 os.environ.setdefault("COLUMNS", "120")  # messages are not cut to a narrow terminal
 
 from equiav.config import Config, from_dict
+from tests import forks
+
+
+def pytest_configure(config):
+    """Where tests run: not in the process that hands them out to others."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        forks.SERVER.start()
+        forks.install()
 
 
 def tiny_config(**sections) -> Config:

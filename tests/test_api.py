@@ -1,6 +1,7 @@
 """`equiav.load`: what others' programs and the commands embed, score and predict do with files as they come."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from equiav.evaluate.retrieval import Pairs, embed_pairs
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
 from equiav.weights import save_model
+from tests.forks import APART
 from tests.videos import ramp, rotate, tones, write_video
 
 SETTINGS = from_dict(
@@ -451,4 +453,4 @@ for typed, extra in (
     assert f"equiav[{{extra}}]" in said.getvalue(), said.getvalue()
     assert "Traceback" not in said.getvalue()
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **APART})

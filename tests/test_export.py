@@ -1,5 +1,6 @@
 """`equiav export`: what others run without this package says what ours says."""
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from equiav.api import Embedder
 from equiav.data.synthetic import World
 from equiav.model import EquiAV
 from equiav.weights import save_model
+from tests.forks import APART
 from tests.test_api import SETTINGS, tuned  # noqa: F401
 
 CLIPS = [World(3, 64, 3, 2.56).clip(k) for k in range(5)]
@@ -66,7 +68,7 @@ def test_embeddings_are_those_of_the_api_without_this_package(exported, tmp_path
         lengths=np.array([min(len(wave), model.length) for wave in waves]),
         frames=np.ascontiguousarray(frames.transpose(0, 3, 1, 2)),
     )
-    subprocess.run([sys.executable, "-c", ALONE, str(out)], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", ALONE, str(out)], check=True, cwd=tmp_path, env={**os.environ, **APART})
     found = np.load(tmp_path / "found.npz")
     for name in ("audio", "audio onnx"):
         assert np.abs(found[name] - model.embed_audio(waves, 16000)).max() < 1e-5

@@ -1,9 +1,12 @@
 """What the loss of a large batch takes, measured from outside."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from tests.forks import APART
 
 MEMORY = """
 import sys, torch
@@ -27,7 +30,9 @@ print(peak() - before)
 @pytest.mark.parametrize(("W", "limit"), [(8, 0.2e9), (64, 0.5e9)])
 def test_the_loss_takes_little_memory_however_large_the_batch(W, limit):
     """N = 8,192 and 65,536, of which this process has 1,024 in micro-batches of 256: a gathered pair, and some blocks."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(W)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(W)], env={**os.environ, **APART}, capture_output=True, text=True, check=True
+    )
     assert 0 < int(done.stdout) <= limit
 
 
@@ -62,6 +67,12 @@ def test_recomputing_takes_memory_for_one_micro_batch():
     """Of 96 rows, twelve micro-batches."""
     taken = {}
     for how in ("keep", "recompute"):
-        done = subprocess.run([sys.executable, "-c", STEP, "96", how], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", STEP, "96", how],
+            env={**os.environ, **APART},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         taken[how] = int(done.stdout)
     assert 0 < taken["recompute"] < taken["keep"] / 4, taken

@@ -1,6 +1,7 @@
 """Mistakes of a first hour: each gets one line that names what, where, and what to do. To add one, add a row."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ FILES = {
     "list.yaml": "train: [1, 2]\n",
     "twice.yaml": "train: {steps: 5}\ntrain: {lr: 1.0e-3}\n",
     "nested.yaml": "train: {steps: {a: 1}}\n",
+    "nul.yaml": 'out: "a\\0b"\n',
     "ten.yaml": "train: {steps: 10}\n",
     "others/a.doc": "x",
     "dots.txt": ".\n",
@@ -42,7 +44,16 @@ MISTAKES = {
     "pretrain --config nested.yaml": "nested.yaml: train.steps: found {'a': 1}, expected an integer",
     "pretrain --config ten.yaml": "train.warmup_steps is 14790, expected 0 to train.steps=10",
     "pretrain --stall_seconds nan": "--stall_seconds: found nan, expected a finite number",
-    "pretrain --stall_seconds -1": "stall_seconds is -1.0, expected 0 or more",
+    "pretrain --stall_seconds -1": "stall_seconds is -1.0, expected 0 to 100000000 seconds",
+    "pretrain --stall_seconds 1e300": "stall_seconds is 1e+300, expected 0 to 100000000 seconds",
+    "pretrain --stream.patience 1e300": "stream.patience is 1e+300, expected 0 to 100000000",
+    "pretrain --checkpoint.patience 1e300": "checkpoint.patience is 1e+300, expected 0 to 100000000 seconds",
+    "pretrain --stream.ahead 100000000": "stream.ahead is 100000000, expected 0 to 64",
+    "pretrain --stream.lanes 1000000000": "stream.lanes is 1000000000, expected 1 to 1048576",
+    "pretrain --stream.workers 100000": "stream.workers is 100000, expected 0 to 256",
+    "pretrain --config nul.yaml": "out: found 'a\\x00b', expected a path",
+    "pretrain --stream.url a::b": "a::b: a chain of file systems (::) is not supported, expected one URL or folder",
+    "smoke --out others": "out: others holds something that `equiav smoke` did not make; name another folder, or remove it",
     "pretrain --train.lr nan": "--train.lr: found nan, expected a finite number",
     "pretrain --train.lr x": "--train.lr: found 'x', expected a finite number",
     "pretrain --train.lr": "--train.lr: expected a value",
@@ -112,6 +123,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(typed, here, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert MISTAKES[typed] in line
     assert line.startswith("equiav")
+    assert Path("others/a.doc").read_text() == "x"
     assert set(os.listdir()) <= before | {"runs", "out"}
 
 
@@ -126,7 +138,8 @@ def test_a_store_that_does_not_answer_is_said_while_it_is_asked(endpoint, said, 
         "streaming.store.SAY", 0.2
     )  # the pauses are random: no two of them may lie around the usual 2 s
     assert cli.main(["pretrain", "--stream.url", "s3://clips/x", "--stream.patience", "6"]) == 1
-    (first, *_) = (record.getMessage() for record in caplog.records if record.name == "streaming.store")
+    told = [record.getMessage() for record in caplog.records if record.name == "streaming.store"]
+    first = next(message for message in told if message.startswith("s3://clips/"))  # threads of other tests may speak, too
     assert first.startswith("s3://clips/x/index: no answer for ")
     assert said in first
     assert "it is asked again until 6 s (patience)" in first
@@ -160,3 +173,11 @@ def test_an_endpoint_without_a_scheme(here, capsys, monkeypatch):
 def test_a_refused_http_store_is_not_missing(here, capsys):
     assert cli.main(["pretrain", "--stream.url", "http://127.0.0.1:1/x", "--stream.patience", "1"]) == 1
     assert "http://127.0.0.1:1/x/index: no answer for" in capsys.readouterr().err
+
+
+def test_one_clip_is_nothing_to_learn_from(here, capsys):
+    assert cli.main(["pack", "synthetic:1", "--to", "one", "--frames", "1", "--short_side", "64"]) == 0
+    capsys.readouterr()
+    assert cli.main(["pretrain", "--config", "smoke", "--stream.url", "one", "--out", "runs/one"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "stream.url: one has 1 clip(s) to learn from, expected 2 or more" in line

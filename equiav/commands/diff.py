@@ -10,10 +10,10 @@ from typing import Any
 import tyro
 import yaml
 
-from equiav.config import ConfigError, RunConfig, flat, from_dict, to_dict
-from equiav.config.settings import ROUNDING, WITHOUT_EFFECT
-from equiav.train.checkpoint import manifests
+from equiav.config import ConfigError, RunConfig, flat, from_dict, to_dict, without_effect
+from equiav.config.settings import ROUNDING
 from equiav.train.log import step_of
+from equiav.train.manifest import manifests
 from streaming import Store
 
 ENVIRONMENT = ("equiav", "code", "torch", "python", "threads", "gpu")  # beside the settings, what numbers depend on
@@ -59,9 +59,7 @@ def run_diff(config: DiffConfig) -> int:
         recorded.settings = defaults | recorded.settings
     names = one.settings.keys() | two.settings.keys()
     for name in sorted(name for name in names if one.settings.get(name) != two.settings.get(name)):
-        effect = (
-            ": rounds otherwise" if name in ROUNDING else ": without effect" if name.startswith(WITHOUT_EFFECT) else ""
-        )
+        effect = ": rounds otherwise" if name in ROUNDING else ": without effect" if without_effect(name) else ""
         print(f"setting {name}: {one.settings.get(name)} and {two.settings.get(name)}{effect}")
         if not effect:
             different.append(f"setting {name}")

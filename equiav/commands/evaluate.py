@@ -22,7 +22,7 @@ from equiav.evaluate.settings import EvalConfig
 from equiav.parallel import Ranks
 from equiav.terminal import masked
 from equiav.train.run import launched
-from equiav.weights import bring, load_model, model_folder
+from equiav.weights import download, load_model, model_folder
 from streaming import Dataset, DatasetError, Store
 
 
@@ -50,7 +50,7 @@ def run_eval(config: EvalConfig) -> None:
         if not takes_part:
             return
         with TemporaryDirectory(prefix="equiav-") as temporary:
-            path = bring(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
+            path = download(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
             model, settings = load_model(model_folder(path))
         model.to(ranks.device).requires_grad_(False)
         dataset = Dataset(Store(config.stream.url, config.stream.patience))

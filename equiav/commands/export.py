@@ -17,7 +17,7 @@ from equiav.api import Embedder, Labeller, load
 from equiav.config import ConfigError, require, to_yaml
 from equiav.programs import programs, require_onnx, write
 from equiav.terminal import masked, plain, say
-from equiav.weights import CLASSES, SETTINGS, WEIGHTS, bring, model_folder
+from equiav.weights import CLASSES, SETTINGS, WEIGHTS, download, model_folder
 
 CARD = "README.md"  # where model hubs look for it
 
@@ -50,7 +50,7 @@ def run_export(config: ExportConfig) -> None:
     with ExitStack() as stack:
         temporary = stack.enter_context(TemporaryDirectory(prefix="equiav-"))
         remote = "://" in config.model
-        given = bring(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
+        given = download(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
         folder = model_folder(given)
         model = load(folder)
         out = config.out.absolute()

@@ -44,7 +44,18 @@ from equiav.data.stream import modalities
 from equiav.data.synthetic import Rules, World
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
-from streaming.dataset import INDEX, NoDataset, Shard, index_shard, require_plain, unusable, verify_shard, write_index
+from streaming.dataset import (
+    INDEX,
+    NoDataset,
+    Shard,
+    index_shard,
+    keys_that_come_again,
+    read_offsets,
+    require_plain,
+    unusable,
+    verify_shard,
+    write_index,
+)
 from streaming.labels import LABELS, write_labels
 from streaming.order import permutation
 from streaming.pack import REJECTED, Item, pack
@@ -289,7 +300,15 @@ def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> Non
         require_plain(store, name)
     if not names:
         raise NoDataset(f"{config.url} has no shards: no file there ends in .tar")
-    shards = _each("indexing", names, lambda name: index_shard(store, name), config.processes)
+    indexed = _each("indexing", names, lambda name: index_shard(store, name), config.processes)
+    shards = [shard for shard, _ in indexed]
+    if again := keys_that_come_again([hashes for _, hashes in indexed]):
+        shard, place = shards[again[0][0]], again[0][1]
+        key = read_offsets(store, shard)[place].key
+        say(
+            f"{len(again)} key(s) stand in more than one shard, the first is {key}, again in {shard.name}: each counts as a "
+            "sample of its own, and labels are given by key"
+        )
     write_index(store, shards)
     say(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards at {config.url}")
     if config.tried:

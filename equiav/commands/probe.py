@@ -89,7 +89,7 @@ def encoders(config: ProbeConfig, task: Classification) -> Classifier:
         model = task.build()
     model.to_empty(device="cpu").init_weights(config.seed)
     if config.init:
-        imported = initial_weights(config.init, config, config.seed, config.stream.patience, predicts=False)
+        imported = initial_weights(config.init, config, config.seed, predicts=False, patience=config.stream.patience)
         imported.restrict_to([name for name in model.state_dict() if not name.startswith("head.")])
         for side in ("audio", "image"):
             lacks = any(name.startswith(f"{side}.") for name in imported.fresh)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.config import NotHere, RunConfig, require
+from equiav.config import ConfigError, NotHere, RunConfig, require
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
@@ -29,6 +29,7 @@ from equiav.model import EquiAV
 from equiav.parallel import Ranks
 from equiav.tasks import Pretraining
 from equiav.train import run
+from equiav.train.log import writing
 from equiav.train.run import Done
 from equiav.weights import save_model
 from monitoring.metrics import brief
@@ -46,6 +47,7 @@ EVALUATED = {
     "attention": 64,
     "examples": 0,
 }  # clips; 0: all
+MARKER = "SMOKE.txt"  # in a folder that a smoke run made
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
 
 
@@ -77,6 +79,7 @@ def run_smoke(config: SmokeConfig) -> None:
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     if config.device == "cpu":
         keep_freed_memory()
+    take_folder(config.out)
     shutil.rmtree(config.out / "eval", ignore_errors=True)
     for left in ("metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):
         (config.out / left).unlink(missing_ok=True)
@@ -121,6 +124,18 @@ def run_smoke(config: SmokeConfig) -> None:
     (config.out / "report.html").write_text(page([gathered], "EquiAV smoke run"), "utf-8")
     console.print(text, highlight=False, markup=False)
     console.print(f"report: {config.out / 'report.html'}, in any browser, and report.md")
+
+
+def take_folder(out: Path) -> None:
+    """What an earlier smoke run left is removed, and nothing else is."""
+    marker = out / MARKER
+    if not marker.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"out: {out} holds something that `equiav smoke` did not make; name another folder, or remove it"
+        )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        marker.write_text("`equiav smoke` made this folder, and removes what is in it when it runs here again.\n")
 
 
 def pack_clips(config: SmokeConfig, s3: LocalS3, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """What can be set (settings.py), and how it is read (reading.py); recipes/ has named sets of values."""
 
-from equiav.config.reading import differences, flat, from_dict, load, recipe_names, to_dict, to_yaml
+from equiav.config.reading import differences, flat, from_dict, load, recipe_names, to_dict, to_yaml, without_effect
 from equiav.config.settings import (
     AUDIO_VECTOR,
     IMAGE_VECTOR,
@@ -52,4 +52,5 @@ __all__ = [
     "require",
     "to_dict",
     "to_yaml",
+    "without_effect",
 ]

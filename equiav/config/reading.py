@@ -243,17 +243,25 @@ def _converter() -> cattrs.Converter:
         def hook(value: Any, _: Any) -> Any:
             if kind is float and isinstance(value, str):
                 value = float(value)  # YAML 1.1 reads 1e-4 (no point) as text
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 1 << 64:
                 value = float(value)
             if type(value) is not kind or (kind is float and not math.isfinite(value)):
                 raise ValueError(f"found {value!r}")
+            if kind is str and "\0" in str(value):
+                raise ValueError("holds a zero byte")
             return value
 
         converter.register_structure_hook(kind, hook)
 
     for kind in (bool, int, float, str):
         strict(kind)
-    converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+    def path(value: Any, _: Any) -> Path:
+        if "\0" in str(value):
+            raise ValueError("holds a zero byte")
+        return Path(value)
+
+    converter.register_structure_hook(Path, path)
     return converter
 
 
@@ -312,10 +320,14 @@ def differences(config: Any, began_with: dict[str, Any]) -> tuple[list[str], lis
     changed = {
         name: f"{name} is {now.get(name)}, was {then.get(name)}"
         for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and not name.startswith(WITHOUT_EFFECT)
+        if now.get(name) != then.get(name) and not without_effect(name)
     }
     refused = [text for name, text in changed.items() if name not in ROUNDING]
     return refused, [text for name, text in changed.items() if name in ROUNDING]
+
+
+def without_effect(name: str) -> bool:
+    return not WITHOUT_EFFECT.isdisjoint({name, name.partition(".")[0]})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 IMAGE_VECTOR = 18  # elements of t_v, Appendix C
 AUDIO_VECTOR = 24  # elements of t_a, Appendix C
+LONG = 10**8  # seconds, three years: more is a mistake, and more than a thread can wait
 
 
 class ConfigError(ValueError):
@@ -275,9 +276,10 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         for name in ("lanes", "window"):
-            require(getattr(self, name) >= 1, f"stream.{name}", getattr(self, name), "1 or more")
-        for name in ("workers", "ahead", "cache_bytes", "patience"):
-            require(getattr(self, name) >= 0, f"stream.{name}", getattr(self, name), "0 or more")
+            require(1 <= getattr(self, name) <= 1 << 20, f"stream.{name}", getattr(self, name), f"1 to {1 << 20}")
+        for name, most in (("workers", 256), ("ahead", 64), ("cache_bytes", 1 << 62), ("patience", LONG)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"stream.{name}", value, f"0 to {most}")
         require(0 <= self.max_bad <= 1, "stream.max_bad", self.max_bad, "a share")
 
 
@@ -366,8 +368,11 @@ class CheckpointConfig:
     """end: an overdue run ends with status 146 after saying so, to be started again where it can save."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "every_seconds", "keep_every", "patience", "overdue_seconds"):
+        for name in ("every_steps", "keep_every"):
             require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "0 or more")
+        for name in ("every_seconds", "patience", "overdue_seconds"):
+            value = getattr(self, name)
+            require(0 <= value <= LONG, f"checkpoint.{name}", value, f"0 to {LONG} seconds")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
 
 
@@ -444,7 +449,7 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.stall_seconds >= 0, "stall_seconds", self.stall_seconds, "0 or more")
+        require(0 <= self.stall_seconds <= LONG, "stall_seconds", self.stall_seconds, f"0 to {LONG} seconds")
 
 
 @dataclass(frozen=True)
@@ -557,7 +562,7 @@ class ProbeConfig(Config):
 ROUNDING = ("device", "train.micro_batch", "train.compile")
 """Settings that a run may change on its way: its numbers are rounded otherwise from there on."""
 
-WITHOUT_EFFECT = (
+WITHOUT_EFFECT = {
     "out",
     "init",  # on a run that has begun
     "resume",
@@ -577,5 +582,5 @@ WITHOUT_EFFECT = (
     "tune.test_url",
     "tune.test_frames",
     "tune.benchmark",
-)
+}
 """Settings, and sections, that a run may change on its way without a trace."""

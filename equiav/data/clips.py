@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 import wave
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -14,8 +14,13 @@ from PIL import Image, UnidentifiedImageError
 
 from equiav.config import DataConfig
 
-BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # more pixels than a picture has
+# Of all that Pillow reads. Some formats are read by a program of the machine (Ghostscript), some are hardly tried, and bytes from
+# a store are what they are, whatever their name says.
+FORMATS = ("JPEG", "PNG")  # of a dataset's pictures
+OWN_FORMATS = (*FORMATS, "WEBP", "BMP", "GIF", "TIFF")  # of files that a user of the API has
+MOST_PIXELS = 1 << 26  # of a picture: 200 MB
+LONGEST = 3600  # seconds of sound
+BLOCK = 1 << 16  # samples that are decoded at a time
 
 
 class BadClipError(ValueError):
@@ -40,21 +45,43 @@ def check_frame(frame: np.ndarray | None, sample: str) -> np.ndarray:
 
 
 def decode_frame(data: bytes | None, sample: str) -> np.ndarray:
-    """JPEG (or another format that Pillow reads) -> (H, W, 3) uint8."""
+    """JPEG or PNG -> (H, W, 3) uint8."""
     if not data:
         raise BadClipError(sample, "has no image")
     if (frame := _decode_jpeg(data)) is not None:
         return check_frame(frame, sample)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode, frame = image.mode, np.asarray(image)
+        with open_image(io.BytesIO(data), FORMATS) as image:
+            if image.mode != "RGB":
+                raise BadClipError(sample, f"image has mode {image.mode}, expected RGB")
+            frame = np.asarray(image)
     except UnidentifiedImageError:  # its text has an address in memory
-        raise BadClipError(sample, "image cannot be decoded: no format that Pillow knows") from None
-    except (OSError, SyntaxError, ValueError, struct.error, MemoryError, *BOMB) as error:
-        raise BadClipError(sample, f"image cannot be decoded: {error}") from None
-    if mode != "RGB":
-        raise BadClipError(sample, f"image has mode {mode}, expected RGB")
+        raise BadClipError(sample, f"image cannot be decoded: neither of {' and '.join(FORMATS)}") from None
+    except BadClipError:
+        raise
+    except Exception as error:  # whatever a decoder has to say of bytes that may be anything
+        raise BadClipError(sample, f"image cannot be decoded: {_said(error)}") from None
     return check_frame(frame, sample)
+
+
+def open_image(file: Any, formats: tuple[str, ...]) -> Image.Image:
+    """Of these formats alone, and of a size that fits in memory; its pixels are decoded when they are asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        image = Image.open(file, formats=formats)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        image.close()
+        raise ValueError(f"{width} x {height} pixels, expected {MOST_PIXELS} at most")
+    return image
+
+
+def _channels(shape: tuple[int, ...]) -> str:
+    return f"audio has shape {shape}, expected (samples,): one channel; packing mixes stereo down"
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
@@ -63,10 +90,10 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "RGB") or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
+        if colours not in ("YCbCr", "RGB") or int(height) * int(width) > MOST_PIXELS:
             return None
         return simplejpeg.decode_jpeg(data)
-    except ValueError:
+    except Exception:  # Pillow says what is wrong
         return None
 
 
@@ -85,9 +112,7 @@ def check_audio(audio: np.ndarray | None, rate: int, sample: str, data: DataConf
     if audio is None or audio.size == 0:
         raise BadClipError(sample, "has no audio")
     if audio.ndim != 1:
-        raise BadClipError(
-            sample, f"audio has shape {audio.shape}, expected (samples,): one channel; packing mixes stereo down"
-        )
+        raise BadClipError(sample, _channels(audio.shape))
     if rate != data.sample_rate:
         raise BadClipError(
             sample, f"audio is at {rate} Hz, expected data.sample_rate={data.sample_rate}; packing resamples"
@@ -127,7 +152,7 @@ def decode_wav(content: bytes | None, sample: str, data: DataConfig) -> np.ndarr
                 file.getnframes(),
             )
             raw = file.readframes(count)
-    except (wave.Error, EOFError, RuntimeError, ValueError, struct.error) as error:  # what damaged headers raise
+    except Exception as error:  # what damaged headers raise
         raise BadClipError(sample, f"audio is not a WAV file: {str(error) or 'its header is damaged'}") from None
     if width != 2:
         raise BadClipError(sample, f"audio has {8 * width} bits a sample, expected 16")
@@ -138,19 +163,30 @@ def decode_wav(content: bytes | None, sample: str, data: DataConfig) -> np.ndarr
 
 
 def decode_flac(content: bytes | None, sample: str, data: DataConfig) -> np.ndarray:
-    """FLAC -> (L,) int16."""
+    """FLAC -> (L,) int16. Silence of days fits into some kilobytes: its length is asked for before memory is taken."""
     if not content:
         raise BadClipError(sample, "has no audio")
+    if content[:4] != b"fLaC":  # other formats of libsndfile are not tried
+        raise BadClipError(sample, "audio is not a FLAC file")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             count, rate, kind = file.frames, file.samplerate, f"{file.format} {file.subtype}"
-            audio = file.read(dtype="int16")
-    except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError) as error:
-        raise BadClipError(sample, f"audio is not a FLAC file: {error}") from None
-    if kind != "FLAC PCM_16":
-        raise BadClipError(sample, f"audio is {kind}, expected FLAC PCM_16")
-    if len(audio) != count:
-        raise BadClipError(sample, f"audio is truncated: {len(audio)} of {count} samples")
+            if kind != "FLAC PCM_16":
+                raise BadClipError(sample, f"audio is {kind}, expected FLAC PCM_16")
+            if file.channels != 1:
+                raise BadClipError(sample, _channels((count, file.channels)))
+            if not 0 <= count <= LONGEST * data.sample_rate:
+                raise BadClipError(sample, f"audio has {count} samples, expected {LONGEST * data.sample_rate} at most")
+            audio = np.empty(count, np.int16)
+            filled = 0
+            while filled < count and (got := len(file.read(out=audio[filled : filled + BLOCK]))):
+                filled += got
+    except BadClipError:
+        raise
+    except Exception as error:
+        raise BadClipError(sample, f"audio is not a FLAC file: {_said(error)}") from None
+    if filled != count:
+        raise BadClipError(sample, f"audio is truncated: {filled} of {count} samples")
     return check_audio(audio, rate, sample, data)
 
 

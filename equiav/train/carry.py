@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from equiav.config import NotHere, RunConfig
 from equiav.parallel import Ranks
 from equiav.tasks import Task
+from equiav.train.log import writing
 from equiav.train.run import Done, Show, launched, run
 from equiav.weights import save_model
 from monitoring.metrics import brief
@@ -66,11 +67,12 @@ def carry_out(
         def leave() -> None:
             if finished_before:
                 return
-            for name, content in beside.items():
-                (config.out / "model" / name).parent.mkdir(parents=True, exist_ok=True)
-                (config.out / "model" / name).write_text(content)
-            save_model(config.out / "model", weights, config)
-            where = bring(config, list(beside)) if config.checkpoint.url else str(config.out / "model")
+            with writing(config.out / "model") as folder:
+                for name, content in beside.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_text(content)
+                save_model(folder, weights, config)
+            where = upload_leavings(config, list(beside)) if config.checkpoint.url else str(config.out / "model")
             tell(f"finished: {state.step} steps, {where}")
 
         ranks.first(leave)  # all end together: one that waits for the others to end would count as lost
@@ -85,7 +87,7 @@ def left(config: RunConfig) -> bool:
     return there and (bool(url) or (config.out / "model" / "config.json").exists())
 
 
-def bring(config: RunConfig, beside: list[str]) -> str:
+def upload_leavings(config: RunConfig, beside: list[str]) -> str:
     """What a run leaves, beside its checkpoints: the disk that it ran on may be gone with its pod. -> where the model is"""
     store = Store(config.checkpoint.url, config.checkpoint.patience)
     for name in (

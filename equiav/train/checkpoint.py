@@ -7,10 +7,7 @@ small. There is no code in it, and no name in it is used as a path before it is 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import re
 import secrets
 import shutil
@@ -24,52 +21,38 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from equiav.config import ConfigError
 from equiav.ending import Superseded
 from equiav.parallel import Ranks, slab, whole_bytes
-from equiav.train.log import step_of
+from equiav.train import log
 from equiav.train.loop import TrainState
-from streaming import Store, StoreError
-from streaming.store import Missing, NoAnswer, Short
-
-MANIFEST, FORMAT = "manifest.json", 2
-NAME = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
-DAMAGED = "damaged-"  # what a checkpoint is called that could not be used
-LINES = re.compile(r"lines-\d{8,}-\d{8,}\.jsonl")
-FILE = re.compile(r"part-\d{5,}-\d{5,}")
-BLOCK, FILE_BYTES = 8 << 20, 64 << 20
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
-OWNER, LOOK = "owner", 5.0  # seconds
-KINDS = {"step": int, "skipped": int, "digest": str} | dict.fromkeys(
-    ("weights", "config", "stream", "quarantine"), dict
+from equiav.train.manifest import (
+    BLOCK,
+    DTYPES,
+    FILE_BYTES,
+    FORMAT,
+    MANIFEST,
+    NAME,
+    Block,
+    Kept,
+    NotWhole,
+    digest_of,
+    sealed,
+    step_of,
+    unsealed,
 )
+from equiav.train.owner import Owner
+from streaming import Store, StoreError
+from streaming.store import Missing, Short, TooLarge
+
+DAMAGED = "damaged-"  # what a checkpoint is called that could not be used
+LINES = re.compile(r"lines-([0-9]{8,15})-([0-9]{8,15})(?:-([0-9a-f]{16}))?[.]jsonl")
+LINES_BYTES = 1 << 30  # of the log between two checkpoints, at most
 AGAIN = (1.0, 5.0)  # seconds, after which what was read wrong is read again
 READERS = 8
-
-
-class NotWhole(ValueError):  # noqa: N818
-    """What is wrong with a checkpoint."""
-
-
-class Block(NamedTuple):
-    """Some rows of a tensor, in a file."""
-
-    file: str
-    offset: int
-    bytes: int
-    first: int  # row
-    rows: int
-    checksum: str  # XXH3-64
-
-
-class Kept(NamedTuple):
-    """A tensor, as a manifest describes it."""
-
-    dtype: str
-    shape: list[int]
-    blocks: list[Block]
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
 class Staged(NamedTuple):
@@ -111,58 +94,32 @@ class Checkpoints:
         self.saved_bytes = 0  # of that one, as its manifest counts them
         self.seconds = 0.0  # that the last one held up the run
         self.token = str(ranks.objects(secrets.token_hex(4))[0])
-        self.superseded = ""  # by whom; known to rank 0 within some seconds, of a store that answers
-        self._owner = b""  # what this start has written
+        self.owner = Owner(self.store, ranks, self.token)
         self._passed_over: dict[str, str] = {}  # name -> what is wrong with it
         self._uploading: Future[Written] | None = None  # on every rank
         self._publishing: Future[None] | None = None  # on rank 0, when all have uploaded
         self._about: dict[str, Any] = {}
         self._lines = (0, b"")
-        self._closed = threading.Event()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
+        self.owner.close()
 
     # ---- whose they are
 
-    def take_over(self, state: TrainState) -> None:
-        """From any earlier start of the run: of two that both believe to be this run, the one that started last goes on.
+    @property
+    def superseded(self) -> str:
+        return self.owner.superseded
 
-        Called when this start is known to be good. Finds out, before the first step, whether checkpoints can be kept here.
-        """
-        owner = {"start": self.token, "host": platform.node(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        owner["submission"] = os.environ.get("EQUIAV_SUBMISSION", "")  # the job that this start is of (launch/ended.py)
-        self._owner = self.ranks.objects(json.dumps(owner).encode())[0]
+    def take_over(self, state: TrainState) -> None:
+        """Called when this start is known to be good. Finds out, before the first step, whether checkpoints can be kept here."""
         self.ranks.first(lambda: self._require_room(state))
-        problem: Exception | None = None
-        try:
-            self.ranks.first(lambda: self.store.write(OWNER, self._owner))
-            self.ranks.first(self._check_owner)
-            self._twice(self._see_owner)
-        except (StoreError, Superseded, NotWhole) as error:
-            problem = error
-        problems = self.ranks.objects(problem)
-        for passing in problems:
-            if isinstance(passing, NoAnswer) or (isinstance(passing, Superseded) and passing is problems[0]):
-                raise passing
-        for rank, p in enumerate(problems):
-            if p is not None:
-                who = "" if isinstance(p, StoreError) else f"rank {rank} does not see what rank 0 wrote there: "
-                raise ConfigError(
-                    f"checkpoints cannot be kept at {self.store.url}: {who}{p}. It has to be a folder that all processes "
-                    "read and write (checkpoint.url)"
-                )
+        self.owner.take_over()
         if self.ranks.rank == 0:
-            threading.Thread(target=self._look, daemon=True, name="owner").start()
             for name, why in self._passed_over.items():
                 self._set_aside(name, why)
-
-    def _see_owner(self) -> None:
-        if self.store.read(OWNER) != self._owner:
-            raise NotWhole("there is another content")
 
     def _set_aside(self, name: str, why: str) -> None:
         """Under a name that is none of a checkpoint. Where that fails, it is passed over again next time."""
@@ -174,39 +131,6 @@ class Checkpoints:
             self.warn(f"checkpoint {self.store.url}/{name} could not be set aside: {error}")
             return
         self.warn(f"checkpoint {self.store.url}/{name} is kept as {new}, and is not used: {why}")
-
-    def _look(self) -> None:
-        """A start that was cut off and comes back must not train on until its next save."""
-        while not self.superseded and not self._closed.wait(LOOK):
-            try:
-                self._check_owner()
-            except Superseded:
-                pass  # the loop asks for it at its next step
-            except StoreError:
-                continue  # a save will tell
-
-    def _check_owner(self) -> None:
-        """Another start has taken over only if the store says so twice. A file that cannot be read, or that somebody removed,
-        says nothing."""
-        seen = ""
-        for pause in (*AGAIN, None):
-            try:
-                start, host, since = (
-                    str(json.loads(self.store.read(OWNER))[name]) for name in ("start", "host", "time")
-                )
-            except (ValueError, KeyError, TypeError, Missing):
-                start = host = since = ""
-            if start == self.token:
-                return
-            if start and start == seen:
-                self.superseded = (
-                    f"{self.store.url}: start {start} of this run, on host {host}, has taken over at {since} from this one, "
-                    f"{self.token}; this one ends and saves nothing"
-                )
-                raise Superseded(self.superseded)
-            seen = start
-            if pause is not None:
-                time.sleep(pause)
 
     def superseded_for_all(self) -> str:
         """By whom, on all ranks together."""
@@ -282,20 +206,20 @@ class Checkpoints:
         written = Written({}, {})
         file, content = 0, bytearray()
 
-        def bring() -> None:
+        def upload() -> None:
             self.store.write(f"{folder}/part-{self.ranks.rank:05d}-{file:05d}", bytes(content))
             self.moved()
 
         for tensor in staged:
             kept = written.tensors.setdefault(tensor.name, Kept(tensor.dtype, tensor.shape, []))
             if tensor.name.startswith("weight/"):
-                written.digests[tensor.name.removeprefix("weight/")] = _digest(tensor)
+                written.digests[tensor.name.removeprefix("weight/")] = _digest(tensor.rows, tensor.first)
             height = max(1, BLOCK // max(1, tensor.rows.shape[1]))  # rows of a block
             for begin in range(0, len(tensor.rows), height):
                 rows = tensor.rows[begin : begin + height]
                 data = rows.numpy().tobytes()
                 if content and len(content) + len(data) > FILE_BYTES:
-                    bring()
+                    upload()
                     file, content = file + 1, bytearray()
                 kept.blocks.append(
                     Block(
@@ -309,31 +233,24 @@ class Checkpoints:
                 )
                 content += data
         if content:
-            bring()
+            upload()
         return written
 
     def _publish(self, about: dict[str, Any], written: list[Written], lines: tuple[int, bytes]) -> None:
         """On rank 0, when all have uploaded. The manifest makes it a checkpoint."""
         tensors: dict[str, Kept] = {}
-        digests: dict[str, int] = {}
         for of_rank in written:
             for name, kept in of_rank.tensors.items():
                 tensors.setdefault(name, Kept(kept.dtype, kept.shape, [])).blocks.extend(kept.blocks)
-            for name, value in of_rank.digests.items():
-                digests[name] = (digests.get(name, 0) + value) % 2**64
-        weights = {name: f"{value:016x}" for name, value in sorted(digests.items())}
-        self._check_owner()
+        weights = _added(of_rank.digests for of_rank in written)
+        self.owner.check()
         step = about["step"]
-        about = {
-            "format": FORMAT,
-            **about,
-            "digest": xxh3_128_hexdigest(json.dumps(weights).encode()),
-            "weights": weights,
-        }
+        about = {"format": FORMAT, **about, "digest": digest_of(weights), "weights": weights}
         manifest = {**about, "tensors": tensors}
         if lines[1]:
-            self.store.write(f"lines-{lines[0]:08d}-{step:08d}.jsonl", lines[1])
-        self.store.write(f"step-{step:08d}-{self.token}/{MANIFEST}", _sealed(manifest))
+            name = f"lines-{lines[0]:08d}-{step:08d}-{xxh3_64_hexdigest(lines[1])}.jsonl"
+            self.store.write(name, lines[1])
+        self.store.write(f"step-{step:08d}-{self.token}/{MANIFEST}", sealed(manifest))
         self.saved_bytes = sum(block.bytes for kept in tensors.values() for block in kept.blocks)
         self.saved_step = step
         try:
@@ -344,24 +261,24 @@ class Checkpoints:
     def _retire(self) -> None:
         """Removes what is not to be kept; its manifest first, so that what a crash leaves of it is no checkpoint. Those of
         later steps are left alone: a start that has gone on from an earlier one does not judge them."""
-        names = [name for name in self._names() if _step(name) <= self.saved_step]
+        names = [name for name in self._names() if step_of(name) <= self.saved_step]
         complete = self._complete(names)
         time.sleep(
             AGAIN[0] if len(complete) < len(names) else 0
         )  # a store may say for a moment that a manifest is missing
-        complete = sorted({*complete, *self._complete(names)}, key=lambda name: (_step(name), name))
+        complete = sorted({*complete, *self._complete(names)}, key=lambda name: (step_of(name), name))
         kept = set(complete[-self.keep :])
         if self.keep_every:
-            kept |= {name for name in complete if _step(name) % self.keep_every == 0}
+            kept |= {name for name in complete if step_of(name) % self.keep_every == 0}
         for name in names:
-            if name not in kept and _step(name) < self.saved_step:
+            if name not in kept and step_of(name) < self.saved_step:
                 if name in complete:
                     self.store.remove(f"{name}/{MANIFEST}")
                 self.store.remove(name)
 
     def _names(self) -> list[str]:
         names = [name for name in self.store.list() if NAME.fullmatch(name)]
-        return sorted(names, key=lambda name: (_step(name), name))
+        return sorted(names, key=lambda name: (step_of(name), name))
 
     def _complete(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if self.store.exists(f"{name}/{MANIFEST}")]
@@ -371,15 +288,19 @@ class Checkpoints:
     def load(self, state: TrainState, accept: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, into `state` -> its manifest; None where there is none. All ranks together.
 
-        accept: raises where the run of a manifest is not this one; called before anything of its tensors is read. What is
-        not whole is passed over, and set aside by `take_over`.
+        accept: raises where the run of a manifest is not this one, NotWhole where it cannot be of any; called before anything of
+        its tensors is read. What is not whole is passed over, and set aside by `take_over`.
         """
         for name in reversed(self.ranks.first(self._names)):
             manifest = self.ranks.first(lambda name=name: self._read_manifest(name))
             if manifest is None or name in self._passed_over:
                 continue
             if not isinstance(manifest, str):
-                accept(manifest)
+                try:
+                    accept(manifest)
+                except NotWhole as error:
+                    manifest = str(error)
+            if not isinstance(manifest, str):
                 manifest = self._into(state, name, manifest)
             if not isinstance(manifest, str):
                 self.saved_step = state.step
@@ -397,17 +318,30 @@ class Checkpoints:
     def newest(self) -> int:
         """The step of the newest that is complete and was not passed over; -1: there is none."""
         names = self.ranks.first(lambda: self._complete(self._names()))
-        return max((_step(name) for name in names if name not in self._passed_over), default=-1)
+        return max((step_of(name) for name in names if name not in self._passed_over), default=-1)
 
     def lines(self) -> dict[int, str]:
-        """Of the log, as the checkpoints have it: step -> line."""
-        found = {}
+        """Of the log, as the checkpoints have it: step -> line. A file that has not the checksum of its name is none of them."""
+        found: dict[int, str] = {}
         for name in self.store.list():
-            if LINES.fullmatch(name):
-                for line in self.store.read(name).decode(errors="replace").splitlines(keepends=True):
-                    if (step := step_of(line)) is not None:
-                        found[step] = line
+            if (named := LINES.fullmatch(name)) is None:
+                continue
+            try:
+                content = self._twice(lambda name=name, named=named: self._lines_of(name, named[3]))
+            except (NotWhole, Missing, TooLarge) as error:
+                self.warn(f"{name} at {self.store.url} is passed over: {error}")
+                continue
+            for line in content.decode(errors="replace").splitlines(keepends=True):
+                step = log.step_of(line)
+                if step is not None and int(named[1]) <= step < int(named[2]):
+                    found[step] = line
         return found
+
+    def _lines_of(self, name: str, checksum: str | None) -> bytes:
+        content = self.store.read(name, most=LINES_BYTES)
+        if checksum and xxh3_64_hexdigest(content) != checksum:  # those of earlier releases have none
+            raise NotWhole("its lines are not those that were saved")
+        return content
 
     def _read_manifest(self, name: str) -> dict[str, Any] | str | None:
         """None: it was never finished."""
@@ -415,12 +349,12 @@ class Checkpoints:
         if not there:
             time.sleep(AGAIN[0])  # a store may say so for a moment
         try:
-            manifest = self._twice(lambda: _unsealed(self.store.read(f"{name}/{MANIFEST}")), missing=there)
+            manifest = self._twice(lambda: unsealed(self.store.read(f"{name}/{MANIFEST}")), missing=there)
         except Missing as error:
             return f"{MANIFEST} cannot be read ({error})" if there else None
-        except NotWhole as error:
+        except (NotWhole, TooLarge) as error:
             return str(error)
-        if manifest["step"] != _step(name):
+        if manifest["step"] != step_of(name):
             return f"{MANIFEST} is of step {manifest['step']}"
         return manifest
 
@@ -438,20 +372,28 @@ class Checkpoints:
         """Every row that this rank holds, read and checked; when all ranks have theirs, into the state. -> the manifest, or
         what is wrong."""
         problem: Exception | None = None
-        read = {}
+        read: dict[str, Tensor] = {}
+        digests: dict[str, int] = {}
         try:
             with ThreadPoolExecutor(READERS) as pool:
                 wanted = dict(_wanted(state, self.ranks, manifest["tensors"]))
                 rows = pool.map(lambda item: self._rows(name, manifest["tensors"], *item), wanted.items())
                 read = dict(zip(wanted, rows, strict=True))
+            _require_possible(state, self.ranks, manifest, read)
+            digests = dict(_digests(state, self.ranks, read))
         except (NotWhole, StoreError) as error:
             problem = error
-        problems = [p for p in self.ranks.objects(problem) if p]
-        for p in problems:
+        problems, sums = zip(*self.ranks.objects((problem, digests)), strict=True)
+        for p in filter(None, problems):
             if not isinstance(p, NotWhole | Missing | Short):
                 raise p
-        if problems:
-            return str(problems[0])
+        if any(problems):
+            return str(next(filter(None, problems)))
+        if (said := _added(sums)) != manifest["weights"]:
+            other = sorted(
+                key for key in said.keys() | manifest["weights"] if said.get(key) != manifest["weights"].get(key)
+            )
+            return f"{len(other)} weights have not the digests that {MANIFEST} says, the first is {other[0]}"
         _restore(state, self.ranks, read)
         state.step, state.skipped = manifest["step"], manifest["skipped"]
         return manifest
@@ -467,6 +409,7 @@ class Checkpoints:
             if first >= last:
                 continue
             data = self._twice(lambda block=block: self._block(folder, name, block))
+            self.moved()
             there = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(block.rows, width)
             rows[first - wanted.first : last - wanted.first] = there[first - block.first : last - block.first]
             found[first - wanted.first : last - wanted.first] = True
@@ -511,29 +454,61 @@ def _stage(state: TrainState, ranks: Ranks) -> Iterator[Staged]:
             yield Staged(name, str(x.dtype), list(x.shape), own.first, rows.view(torch.uint8))
 
 
-def _digest(tensor: Staged) -> int:
-    """The sum over rows of their hashes, each seeded by its row's number: rows may lie on any rank."""
-    rows = tensor.rows.numpy()
-    return sum(xxh3_64_intdigest(row.data, tensor.first + k) for k, row in enumerate(rows)) % 2**64
+def _digest(rows: Tensor, first: int) -> int:
+    """(rows, bytes) uint8 -> the sum of the rows' hashes, each seeded by its row's number: rows may lie on any rank."""
+    return sum(xxh3_64_intdigest(row.data, first + k) for k, row in enumerate(rows.numpy())) % 2**64
+
+
+def _digests(state: TrainState, ranks: Ranks, read: dict[str, Tensor]) -> Iterator[tuple[str, int]]:
+    """Of the weights that were read, as `_stage` shares them out: each row counts once."""
+    for k, (name, x) in enumerate(state.model.state_dict().items()):
+        own = slab(x, ranks)
+        if k % own.copies == own.copy and own.local.numel():
+            rows = read[f"weight/{name}"]
+            yield name, _digest(rows.contiguous().view(torch.uint8).view(len(rows), -1), own.first)
+
+
+def _added(digests: Iterable[dict[str, int]]) -> dict[str, str]:
+    """Of all ranks."""
+    sums: dict[str, int] = {}
+    for of_rank in digests:
+        for name, value in of_rank.items():
+            sums[name] = (sums.get(name, 0) + value) % 2**64
+    return {name: f"{value:016x}" for name, value in sorted(sums.items())}
 
 
 def _wanted(state: TrainState, ranks: Ranks, tensors: dict[str, Kept]) -> Iterator[tuple[str, Wanted]]:
     """What this rank needs of a checkpoint."""
+    trained = [name for name, _ in state.model.named_parameters() if any(f"{m}/{name}" in tensors for m in MOMENTS)]
     possible = [(f"weight/{name}", x) for name, x in state.model.state_dict().items()]
-    trained = [(name, p) for name, p in state.model.named_parameters() if f"exp_avg/{name}" in tensors]
-    possible += [(f"{moment}/{name}", p) for name, p in trained for moment in ("exp_avg", "exp_avg_sq")]
+    parameters = dict(state.model.named_parameters())
+    possible += [(f"{moment}/{name}", parameters[name]) for name in trained for moment in MOMENTS]
     for name, x in possible:
         if name not in tensors:
             raise NotWhole(f"{name} is not in it")
-        found, expected = (tensors[name].dtype, tensors[name].shape), (str(x.dtype), list(x.shape))
-        if found != expected:
+        scalar = name.startswith("step/")
+        expected = (str(torch.float32), []) if scalar else (str(x.dtype), list(x.shape))
+        if (found := (tensors[name].dtype, tensors[name].shape)) != expected:
             raise NotWhole(f"{name} is {found}, expected {expected}")
         own = slab(x, ranks)
-        yield name, Wanted(own.first, len(own.local) if x.dim() else 1)
-    for name, _ in trained:
-        if f"step/{name}" not in tensors:
-            raise NotWhole(f"step/{name} is not in it")
-        yield f"step/{name}", Wanted(0, 1)
+        yield name, Wanted(0, 1) if scalar else Wanted(own.first, len(own.local) if x.dim() else 1)
+
+
+def _require_possible(state: TrainState, ranks: Ranks, manifest: dict[str, Any], read: dict[str, Tensor]) -> None:
+    """A state that training can reach: finite, and what has no moments is as it was drawn."""
+    for name, x in read.items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise NotWhole(f"{name} is not finite")
+        if name.startswith("exp_avg_sq/") and bool((x < 0).any()):
+            raise NotWhole(f"{name} is below zero")
+        if name.startswith("step/") and not 0 < float(x) <= manifest["step"]:
+            raise NotWhole(f"{name} is {float(x)}, at step {manifest['step']}")
+    if manifest.get("init"):
+        return  # where weights were brought, they are not known here
+    for name, p in state.model.named_parameters():
+        own = slab(p, ranks).local
+        if f"exp_avg/{name}" not in read and not torch.equal(read[f"weight/{name}"].view(own.shape), own.cpu()):
+            raise NotWhole(f"exp_avg/{name} is not in it, and {name} was trained")
 
 
 def _restore(state: TrainState, ranks: Ranks, read: dict[str, Tensor]) -> None:
@@ -552,77 +527,6 @@ def _restore(state: TrainState, ranks: Ranks, read: dict[str, Tensor]) -> None:
                 own = slab(kept[moment], ranks).local
                 own.copy_(read[f"{moment}/{name}"].view(own.shape))
             state.optimizer.state[p] = kept
-
-
-# ---- manifests ----------------------------------------------------------------------------------------------------------
-
-
-def _step(name: str) -> int:
-    found = NAME.fullmatch(name)
-    assert found
-    return int(found[1])
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    text = json.dumps(manifest)
-    return json.dumps({"checksum": xxh3_64_hexdigest(text.encode()), "manifest": text}).encode()
-
-
-def _unsealed(content: bytes) -> dict[str, Any]:
-    """A manifest whose parts are what they should be, whoever wrote it."""
-    try:
-        sealed = json.loads(content)
-        text = sealed["manifest"]
-        if xxh3_64_hexdigest(text.encode()) != sealed["checksum"]:
-            raise ValueError
-        manifest = json.loads(text)
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise NotWhole(f"{MANIFEST} is damaged") from None
-    if found != FORMAT:
-        raise ConfigError(
-            f"a checkpoint's {MANIFEST} has format {found}, this program reads {FORMAT}: use the program that "
-            "wrote it, or another folder"
-        )
-    try:
-        manifest["tensors"] = {str(name): _kept(of_it) for name, of_it in manifest["tensors"].items()}
-        for name, kind in KINDS.items():
-            if type(manifest[name]) is not kind:
-                raise ValueError(f"{name} is {manifest[name]!r}")
-        if type(manifest["stream"]["order"]) is not dict or type(manifest["stream"]["step"]) is not int:
-            raise ValueError("stream has no order or no step")
-        if not all(sample.isdigit() and type(why) is str for sample, why in manifest["quarantine"].items()):
-            raise ValueError("quarantine is no list of samples")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"{MANIFEST} is not as it should be ({type(error).__name__}: {error})") from None
-    return manifest
-
-
-def _kept(found: Any) -> Kept:
-    dtype, shape, blocks = found
-    blocks = [Block(*block) for block in blocks]
-    width = math.prod(shape[1:]) * DTYPES[dtype].itemsize
-    for number in (*shape, *(n for b in blocks for n in b[1:5])):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r} is no size")
-    for block in blocks:
-        if not FILE.fullmatch(block.file):
-            raise ValueError(f"{block.file!r} is no name of a file of a checkpoint")
-        if block.bytes != block.rows * width:
-            raise ValueError(f"{block.bytes} bytes are not {block.rows} rows")
-    return Kept(dtype, shape, blocks)
-
-
-def manifests(store: Store) -> dict[int, dict[str, Any]]:
-    """Of the checkpoints in a folder that can be read, by step."""
-    found = {}
-    for name in store.list():
-        if NAME.fullmatch(name):
-            try:
-                found[_step(name)] = _unsealed(store.read(f"{name}/{MANIFEST}"))
-            except (Missing, NotWhole):
-                continue  # it was never finished, or a start will say what is wrong with it
-    return found
 
 
 def _in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:

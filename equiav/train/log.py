@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
+
+from xxhash import xxh3_128
+
+from equiav.config import NotHere
+from streaming.outside import Malformed, parse
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
@@ -15,23 +22,46 @@ METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 class Log:
     """One line a step, in order, none lost and none twice: begun again from a checkpoint, it keeps the steps before it."""
 
-    def __init__(self, folder: Path, step: int, token: str = "", elsewhere: Callable[[], Mapping[int, str]] = dict):
-        """token: of this start. elsewhere: lines by step that are kept beside the checkpoints, for a disk that lacks them."""
-        kept = [_lines(folder / METRICS, step, whole=True), _lines(folder / TIMING, step, whole=False)]
-        if len(kept[0]) < step:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        token: str = "",
+        elsewhere: Callable[[], Mapping[int, str]] = dict,
+        digest: str = "",
+    ):
+        """token: of this start. elsewhere: lines by step that are kept beside the checkpoints, for a disk that lacks them, or has
+        others. digest: of the lines before `step`, as the checkpoint says; empty: it does not say."""
+        self.folder = folder
+        lines, timing = _lines(folder / METRICS, step, whole=True), _lines(folder / TIMING, step, whole=False)
+        if len(lines) < step or (digest and _digest(lines).hexdigest() != digest):
             found = elsewhere()
-            while len(kept[0]) < step and len(kept[0]) in found:
-                kept[0].append(found[len(kept[0])])
-        self.missing = step - len(kept[0])  # lines that are nowhere
-        self._files = [
-            _replaced(folder / name, lines, token) for name, lines in zip((METRICS, TIMING), kept, strict=True)
-        ]
+            own = dict(enumerate(lines))
+            for of_both in ({**own, **found}, {**found, **own}):  # a file of the store may be the one that lies
+                lines = [of_both[k] for k in takewhile(of_both.__contains__, range(step))]
+                if not digest or _digest(lines).hexdigest() == digest:
+                    break
+        self.missing = step - len(lines)  # lines that are nowhere
+        self._digest = _digest(lines)
+        self.others = (
+            bool(digest) and not self.missing and self._digest.hexdigest() != digest
+        )  # than those that were saved
+        self._known = not (self.missing or self.others)  # all of them, as they were written
+        with writing(folder):
+            self._files = [_replaced(folder / METRICS, lines, token), _replaced(folder / TIMING, timing, token)]
         self._recent: deque[tuple[int, str]] = deque()  # lines that no checkpoint has
 
     def write(self, step: int, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        for file, values in zip(self._files, (metrics, timing), strict=True):
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self._recent.append((step, json.dumps({"step": step, **metrics}) + "\n"))
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        with writing(self.folder):
+            self._files[0].write(line)
+            self._files[1].write(json.dumps({"step": step, **timing}) + "\n")
+        self._digest.update(line.encode())
+        self._recent.append((step, line))
+
+    def digest(self) -> str:
+        """Of all lines so far; empty where some are not known."""
+        return self._digest.hexdigest() if self._known else ""
 
     def since(self, step: int) -> tuple[int, bytes]:
         """The lines from there on, of which a checkpoint of `step` has the ones before; and the first one's step."""
@@ -42,21 +72,42 @@ class Log:
 
     def sync(self) -> None:
         """What was written is on disk: called before a checkpoint is, since no later start writes it again."""
-        for file in self._files:
-            os.fsync(file.fileno())
+        with writing(self.folder):
+            for file in self._files:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        with writing(self.folder):
+            for file in self._files:
+                file.close()
 
 
 def step_of(line: str) -> int | None:
     """None: it is no whole line of a log."""
     try:
-        step = json.loads(line)["step"] if line.endswith("}\n") else None
-    except (ValueError, KeyError, TypeError):
+        found = parse(line, finite=False) if line.endswith("}\n") else None  # a loss may be none
+    except Malformed:
         return None
-    return step if type(step) is int else None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _digest(lines: Iterable[str]) -> xxh3_128:
+    state = xxh3_128()
+    for line in lines:
+        state.update(line.encode())
+    return state
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """What goes wrong while something is written there names it. The disk is this node's: another node may go on."""
+    try:
+        yield path
+    except OSError as error:
+        where = error.filename or path
+        why = error.strerror or error
+        raise NotHere(f"out: {where} cannot be written ({why}); free the disk, or set another folder") from None
 
 
 def _lines(path: Path, step: int, whole: bool) -> list[str]:
@@ -85,5 +136,5 @@ def _replaced(path: Path, lines: list[str], token: str) -> TextIO:
 
 
 def append(path: Path, value: Any) -> None:
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write(json.dumps(value) + "\n")

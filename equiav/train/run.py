@@ -9,6 +9,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from xxhash import xxh3_128
 
 from equiav.augment import Clips
@@ -30,11 +32,12 @@ from equiav.parallel import Ranks, slab
 from equiav.tasks import Task
 from equiav.tasks.task import Metrics
 from equiav.train.checkpoint import Checkpoints
-from equiav.train.log import Log, append
+from equiav.train.log import Log, append, writing
 from equiav.train.loop import Signals, Step, TrainState, initial_state, steps
+from equiav.train.manifest import NotWhole
 from equiav.train.numbers import SUMMARY, Numbers
-from equiav.train.watch import PHASES, Watch
-from equiav.weights import initial_weights
+from equiav.train.watch import Watch
+from equiav.weights import download, initial_weights
 from streaming import (
     Bad,
     CacheError,
@@ -54,8 +57,9 @@ from streaming.store import Denied, NoStore
 
 Tell = Callable[[str], None]
 Show = Callable[[int, Metrics, dict[str, Any]], None]
-TELLS = dict(zip(PHASES, ("save", "data"), strict=False))  # of the watch's phases, those that are told as such
+TELLS = {"saves": "save", "waits for data": "data"}  # of the watch's phases, those that are told as such
 FINAL = (ConfigError, DatasetError, NoStore, CacheMisfit, TooManyBadSamples, FloatingPointError, Superseded)
+ENDINGS = {of.status: of for of in (Terminated, Interrupted, Superseded, Stalled, Unsaved)}
 HEARD = 8  # clips of the first step, to compare with the settings
 MANY = 200  # epochs, beyond which a run's length is rather a mistake
 OVERDUE_AGAIN = 60.0  # seconds between two words on a save that is overdue
@@ -91,14 +95,21 @@ def run(
     config: RunConfig, task: Task, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None = None
 ) -> Done:
     """From the newest checkpoint, or from the beginning, to the last step. `options`: for the file system of the clips."""
-    first = ranks.rank == 0
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NotHere(f"out: {config.out} cannot be made ({error}); set a folder that can be written") from None
-    # The parts, each handed what it needs.
+    patience = max(config.stream.patience, config.checkpoint.patience)
+    with Watch(ranks, config.out / "stalls", config.stall_seconds, patience, tell, config.train.compile) as watch:
+        return run_watched(config, task, ranks, tell, show, options, watch)
+
+
+def run_watched(
+    config: RunConfig, task: Task, ranks: Ranks, tell: Tell, show: Show, options: dict[str, Any] | None, watch: Watch
+) -> Done:
+    first = ranks.rank == 0
     c, url = config.checkpoint, config.checkpoint.url or str(config.out / "checkpoints")
-    checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell)
+    checkpoints = Checkpoints(url, ranks, c.keep, c.keep_every, c.patience, warn=tell, moved=watch.moved)
     state = initial_state(task, ranks)
     if any(other != dict(task.learns_from) for other in ranks.objects(dict(task.learns_from))):
         raise StoreError(
@@ -114,14 +125,21 @@ def run(
         sharers=ranks.local_size,
         options=options,
     )
+    if loader.samples < task.fewest:
+        raise ConfigError(
+            f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or more"
+        )
     with suppress(DatasetError, ShardError, StoreError):  # what is damaged is each sample's matter
         require_modalities("stream.url", loader.dataset, task.hears, task.sees)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.samples, config.stream.max_bad, listed)
-    patience = max(config.stream.patience, c.patience)
     with loader, checkpoints:
         found = find(config, task, checkpoints, state, loader, quarantine)
-        began_with = found.get("init", {}) if found else begin_with(config, ranks, state, tell) if config.init else {}
+        if not found and config.resume != "anyway":
+            ranks.first(lambda: require_unused(config, url))
+        began_with = (
+            found.get("init", {}) if found else begin_with(config, ranks, state, tell, watch) if config.init else {}
+        )
         if first:
             how = "is finished" if state.step == config.train.steps else "goes on" if found else "begins"
             spares = f" and {ranks.spares} spare(s)" if ranks.spares else ""
@@ -135,12 +153,17 @@ def run(
                 for line in expected(config, task, loader):
                     tell(line)
                 write_start(config, ranks, checkpoints, loader, state.step)
-        log = Log(config.out, state.step, checkpoints.token, checkpoints.lines) if first else None
+        digest = found.get("log", "") if found else ""
+        log = Log(config.out, state.step, checkpoints.token, checkpoints.lines, digest) if first else None
         if log and log.missing:
             tell(f"{log.missing} of the {state.step} lines before this step are neither in {config.out} nor at {url}")
+        if log and log.others:
+            tell(
+                f"the lines of metrics.jsonl before step {state.step} are not those that were saved, neither in {config.out} nor "
+                f"at {url}: somebody changed them"
+            )
         with Asked(tell if first else None) as asked:
-            watch = Watch(ranks, config.out / "stalls", config.stall_seconds, patience, asked, tell)
-            checkpoints.moved = watch.moved
+            watch.asked = asked
             numbers = Numbers(config, task, ranks, loader, checkpoints, quarantine, tell)
             if first:
                 numbers.begin(environment())
@@ -176,6 +199,24 @@ def run(
         return Done(state, found["step"] if found else 0, loader.stats(), quarantine.counts(), ended)
 
 
+def require_unused(config: RunConfig, url: str) -> None:
+    """A run that begins writes its log anew: not over that of a run whose checkpoints are elsewhere."""
+    before = config.out / "config.yaml"
+    if not before.exists():
+        return
+    try:
+        there = yaml.safe_load(before.read_text("utf-8"))
+        was = str(there["checkpoint"]["url"] or config.out / "checkpoints")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        was = "a place that its config.yaml does not say"
+    finished = (config.out / SUMMARY).exists() or (config.out / "model" / "config.json").exists()
+    if finished or (was != url and was != named(url)):
+        raise ConfigError(
+            f"out: {config.out} holds a {'finished ' * finished}run with checkpoints at {was}, and there is none at {url}; "
+            "choose another folder, or set checkpoint.url as it was (--resume anyway: begin at step 0, over its log)"
+        )
+
+
 def find(
     config: RunConfig, task: Task, checkpoints: Checkpoints, state: TrainState, loader: Loader, quarantine: Quarantine
 ) -> dict[str, Any] | None:
@@ -187,6 +228,10 @@ def find(
             raise ConfigError(
                 f"resume is never, and {url} holds a checkpoint of step {manifest['step']}; choose another folder"
             )
+        if manifest["step"] > config.train.steps:
+            raise NotWhole(f"it is of step {manifest['step']}, of a run of {config.train.steps}")
+        if beyond := [sample for sample in manifest["quarantine"] if int(sample) >= loader.dataset.samples]:
+            raise NotWhole(f"sample {beyond[0]} is quarantined, of {loader.dataset.samples}")
         refused, otherwise = differences(config, manifest["config"])
         before = manifest.get("init", {}).get("from", "")
         if (
@@ -263,13 +308,14 @@ def unlike(config: RunConfig, clips: Clips) -> str:
     )
 
 
-def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -> dict[str, str]:
+def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell, watch: Watch) -> dict[str, str]:
     """Weights from elsewhere, into the state -> what is to be remembered of them."""
     imported, problem = None, ""
     try:
         names = list(state.model.state_dict())
         predicts = any(".predictor." in name for name in names)
-        imported = initial_weights(config.init, config, config.seed, config.checkpoint.patience, predicts)
+        with once_a_node(config.init, ranks, config.checkpoint.patience, watch.moved) as path:
+            imported = initial_weights(config.init, config, config.seed, path, predicts)
         imported.restrict_to(names)
         if lacks := sorted(
             {name.partition(".")[0] for name in imported.fresh if name.endswith(".encoder.blocks.0.attn.qkv.weight")}
@@ -298,6 +344,29 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell) -
     if ranks.rank == 0:
         tell("\n  ".join([f"begins with the weights of {named(config.init)}", *imported.account()]))
     return {"from": named(config.init), "digest": digest}
+
+
+@contextmanager
+def once_a_node(source: str, ranks: Ranks, patience: float, moved: Callable[[], None]) -> Iterator[Path]:
+    """Where the files of a model are on this machine. From a store, one process of each node downloads them."""
+    if "://" not in source:
+        yield Path(source).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="equiav-") as folder:
+        path: Path | None = None
+        problem: Exception | None = None
+        if ranks.local_rank == 0:
+            try:
+                path = download(source, Path(folder), patience, moved)
+            except (ConfigError, StoreError) as error:
+                problem = error
+        paths, problems = zip(*ranks.objects((path, problem)), strict=True)
+        if first := next(filter(None, problems), None):
+            raise first
+        try:
+            yield paths[ranks.rank - ranks.local_rank]
+        finally:
+            ranks.objects(None)  # all have read it
 
 
 def named(source: str) -> str:
@@ -372,13 +441,15 @@ def train(
         numbers.spent({TELLS[phase]: seconds for phase, seconds in watch.spent().items() if phase in TELLS})
         found = bad.pop(step.number)
         if metrics["bad"]:
-            quarantine.add(one for of_rank in ranks.objects(found) for one in of_rank)
+            everyones = [one for of_rank in ranks.objects(found) for one in of_rank]
+            with writing(config.out / "quarantine.jsonl"):
+                quarantine.add(everyones)
         if len(not_finite) >= config.train.max_skipped:
             raise_not_finite(config, ranks, metrics, not_finite)
         if told.superseded:
             raise Superseded(checkpoints.superseded_for_all())
-        if told.overdue:
-            raise Unsaved(ranks.first(lambda: saves.overdue()))
+        if told.overdue and (problem := ranks.first(lambda: saves.overdue())):  # a save may have come since
+            raise Unsaved(problem)
         if not told.busy:
             checkpoints.advance()
         saves.due = saves.due or bool(told.due)
@@ -397,6 +468,7 @@ def train(
             "config": shown(config, loader, checkpoints),
             "init": began_with,
             "learns_from": dict(task.learns_from),
+            "log": log.digest() if log else "",
             **environment(),
         }
         checkpoints.save(state, about, log.since(checkpoints.saved_step) if log else (0, b""))
@@ -407,6 +479,7 @@ def train(
     )  # kept: were it closed, what is being decoded would be waited for
     for step in running:
         under_way.append(step)
+        watch.begun()
         clock.append(time.monotonic())
         saves.after(state.step)
         # A step's numbers are read while the next one computes. What is saved has been read: no line of it may be lost.
@@ -442,7 +515,8 @@ def ending(status: float, step: int, url: str, problem: str) -> Ending:
 
 def raise_not_finite(config: RunConfig, ranks: Ranks, metrics: Metrics, steps: dict[int, list[int]]) -> None:
     if ranks.rank == 0:
-        (config.out / "not_finite.json").write_text(json.dumps(steps))
+        with writing(config.out / "not_finite.json") as path:
+            path.write_text(json.dumps(steps))
     names = [name for name, value in metrics.items() if not abs(value) < float("inf")]
     raise NotFinite(
         f"step {max(steps)}: {', '.join(names)} not finite, as in {len(steps)} steps in a row (train.max_skipped="
@@ -553,21 +627,25 @@ def launched(ranks: Ranks, tell: Tell) -> Iterator[bool]:
                 how = ranks.wait_as_spare()
             except RuntimeError as error:
                 raise Stalled(f"rank 0, which this spare waits beside, is gone ({error})") from None
-            if how:
-                raise ConfigError(f"the run has ended: {how}")
+            status, text = how
+            if status in ENDINGS:
+                raise ENDINGS[status](text)
+            if text:
+                raise ConfigError(f"the run has ended: {text}")
         yield not ranks.spare
     except Exception as error:
-        if remedy(error) == "never":
-            ranks.close(str(error))
+        if isinstance(error, Ending) or remedy(error) == "never":
+            ranks.close(str(error), error.status if isinstance(error, Ending) else 0)
         raise
     ranks.close()
 
 
 def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loader: Loader, step: int) -> None:
-    part = config.out / f"config.{checkpoints.token}"
-    part.write_text(to_yaml(shown(config, loader, checkpoints)))
-    part.replace(config.out / "config.yaml")
-    (config.out / SUMMARY).unlink(missing_ok=True)  # of an earlier end
+    with writing(config.out / "config.yaml") as path:
+        part = path.with_suffix(f".{checkpoints.token}")
+        part.write_text(to_yaml(shown(config, loader, checkpoints)))
+        part.replace(path)
+        (config.out / SUMMARY).unlink(missing_ok=True)  # of an earlier end
     start = {"time": time.time(), "step": step, "token": checkpoints.token, "ranks": ranks.size, "shard": ranks.shard}
     append(config.out / "starts.jsonl", {**start, **environment()})
 

@@ -16,9 +16,16 @@ from typing import NamedTuple
 from equiav.ending import Stalled, Terminated
 from equiav.parallel import Ranks
 
-PHASES: tuple[str, ...] = ("saves", "waits for data", "computes", "waits for others")  # in the order of a step
-WITH_PATIENCE = PHASES[:2]  # a store may be what is waited for
+PHASES: tuple[str, ...] = (
+    "begins",
+    "saves",
+    "waits for data",
+    "computes",
+    "waits for others",
+)  # in the order of a step
+WITH_PATIENCE = PHASES[:3]  # a store may be what is waited for
 WAITING = ("torch/distributed/", "torch/cuda/streams.py")  # code in which the main thread waits for other ranks
+COMPILING = 3600.0  # seconds that a first step may take that compiles
 LAST_WORDS = 3.0  # seconds in which a process that ends may still write, and the others notice
 
 
@@ -41,13 +48,16 @@ class Watch:
         folder: Path,
         seconds: float,
         patience: float,
-        asked: Callable[[], int],
         tell: Callable[[str], None],
+        compiles: bool = False,
     ):
-        """seconds: without a step, after which the run has stalled; patience: that a store is waited for beside those; asked:
-        the status with which this process shall end, 0: it shall not."""
+        """seconds: without a step, after which the run has stalled; patience: that a store is waited for beside those. compiles:
+        the first step does, which takes minutes."""
         self.ranks, self.folder, self.seconds, self.patience, self.tell = ranks, folder, seconds, patience, tell
-        self.asked, self._asked_since = asked, 0.0
+        self.asked: Callable[[], int] = lambda: 0
+        """The status with which this process shall end; 0: it shall not."""
+        self._asked_since, self._begins = 0.0, True  # until the first step of this start is done
+        self._first = max(patience, COMPILING) if compiles else patience
         self._at, self._longest = (0, PHASES[0], time.monotonic()), 0.0
         self._came, self._spent = time.monotonic(), dict.fromkeys(PHASES, 0.0)
         self._ended = threading.Event()
@@ -63,9 +73,21 @@ class Watch:
             for target, name in ((self._watch, "watch"), (self._exchange, "beats")):
                 threading.Thread(target=target, daemon=True, name=name).start()
 
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begun(self) -> None:
+        """The first step of this start is done."""
+        self._begins = False
+
     def at(self, step: int, phase: str) -> None:
         """The run moves."""
         now = time.monotonic()
+        if self._begins and phase == "computes":
+            phase = PHASES[0]
         self._spent[self._at[1]] += now - self._came
         self._came = now
         if self._at[1] not in WITH_PATIENCE:
@@ -78,8 +100,9 @@ class Watch:
         return spent
 
     def moved(self) -> None:
-        """So does what it waits for."""
-        self._at = (*self._at[:2], time.monotonic())
+        """So does the store that it waits for. While it computes, an upload beside it says nothing of it."""
+        if self._at[1] in WITH_PATIENCE:
+            self._at = (*self._at[:2], time.monotonic())
 
     def end(self) -> None:
         self._ended.set()
@@ -164,7 +187,8 @@ class Watch:
             return f"rank(s) {silent} no longer say anything: killed, stopped, or cut off"
         if self.ranks.rank:
             return self._verdict
-        patience = self.patience if any(beat.phase in WITH_PATIENCE for beat, _ in beats.values()) else 0.0
+        phases = {beat.phase for beat, _ in beats.values()}
+        patience = self._first if PHASES[0] in phases else self.patience if phases & {*WITH_PATIENCE} else 0.0
         if min(beat.seconds for beat, _ in beats.values()) <= self.seconds + patience:
             return ""
         behind = min((beat.step, PHASES.index(beat.phase)) for beat, _ in beats.values())

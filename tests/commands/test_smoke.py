@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from equiav.commands.smoke import HELD_OUT_FROM, SmokeConfig, evaluate, pack_clips, write_report
-from equiav.config import from_dict
+from equiav.commands.smoke import HELD_OUT_FROM, SmokeConfig, evaluate, pack_clips, take_folder, write_report
+from equiav.config import ConfigError, from_dict
 from equiav.data.clips import decode_frame, encode_frame
 from equiav.data.local_s3 import LocalS3
 from equiav.data.stream import batches, open_stream
@@ -125,3 +125,17 @@ def test_retrieval_is_ten_times_chance(tmp_path, device):
     over_chance = [float(value) for value in re.findall(r"to (?:audio|image) .*\| ([\d.]+)x \|", report)]
     assert len(over_chance) == 2
     assert min(over_chance) >= 10, report
+
+
+def test_what_others_have_made_is_not_removed(tmp_path):
+    """A run's folder; one of its own it takes again."""
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "one" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match="holds something that `equiav smoke` did not make"):
+        take_folder(tmp_path / "one")
+    assert (tmp_path / "one" / "metrics.jsonl").exists()
+    for _ in range(2):
+        take_folder(tmp_path / "two")
+        (tmp_path / "two" / "report.md").write_text("x")
+    (tmp_path / "empty").mkdir()
+    take_folder(tmp_path / "empty")

@@ -1,14 +1,28 @@
 """What cannot be used is refused by name; nothing is put in its place."""
 
 import io
+import os
+import tracemalloc
 import wave
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from equiav import api
 from equiav.config import DataConfig
-from equiav.data.clips import BadClipError, check_audio, check_frame, decode_frame, decode_wav, encode_frame, encode_wav
+from equiav.data.clips import (
+    DECODE_AUDIO,
+    ENCODE_AUDIO,
+    BadClipError,
+    check_audio,
+    check_frame,
+    decode_frame,
+    decode_wav,
+    encode_frame,
+    encode_wav,
+)
 
 DATA = DataConfig()
 RATE = 16000
@@ -158,6 +172,62 @@ def test_edges():
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadClipError, match="cannot be decoded"):
+    monkeypatch.setattr("equiav.data.clips.MOST_PIXELS", 100)
+    with pytest.raises(BadClipError, match="30 x 40 pixels, expected 100 at most"):
         decode_frame(picture(), "s")
+
+
+# ---- bytes that are what they are, whatever their name says
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n"
+
+
+def test_no_program_of_this_machine_runs_on_bytes_from_a_bucket(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(BadClipError, match="neither of JPEG and PNG"):
+        decode_frame(POSTSCRIPT, "s")
+    (tmp_path / "one.jpg").write_bytes(POSTSCRIPT)
+    with pytest.raises(BadClipError, match="no picture"):
+        api._frame(tmp_path / "one.jpg", "one")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["AVIF", "DDS", "BLP", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "SGI", "IM"]
+)
+def test_other_formats_are_bad_samples(kind):
+    buffer = io.BytesIO()
+    Image.new("P" if kind == "BLP" else "RGB", (40, 30)).save(buffer, kind)
+    with pytest.raises(BadClipError, match="neither of JPEG and PNG"):
+        decode_frame(buffer.getvalue(), "s")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "wav", "flac"])
+def test_whatever_happens_to_bytes_they_are_a_clip_or_a_bad_one(kind, seed):
+    """By mutation; `make fuzz` does it for longer."""
+    rng = np.random.default_rng(seed)
+    whole = picture(kind=kind) if kind.isupper() else ENCODE_AUDIO[kind](noise(), RATE)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        content = bytes(content[: rng.integers(1, len(content))] if rng.random() < 0.3 else content)
+        with suppress(BadClipError):
+            decode_frame(content, "s") if kind.isupper() else DECODE_AUDIO[kind](content, "s", DATA)
+
+
+def test_silence_of_days_takes_no_memory():
+    """Of a FLAC its header says how long it is: ten bytes make it 36 bits of samples."""
+    content = bytearray(ENCODE_AUDIO["flac"](noise(), RATE))
+    content[21] |= 0x0F  # of the number of samples, the upper bits
+    tracemalloc.start()
+    with pytest.raises(BadClipError, match=r"audio has \d{11} samples, expected 57600000 at most"):
+        DECODE_AUDIO["flac"](bytes(content), "s", DATA)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 1 << 20

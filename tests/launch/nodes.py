@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests import forks
 from tests.train.test_pretrain import ENV, lines, steps
 
 
@@ -63,7 +64,7 @@ class Nodes:
 
     def worker(self, number):
         """A worker: what the fork server has started."""
-        server = [pid for pid in self.of(number) if "forkserver" in command_line(pid)]
+        server = [pid for pid in self.of(number) if forks.kind(pid) == "forkserver"]
         return next(pid for pid in server if parent(pid) in server)
 
     def kill(self, number):
@@ -110,13 +111,6 @@ class Nodes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-
-def command_line(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 def parent(pid):

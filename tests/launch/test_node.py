@@ -9,12 +9,14 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
 
 from equiav.data.local_s3 import LocalS3
 from launch.ended import Ended, Record
+from tests import forks
 from tests.launch.nodes import Nodes
 from tests.train.ranks import free_port
 from tests.train.test_pretrain import ENV, Run, lines, same_run, steps
@@ -198,7 +200,9 @@ def test_nothing_of_a_node_outlives_it(nodes):
     nodes.running[0].wait()
     deadline = time.monotonic() + 20
     while left := [pid for pid in all_of_it if os.path.exists(f"/proc/{pid}/exe")]:
-        assert time.monotonic() < deadline, left
+        assert time.monotonic() < deadline, [
+            (pid, forks.kind(pid), Path(f"/proc/{pid}/wchan").read_text()) for pid in left
+        ]
         time.sleep(0.1)
 
 
@@ -238,6 +242,29 @@ def test_data_that_is_refused_is_asked_for_once_again(long_config, tmp_path, mon
         assert "round 2" in nodes.told()
         assert "round 3" not in nodes.told()
         assert "the run has ended for good" in nodes.told()
+
+
+def test_what_fails_in_the_same_place_each_time_ends_the_run(long_config, tmp_path):
+    """An out-of-memory, or an error, between two saves: computed again and again, it would be so for weeks."""
+    code = "import sys, launch.agent; launch.agent.NO_PROGRESS = 3; from launch import node; from tests.launch import fails_at; "
+    code += "launch.agent.worker = fails_at.worker; sys.exit(node.main(sys.argv[1:]))"
+    nodes = Nodes(long_config, tmp_path / "out", nodes="1:1", port=free_port(), program=["-c", code])
+    nodes.fails_for_good = True
+    try:
+        nodes.start(0)
+        nodes.finish()
+    finally:
+        nodes.end()
+    told = nodes.told()
+    assert nodes.ended == {0: [1]}
+    assert re.search(
+        r"3 rounds in a row have failed, and no step is saved beyond (\d+); the last: rank 0 ended by SIGKILL", told
+    )
+    assert "round 3" in told
+    assert "round 5" not in told  # the first of them had saved
+    assert Record(str(nodes.out / "checkpoints"), "one", 0).saved() > 0
+    with pytest.raises(Ended, match="the run has ended for good"):
+        Record(str(nodes.out / "checkpoints"), "one", 0).look()
 
 
 @pytest.mark.slow

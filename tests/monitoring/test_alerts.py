@@ -46,6 +46,7 @@ HEALTHY = {
     "unsaved_seconds": constant(0),
     "failed_saves_total": constant(2),
     "rounds_total": constant(4),
+    "rounds_without_progress": constant(1),
     "run_began_time_seconds": constant(7),
     "world_size": constant(4),
     "spare_processes": constant(0),
@@ -100,6 +101,7 @@ CASES = {
     "EquiavUnsaved": ({"unsaved_seconds": constant(950)}, {"unsaved_seconds": constant(850)}),
     "EquiavSavesFail": ({"failed_saves_total": rises(1 / 1200)}, {}),
     "EquiavRestartStorm": ({"rounds_total": rises(5.6 / 1800)}, {"rounds_total": rises(4.5 / 1800)}),
+    "EquiavNoProgress": ({"rounds_without_progress": constant(3)}, {"rounds_without_progress": constant(2)}),
     "EquiavWorldShrunk": ({"world_size": constant(3)}, {"world_size": constant(3), "spare_processes": constant(1)}),
     "EquiavQuarantine": (
         {'quarantined_samples{reason="image"}': constant(45), 'quarantined_samples{reason="audio"}': constant(6)},

@@ -29,6 +29,8 @@ class FaultProxy:
         self.next: list[str] = []
         self.only = re.compile("")  # faults hit only these: METHOD path?query
         self.down = False
+        self.flips: re.Pattern[str] | None = None  # of these requests, one bit of what they send
+        self.flips_left = 1 << 30
         self.log: list[Request] = []
         started = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -81,6 +83,10 @@ class FaultProxy:
             if "100-continue" in head.lower():
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await reader.readexactly(int(length[1]))
+        if self.flips and self.flips_left and body and self.flips.search(f"{method} {path}"):
+            self.flips_left -= 1
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         if fault in REFUSALS:
             text = b"<Error><Code>%s</Code><Message>injected</Message></Error>" % REFUSALS[fault]
             writer.write(

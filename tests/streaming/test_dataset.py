@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -16,10 +17,23 @@ import webdataset
 from xxhash import xxh3_64_hexdigest
 
 from streaming import Dataset, DatasetError, ShardError, Store
-from streaming.dataset import Shard, describe, encode_index, index_shard, verify_shard, write_index
+from streaming.dataset import (
+    COLUMNS,
+    MOST_SAMPLES,
+    Shard,
+    _head,
+    describe,
+    encode_index,
+    index_shard,
+    keys_that_come_again,
+    read_offsets,
+    verify_shard,
+    write_index,
+)
 from streaming.pack import pack
 from streaming.shards import Offsets, encode_offsets, scan
 from streaming.store import Missing
+from tests.forks import APART
 from tests.streaming import pack_children
 
 
@@ -28,14 +42,10 @@ def random_shards(rng, count):
     names = {"".join(rng.choices(letters, k=rng.randint(1, 30))).strip() + f"{k}.tar" for k in range(count)}
     digits = "0123456789abcdef"
     return [
-        Shard(
-            name,
-            rng.choice([1, 7, 512, 10**10 - 1]),
-            rng.choice([1, 10**13 - 1, rng.randrange(10**9)]),
-            "".join(rng.choices(digits, k=16)),
-            "".join(rng.choices(digits, k=16)),
-        )
+        Shard(name, samples, rng.choice([1024 * samples, 10**13 - 1, 10**12 + rng.randrange(10**9)]), *checksums)
         for name in names
+        for samples in [rng.choice([1, 7, 512, MOST_SAMPLES])]
+        for checksums in [("".join(rng.choices(digits, k=16)), "".join(rng.choices(digits, k=16)))]
     ]
 
 
@@ -72,7 +82,6 @@ def opened(folder, index):
 def test_what_is_written_into_an_index_comes_back(tmp_path, seed):
     rng = random.Random(seed)
     shards = random_shards(rng, 1 if seed < 3 else rng.randint(2, 300))
-    shards = [shard._replace(samples=min(shard.samples, 2**31 - 1)) for shard in shards]
     index = encode_index(shards)
     dataset = opened(tmp_path, index)
     expected = sorted(shards)
@@ -261,7 +270,13 @@ def test_two_million_shards_open_in_little_memory(tmp_path):
         print(json.dumps([len(dataset), dataset.samples, dataset[1234567], largest, sizes.dtype.name,
                           sizes[::1000].tolist(), starts[::1000].tolist(), taken]))
     """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, **APART},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     *told, taken = json.loads(done.stdout)
     shard = ["part-1234567.tar", 500 + 1234567 % 400, 256_000_000, "0123456789abcdef", "fedcba9876543210"]
     starts = np.cumsum(sizes) - sizes
@@ -304,7 +319,7 @@ SAMPLES = {f"s{k}": pack_children.members(k) for k in range(6)}
 def read_by_offsets(folder, shard):
     """key -> members, from the offsets file alone."""
     content = (folder / shard.name).read_bytes()
-    offsets = Offsets((folder / shard.offsets_name).read_bytes())
+    offsets = Offsets((folder / shard.offsets_name).read_bytes(), shard.offsets_name, shard.bytes)
     samples = (offsets[k] for k in range(len(offsets)))
     return {s.key: {name: content[m.offset : m.offset + m.length] for name, m in s.members.items()} for s in samples}
 
@@ -321,7 +336,7 @@ def test_the_index_of_packed_shards_is_what_packing_computed(tmp_path):
     packed = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for path in [*tmp_path.glob("*.offsets"), tmp_path / "index"]:
         path.unlink()
-    write_index(store, [index_shard(store, path.name) for path in tmp_path.glob("*.tar")])
+    write_index(store, [index_shard(store, path.name)[0] for path in tmp_path.glob("*.tar")])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == packed
 
 
@@ -335,7 +350,7 @@ def test_shards_that_webdataset_wrote_are_indexed_where_they_are(s3, tmp_path, w
     with webdataset.TarWriter(str(folder / "theirs-000.tar"), encoder=False) as tar:
         for key, members in SAMPLES.items():
             tar.write({"__key__": key, **members})
-    shard = index_shard(store, "theirs-000.tar")
+    shard, _ = index_shard(store, "theirs-000.tar")
     write_index(store, [shard])
     assert read_by_offsets(folder, shard) == SAMPLES
     dataset = Dataset(store)
@@ -364,7 +379,7 @@ def test_other_tars_are_read_as_webdataset_reads_them(tmp_path, form):
     ]
     entries = strangers[:3] + entries[:2] + strangers[3:] + entries[2:]
     path = write_tar(tmp_path / "theirs.tar", entries, format=form)
-    shard = index_shard(Store(str(tmp_path)), path.name)
+    shard, _ = index_shard(Store(str(tmp_path)), path.name)
     assert read_by_offsets(tmp_path, shard) == samples == read_plainly(path)
     assert verify_shard(Store(str(tmp_path)), shard) == []
 
@@ -372,7 +387,7 @@ def test_other_tars_are_read_as_webdataset_reads_them(tmp_path, form):
 def test_offsets_say_where_each_member_lies(tmp_path):
     path = write_tar(tmp_path / "x.tar", flat(SAMPLES))
     samples, content = scan(path, "x.tar"), path.read_bytes()
-    offsets = Offsets(encode_offsets(samples))
+    offsets = Offsets(encode_offsets(samples), "x", len(content))
     assert [offsets[k] for k in range(len(offsets))] == samples
     for sample in samples:
         for name, member in sample.members.items():
@@ -460,7 +475,7 @@ def test_what_is_not_a_plain_tar_is_refused(tmp_path, change):
 def shard(tmp_path):
     """A shard in a folder, with its offsets."""
     write_tar(tmp_path / "x.tar", flat(SAMPLES))
-    return index_shard(Store(str(tmp_path)), "x.tar")
+    return index_shard(Store(str(tmp_path)), "x.tar")[0]
 
 
 def problems(folder, shard):
@@ -501,7 +516,7 @@ def test_of_a_cut_shard_the_samples_beyond_the_end_are_named(s3, tmp_path, where
         folder.mkdir()
         store = Store(f"s3://{folder.name}", patience=20, options=s3.options)
     path = write_tar(folder / "x.tar", flat(SAMPLES))
-    shard = index_shard(store, "x.tar")
+    shard, _ = index_shard(store, "x.tar")
     cut = scan(path, "x.tar")[3].span[1]
     path.write_bytes(path.read_bytes()[:cut])
     while store.size("x.tar") != cut:
@@ -553,3 +568,107 @@ def test_offsets_that_are_wrong_since_they_were_indexed_are_laid_to_the_sample(t
     write_tar(tmp_path / "x.tar", flat(changed))
     assert problems(tmp_path, shard)[1:] == [("s2", "member wav is damaged")]
     assert describe(tmp_path / "x.tar", "x.tar")[0].checksum != shard.checksum
+
+
+# ---- numbers that somebody else has written
+
+
+def sealed_index(shards):
+    """Of shards that may say anything: sums are made without them."""
+    lines = [encode_index([shard._replace(samples=1, bytes=1)]).partition(b"\n")[2] for shard in shards]
+    width = len(lines[0]) - sum(COLUMNS.values()) - len(COLUMNS) - 1
+    for k, shard in enumerate(shards):
+        cells = (str(value).encode().rjust(size) for value, size in zip(shard[1:], COLUMNS.values(), strict=True))
+        lines[k] = b" ".join([lines[k][:width], *cells]) + b"\n"
+    return b"{}\n" + b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"samples": 1_400_000_000},
+        {"samples": 0},
+        {"samples": "1e3"},
+        {"samples": "1 0"},
+        {"bytes": ":00000"},
+        {"bytes": 600},
+        {"checksum": "0123456789ABCDEF"},
+        {"offsets": "../../../../etc/"},
+        {"samples": MOST_SAMPLES + 1, "bytes": 10**13 - 1},
+    ],
+)
+def test_numbers_that_a_shard_cannot_have_are_refused_before_memory_is_taken(tmp_path, wrong):
+    right = Shard("a.tar", 10, 700_000, "0" * 16, "f" * 16)
+    lines = sealed_index([right, right._replace(name="b.tar", **wrong)]).partition(b"\n")[2]
+    (tmp_path / "index").write_bytes(head_of(lines, len(lines) // 2) + b"\n" + lines)
+    with pytest.raises(DatasetError, match=r"says of shard b.tar what cannot be"):
+        Dataset(Store(str(tmp_path)))
+
+
+def head_of(lines, row):
+    """The first line that a reader would accept with these."""
+    samples = size = 0
+    for start in range(0, len(lines), row):
+        fields = lines[start : start + row]
+        width = row - sum(COLUMNS.values()) - len(COLUMNS) - 1
+        digits = [fields[width + 1 : width + 11], fields[width + 12 : width + 25]]
+        values = [sum(max(0, c - 48) * 10 ** (len(d) - 1 - k) for k, c in enumerate(d)) for d in digits]
+        samples, size = samples + values[0], size + values[1]
+    return json.dumps(_head(len(lines) // row, samples, size, width, lines)).encode()
+
+
+OFFSETS = {
+    "a place beyond the shard": ["k", {"json": [2**40, 10, "0" * 16]}],
+    "half a byte": ["k", {"json": [0, 1.5, "0" * 16]}],
+    "below zero": ["k", {"json": [-1, 1, "0" * 16]}],
+    "a length of all": ["k", {"json": [0, 2**62, "0" * 16]}],
+    "no checksum": ["k", {"json": [0, 1, 7]}],
+    "no members": ["k", {}],
+    "no key": [7, {"json": [0, 1, "0" * 16]}],
+    "a list": [],
+}
+
+
+@pytest.mark.parametrize("what", OFFSETS)
+def test_offsets_that_cannot_be_are_named(what):
+    content = json.dumps(OFFSETS[what]).encode() + b"\n"
+    with pytest.raises(ShardError, match="line 1 of x is no sample with its members"):
+        Offsets(content, "x", 1000)[0]
+
+
+@pytest.mark.parametrize(
+    "line", [b'["k", {"json": [NaN, 1, "0"]}]', b"[" * 100_000, b"\xff", b'["k", {"a": [0, 1], "a": 1}]', b""]
+)
+def test_lines_of_offsets_that_are_no_json_are_named(line):
+    with pytest.raises(ShardError, match="line 1 of x is no sample"):
+        Offsets(line + b"\n", "x", 1000)[0]
+
+
+def test_an_offsets_file_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "a.tar.offsets").write_bytes(bytes(300_000))
+    shard = Shard("a.tar", 10, 10_000, "0" * 16, "0" * 16)
+    with pytest.raises(DatasetError, match=r"too large: .* has 300000 bytes, expected 24096 at most"):
+        read_offsets(Store(str(tmp_path)), shard)
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(1 << 40)])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_size_below_zero_ends(tmp_path, size, kind):
+    """CVE-2025-8194: Python's reader goes back to where it came from, for ever."""
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", bytes(1000)), ("b.jpg", bytes(5000))])
+    content = bytearray(path.read_bytes())
+    header = tarfile.TarInfo("c.jpg")
+    header.type = kind
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" + (size & (1 << 88) - 1).to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path.write_bytes(bytes(content[:1536]) + bytes(block) + bytes(content[1536:]))
+    with pytest.raises(ShardError, match=r"shard x\.tar"):
+        scan(path, "x.tar")
+
+
+def test_a_key_that_stands_in_two_shards_is_found():
+    hashes = [np.array(keys, np.uint64) for keys in ([1, 2, 3], [4], [5, 2, 6, 1])]
+    assert keys_that_come_again(hashes) == [(2, 1), (2, 3)]
+    assert keys_that_come_again(hashes[:2]) == []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_64_hexdigest
 
 from streaming import (
     Bad,
@@ -34,6 +35,7 @@ from streaming import (
     Store,
 )
 from streaming import loader as loader_module
+from streaming.dataset import encode_index
 from streaming.fetch import Fetcher, FetchSettings, Files
 from streaming.order import COPY, sample_of, share
 from streaming.shards import Offsets
@@ -213,7 +215,7 @@ def damaged(local, tmp_path):
 
 
 def offsets_of(folder, shard):
-    return Offsets((folder / f"{shard}.offsets").read_bytes())
+    return Offsets((folder / f"{shard}.offsets").read_bytes(), shard, (folder / shard).stat().st_size)
 
 
 def flip(path, position):
@@ -594,8 +596,8 @@ def test_a_remote_dataset_needs_a_cache(remote):
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+    found = subprocess.run(["ps", "-o", "pid=,comm=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "spawn" in line]
 
 
 def test_a_decoding_process_that_is_killed_is_named(local):
@@ -613,13 +615,14 @@ class Broken(ToyDecoder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_in_the_decoder_is_raised_where_the_run_is(local, workers):
+def test_whatever_a_decoder_raises_is_said_of_the_sample(local, workers):
+    """Bytes from a store find errors that nobody has thought of."""
     dataset = Dataset(Store(local))
-    with (
-        Loader(dataset, Order(dataset.fingerprint, 1, 8), Broken(), workers=workers) as loader,
-        pytest.raises(KeyError, match="a mistake in the decoder"),
-    ):
-        take(loader, 1)
+    with Loader(dataset, Order(dataset.fingerprint, 1, 8), Broken(), workers=workers) as loader:
+        batch = next(loader.batches())
+    assert not batch.valid.any()
+    assert {bad.reason for bad in batch.bad} == {"decoder failed"}
+    assert all(bad.detail.endswith("KeyError: 'a mistake in the decoder'") for bad in batch.bad)
 
 
 RUN = """
@@ -685,12 +688,12 @@ def test_nothing_is_left_behind_by_a_killed_rank(remote, tmp_path):
 
 
 SIGNALLED = (
-    RUN.replace("import json, sys\n", "import json, signal, sys\n")
+    RUN.replace("import json, sys\n", "import json, os, signal, sys\n")
     .replace(
         "def main():\n",
         "def main():\n"
         "    for number in (signal.SIGTERM, signal.SIGINT):\n"
-        "        signal.signal(number, lambda number, frame: print(number, flush=True))\n"
+        "        signal.signal(number, lambda number, frame: os.write(1, b'%d\\n' % number))\n"
         "    print('ready', flush=True)\n",
     )
     .replace("buffering=1) as file:\n", "buffering=1) as file:\n            print('begun', flush=True)\n")
@@ -874,7 +877,7 @@ def test_a_file_that_was_removed_before_it_is_opened_or_mended_is_the_same_error
     with open_loader(url, tmp_path, options=options) as loader:
         take(loader, EPOCH)
         file = next(tmp_path.rglob("00000003.tar"))
-        files = Files(str(file), str(file), loader.dataset[3].bytes, str(tmp_path))
+        files = Files(str(file), str(file), loader.dataset[3].bytes, str(tmp_path), loader.dataset[3].bytes)
         sample = loader_module._offsets(files, OrderedDict())[4]
         file.unlink()
         for use in (
@@ -963,3 +966,51 @@ def test_memory_stays_flat_over_fifty_epochs(remote, tmp_path):
 
 def resident(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_number_of_tasks_may_be_under_way(local, workers):
+    """More than fit into a pipe, in both directions: nobody waits for one who waits."""
+    dataset = Dataset(Store(local))
+    with Loader(dataset, Order(dataset.fingerprint, 1, 4096), Broken(), workers=workers, ahead=40) as loader:
+        for batch in islice(loader.batches(), 45):
+            assert len(batch.bad) == 103
+
+
+OFFSETS = [
+    [0, {"json": [0, 1, "0" * 16]}],
+    ["k", {"json": [2**40, 1, "0" * 16]}],
+    ["k", {"json": [0, 1.5, "0" * 16]}],
+    "[" * 9000,
+]
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+@pytest.mark.parametrize("change", [*range(len(OFFSETS)), "fewer"])
+def test_offsets_that_an_index_vouches_for_cost_their_samples_alone(s3, local, tmp_path, change, kind):
+    """Their checksum is right: whoever wrote them has indexed them so. The same samples are bad at any number of ranks."""
+    folder = s3.folder / "clips" / tmp_path.name if kind == "s3" else tmp_path / "forged"
+    shutil.copytree(local, folder)
+    dataset = Dataset(Store(str(folder)))
+    shards = list(dataset)
+    path = folder / shards[2].offsets_name
+    lines = path.read_bytes().splitlines(keepends=True)
+    if change == "fewer":
+        lines = lines[:-1]
+    else:
+        wrong = OFFSETS[change]
+        lines[-1] = (wrong if isinstance(wrong, str) else json.dumps(wrong)).encode() + b"\n"
+    path.write_bytes(b"".join(lines))
+    shards[2] = shards[2]._replace(offsets=xxh3_64_hexdigest(path.read_bytes()))
+    (folder / "index").write_bytes(encode_index(shards))
+    place = int(dataset.starts[2]) + shards[2].samples - 1
+    found = []
+    for ranks in (1, 3):
+        for rank in range(ranks):
+            url, options = (f"s3://clips/{tmp_path.name}", s3.options) if kind == "s3" else (str(folder), None)
+            cache = tmp_path / f"cache{ranks}{rank}"
+            with open_loader(url, cache, options=options, rank=rank, ranks=ranks, workers=0) as loader:
+                found += [
+                    (ranks, bad.sample, bad.reason) for batch in islice(loader.batches(), EPOCH) for bad in batch.bad
+                ]
+    assert found == [(1, place, "offsets"), (3, place, "offsets")]

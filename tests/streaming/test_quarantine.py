@@ -105,7 +105,7 @@ def test_a_half_written_last_line_does_no_harm_to_the_lines_before_it(tmp_path):
     cut(path)
     again = Quarantine(1000, path=path)
     again.add([bad(5, "image", "shard 1")])
-    assert len(path.read_text().splitlines()) == 2
+    assert len(path.read_text().splitlines()) == 1
     assert listed_where_whole(path) == [5]
 
 
@@ -156,3 +156,18 @@ def test_a_bad_sample_keeps_its_reason_on_the_way_between_processes():
     error = pickle.loads(pickle.dumps(BadSample("image", "cut after 17 bytes")))
     assert (error.reason, error.detail, str(error)) == ("image", "cut after 17 bytes", "image: cut after 17 bytes")
     assert str(BadSample("image")) == "image"
+
+
+def test_each_stands_once_whatever_earlier_starts_have_left(tmp_path):
+    """Two starts that wrote at a time, a line that a crash has cut, and lines that are none."""
+    path = tmp_path / "quarantine.jsonl"
+    good = [json.dumps(bad(k, "image", "w")._asdict()) for k in (1, 2, 1, 3, 2)]
+    path.write_text("\n".join([*good, "[" * 50_000, '{"sample": "²"}', '{"sample": true}', "[]", '{"sample": 4']))
+    quarantine = Quarantine(1000, path=path)
+    quarantine.load({1: "image", 2: "image"})
+    quarantine.add([bad(k, "image", "w") for k in (1, 3, 5, 4, 5)])
+    assert [line["sample"] for line in listed(path)] == [1, 2, 3, 5, 4]
+    again = Quarantine(1000, path=path)
+    again.load({1: "image", 2: "image"})
+    again.add([bad(k, "image", "w") for k in (3, 4, 5)])
+    assert [line["sample"] for line in listed(path)] == [1, 2, 3, 5, 4]

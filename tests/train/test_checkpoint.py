@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import pickle
 import platform
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ from equiav.config import Config, ConfigError, from_dict
 from equiav.data.local_s3 import LocalS3
 from equiav.parallel import Ranks
 from equiav.tasks import Pretraining
-from equiav.train import checkpoint, initial_state, steps
+from equiav.train import checkpoint, initial_state, owner, steps
 from equiav.train.checkpoint import Checkpoints
+from equiav.train.manifest import NotWhole, digest_of, sealed
 from streaming.store import Denied, Missing, NoAnswer
 from tests.streaming.fault_proxy import FaultProxy
 from tests.train.ranks import TINY, batches
@@ -43,7 +46,7 @@ def go_on(state, stop):
 
 
 def about(state, **more):
-    return {"stream": {"step": 0, "order": {}}, "quarantine": {}, "config": {}, **more}
+    return {"stream": {"step": state.step if state else 0, "order": {}}, "quarantine": {}, "config": {}, **more}
 
 
 def own(url, **arguments):
@@ -77,6 +80,7 @@ def same(state, expected):
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(checkpoint, "AGAIN", (0, 0))
+    monkeypatch.setattr(owner, "TWICE", (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +218,8 @@ def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
     checkpoints = Checkpoints("s3://runs/copy", ALONE, options=options, warn=told.append)
     read = checkpoints.store.read
 
-    def flipped(name, *arguments):
-        content = bytearray(read(name, *arguments))
+    def flipped(name, *arguments, **more):
+        content = bytearray(read(name, *arguments, **more))
         file = name.rpartition("/")[2]
         if flips.get(file):
             flips[file] -= 1
@@ -260,7 +264,7 @@ def forged(folder, change):
     (newest,) = folder.glob("step-00000002-*")
     manifest = json.loads(json.loads((newest / "manifest.json").read_text())["manifest"])
     change(manifest)
-    (newest / "manifest.json").write_bytes(checkpoint._sealed(manifest))
+    (newest / "manifest.json").write_bytes(sealed(manifest))
     return newest
 
 
@@ -284,7 +288,37 @@ FORGED = {
     "blocks that lie on each other": lambda m: max(m["tensors"].values(), key=lambda t: t[1])[2].append(None),
     "a type that runs code": lambda m: next(iter(m["tensors"].values())).__setitem__(0, "__import__('os')"),
     "another shape": lambda m: next(iter(m["tensors"].values())).__setitem__(1, [1, 1]),
+    "a start that is a list": lambda m: m.update(init=[]),
+    "a digit that is none": lambda m: m.update(quarantine={"²": "x"}),
+    "fewer than no steps skipped": lambda m: m.update(skipped=-7),
+    "more steps skipped than done": lambda m: m.update(skipped=3),
+    "a format of text": lambda m: m.update(format="2"),
+    "a step of the stream's own": lambda m: m["stream"].update(step=1),
+    "a log that is no digest": lambda m: m.update(log="x"),
+    "the weights' digest": lambda m: m.update(digest="0" * 32),
+    "another digest of a weight": lambda m: swap_digests(m["weights"]) or m.update(digest=digest_of(m["weights"])),
+    "a weight without a digest": lambda m: m["weights"].popitem() and m.update(digest=digest_of(m["weights"])),
+    "a block of gigabytes": lambda m: widest(m)[2][0].__setitem__(slice(2, 5), [3 << 30, 0, widest(m)[1][0]]),
+    "a tensor of more than all": lambda m: widest(m).__setitem__(1, [2**41, 2**41]),
+    "an empty block": lambda m: widest(m)[2].append(["part-00000-00000", 0, 0, 0, 0, "0" * 16]),
+    "a moment that is missing": lambda m: m["tensors"].pop(moment(m)),
+    "all moments of a weight": lambda m: [m["tensors"].pop(moment(m, kind)) for kind in checkpoint.MOMENTS],
 }
+
+
+def swap_digests(weights):
+    one, two = list(weights)[:2]
+    weights[one], weights[two] = weights[two], weights[one]
+
+
+def widest(manifest):
+    return max(manifest["tensors"].values(), key=lambda tensor: math.prod(tensor[1]))
+
+
+def moment(manifest, kind="exp_avg"):
+    """Of the last parameter that has any."""
+    last = max(name for name in manifest["tensors"] if name.startswith("exp_avg_sq/"))
+    return f"{kind}/{last.removeprefix('exp_avg_sq/')}"
 
 
 @pytest.mark.parametrize("what", FORGED)
@@ -405,10 +439,10 @@ def test_what_is_missing_for_a_moment_is_not_damaged(saved, file):
     checkpoints = Checkpoints(str(saved[0]), ALONE, warn=told.append)
     read = checkpoints.store.read
 
-    def missing_once(name, *arguments):
+    def missing_once(name, *arguments, **more):
         if name.endswith(file) and next(times) == 0:
             raise Missing(f"{name} does not exist")
-        return read(name, *arguments)
+        return read(name, *arguments, **more)
 
     checkpoints.store.read = missing_once
     assert checkpoints.load(initial_state(Pretraining(config(2)), ALONE), anything)["step"] == 2
@@ -447,9 +481,9 @@ def test_an_owner_that_cannot_be_read_has_not_taken_over(tmp_path, answer):
     checkpoints, state = own(tmp_path), initial_state(Pretraining(config(2)), ALONE)
     read = checkpoints.store.read
 
-    def wrong(name, *arguments):
+    def wrong(name, *arguments, **more):
         if name != "owner":
-            return read(name, *arguments)
+            return read(name, *arguments, **more)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -464,8 +498,8 @@ def test_one_wrong_answer_is_no_other_start(tmp_path):
     checkpoints, state = own(tmp_path), initial_state(Pretraining(config(2)), ALONE)
     read, times = checkpoints.store.read, itertools.count()
 
-    def once(name, *arguments):
-        content = read(name, *arguments)
+    def once(name, *arguments, **more):
+        content = read(name, *arguments, **more)
         return content.replace(checkpoints.token.encode(), b"deadbeef") if next(times) == 0 else content
 
     checkpoints.store.read = once
@@ -605,3 +639,125 @@ def test_a_full_disk_is_found_at_the_start_and_later_costs_the_save_but_not_the_
         assert "No space left" in told[0]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- a store that lies
+
+
+@pytest.mark.parametrize("where", ["weight", "exp_avg"])
+def test_what_is_not_finite_is_no_checkpoint(saved, copy, where):
+    """Its checksums are right: somebody's program has written it so."""
+    checkpoints, state = own(copy), initial_state(Pretraining(config(2)), ALONE)
+    go_on(state, 2)
+    parameter = next(state.model.parameters())
+    (parameter.data if where == "weight" else state.optimizer.state[parameter]["exp_avg"]).view(-1)[0] = float("nan")
+    for path in copy.glob("step-00000002-*"):
+        shutil.rmtree(path)
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    manifest, state, told = load(copy)
+    assert manifest["step"] == 1
+    same(state, saved[1][1])
+    assert "is not finite" in told[0]
+
+
+def test_what_cannot_be_of_this_run_is_passed_over(saved):
+    def accept(manifest):
+        if manifest["step"] == 2:
+            raise NotWhole("it is of another world")
+
+    state = initial_state(Pretraining(config(2)), ALONE)
+    assert Checkpoints(str(saved[0]), ALONE, warn=lambda _: None).load(state, accept)["step"] == 1
+
+
+class Stale:
+    """Of a file that is written over, reads show for a while what was there before."""
+
+    def __init__(self, store, name, reads):
+        self.store, self.name, self.left, self.before = store, name, reads, None
+        self.read, self.write = store.read, store.write
+        store.read, store.write = self._read, self._write
+
+    def _write(self, name, content):
+        if name == self.name:
+            with suppress(Missing):
+                self.before = self.read(name)
+        self.write(name, content)
+
+    def _read(self, name, *arguments, **more):
+        if name == self.name and self.before and self.left:
+            self.left -= 1
+            return self.before
+        return self.read(name, *arguments, **more)
+
+
+def test_who_owned_the_folder_before_has_not_taken_over(tmp_path, monkeypatch):
+    """A store that shows for some seconds what stood there before."""
+    monkeypatch.setattr(owner, "SHOWN", (0,) * 20)
+    state = initial_state(Pretraining(config(2)), ALONE)
+    for _ in range(2):
+        checkpoints = Checkpoints(str(tmp_path), ALONE)
+        Stale(checkpoints.store, "owner", 8)
+        checkpoints.take_over(state)
+        checkpoints.save(state, about(state))
+        assert checkpoints.finish() == ""
+        assert not checkpoints.superseded
+
+
+@pytest.fixture
+def flipping(s3, tmp_path):
+    """(url, options, flip): a store that damages one bit of what is sent to it, where `flip` says so."""
+    (s3.folder / "runs" / tmp_path.name).mkdir(parents=True)
+    proxy = FaultProxy(s3.port)
+    yield f"s3://runs/{tmp_path.name}", {"key": s3.key, "secret": s3.secret, **proxy.options()}, proxy
+    proxy.close()
+
+
+def test_a_save_counts_when_the_store_holds_its_bytes(flipping):
+    """A gateway that flips a bit of each upload: no save counts, and none that is good goes for it."""
+    url, options, proxy = flipping
+    told = []
+    checkpoints = Checkpoints(url, ALONE, keep=1, patience=1.5, options=options, warn=told.append)
+    state = initial_state(Pretraining(config(2)), ALONE)
+    checkpoints.take_over(state)
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    proxy.flips = re.compile("^PUT .*part-")
+    state.step = 1
+    checkpoints.save(state, about(state))
+    assert "the store holds other bytes than were written" in checkpoints.finish()
+    assert (checkpoints.failures, checkpoints.saved_step) == (1, 0)
+    proxy.flips = None
+    found = Checkpoints(url, ALONE, options=options).load(initial_state(Pretraining(config(2)), ALONE), anything)
+    assert found["step"] == 0
+
+
+def test_an_upload_that_is_damaged_once_is_sent_again(flipping):
+    url, options, proxy = flipping
+    checkpoints, state = Checkpoints(url, ALONE, options=options), initial_state(Pretraining(config(2)), ALONE)
+    checkpoints.take_over(state)
+    proxy.flips, proxy.flips_left = re.compile("^PUT "), 2
+    checkpoints.save(state, about(state))
+    assert checkpoints.finish() == ""
+    assert proxy.flips_left == 0
+    assert Checkpoints(url, ALONE, options=options).load(state, anything)["step"] == 0
+
+
+# ---- lines of the log
+
+
+def test_lines_that_were_changed_are_not_taken(tmp_path):
+    told = []
+    checkpoints, state = own(tmp_path, warn=told.append), initial_state(Pretraining(config(2)), ALONE)
+    state.step = 2
+    checkpoints.save(state, about(state), (0, b'{"step": 0, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n'))
+    assert checkpoints.finish() == ""
+    assert list(checkpoints.lines()) == [0, 1]
+    (path,) = tmp_path.glob("lines-*")
+    whole = path.read_bytes()
+    for content in (whole.replace(b"2.5", b"1.5"), b"[" * 100_000 + b"}\n", b"", b"\xff" * 50):
+        path.write_bytes(content)
+        assert checkpoints.lines() == {}
+        assert "passed over" in told.pop()
+    path.write_bytes(whole)
+    assert checkpoints.lines()[1] == '{"step": 1, "loss": 2.25}\n'

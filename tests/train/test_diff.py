@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from equiav import cli
-from equiav.train import checkpoint
+from equiav.train.manifest import digest_of, sealed
 from tests.train.test_pretrain import Run
 
 
@@ -54,8 +54,9 @@ def test_the_first_weights_that_differ(capsys, two, tmp_path):
     (path,) = other.glob("checkpoints/step-00000004-*/manifest.json")
     manifest = json.loads(json.loads(path.read_text())["manifest"])
     name = list(manifest["weights"])[7]
-    manifest["weights"][name] = manifest["digest"] = "0" * 16
-    path.write_bytes(checkpoint._sealed(manifest))
+    manifest["weights"][name] = "0" * 16
+    manifest["digest"] = digest_of(manifest["weights"])
+    path.write_bytes(sealed(manifest))
     status, told = diff(capsys, two[0], other)
     assert status == 1
     assert f"the runs differ: weights of step 4: 1 of {len(manifest['weights'])} tensors, {name} the first" in told
@@ -77,7 +78,7 @@ def test_what_is_cut_absent_or_of_another_release(capsys, two, tmp_path):
     (path,) = other.glob("checkpoints/step-00000006-*/manifest.json")
     manifest = json.loads(json.loads(path.read_text())["manifest"])
     del manifest["config"]["train"]["clip"], manifest["config"]["resume"]
-    path.write_bytes(checkpoint._sealed(manifest))
+    path.write_bytes(sealed(manifest))
     status, told = diff(capsys, two[0], other)
     assert status == 0, told
     assert "metrics: 4 steps are equal, of 6 and 4" in told

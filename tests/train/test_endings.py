@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -176,3 +179,87 @@ def test_processes_beyond_whole_groups_that_share_a_model_wait_too(run_config, w
 def test_a_spare_ends_with_a_run_that_cannot_go_on(run_config, tmp_path):
     Run(run_config, tmp_path, 5, "--train.lr", "1e30", "--train.lr_start", "1e30").end(1)
     assert len(lines(tmp_path / "starts.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_a_spare_ends_as_the_run_does_that_is_asked_to_end(run_config, tmp_path):
+    """It is no stall, and nothing of C++ is printed."""
+    run = Run(run_config, tmp_path, 5, "--checkpoint.every_steps", "1000")
+    run.reach(6)
+    os.kill(run.process.pid, signal.SIGTERM)
+    text = run.end(1)
+    assert "is saved at" in text
+    assert "stalled" not in text
+    assert "is gone" not in text
+    assert "C++" not in text
+    assert "TCPStore" not in text
+
+
+# ---- what nothing moves any more, before the first step
+
+
+def in_the_way(folder):
+    """A checkpoint that never comes: reading a FIFO waits for whoever writes into it."""
+    (newest,) = [path.parent for path in sorted(folder.glob("step-*/manifest.json"))[-1:]]
+    (newest / "part-00000-00000").unlink()
+    os.mkfifo(newest / "part-00000-00000")
+
+
+def test_a_checkpoint_that_does_not_come_is_a_stall(run_config, tmp_path):
+    eight = ["--train.steps", "8", "--train.warmup_steps", "2"]
+    Run(run_config, tmp_path, None, *eight).end()
+    in_the_way(tmp_path / "checkpoints")
+    patience = ["--checkpoint.patience", "1", "--stream.patience", "1", "--stall_seconds", "1"]
+    text = Run(run_config, tmp_path, None, *eight, *patience).end(145)
+    assert "step 0, begins" in text
+
+
+# ---- disks that are full
+
+
+def test_a_full_disk_is_named(run_config, tmp_path):
+    """By the file that could not be written; the node leaves, another may go on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        kept = ["--checkpoint.url", str(tmp_path / "kept"), "--train.steps", "4000"]
+        text = Run(run_config, disk, None, *kept).end(2)
+        assert re.search(rf"out: {disk}\S* cannot be written \(No space left on device\); free the disk", text)
+        assert list((tmp_path / "kept").glob("step-*/manifest.json"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ---- folders that hold something else
+
+
+def test_a_log_is_not_begun_over_that_of_another_run(run_config, tmp_path):
+    eight = ["--train.steps", "8", "--train.warmup_steps", "2"]
+    Run(run_config, tmp_path, None, *eight).end()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    elsewhere = ["--checkpoint.url", str(tmp_path / "other")]
+    text = Run(run_config, tmp_path, None, *eight, *elsewhere).end(2)
+    assert f"out: {tmp_path} holds a finished run with checkpoints at {tmp_path}/checkpoints" in text
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_lines_that_were_changed_are_healed_or_told(run_config, whole, tmp_path):  # noqa: F811
+    """A digit of the loss, on the disk, beside the checkpoints, in both."""
+    run = Run(run_config, tmp_path / "one")
+    run.reach(13)
+    run.process.kill()
+    run.process.communicate()
+    expected = (whole / "metrics.jsonl").read_bytes()
+    for k, places in enumerate((["metrics.jsonl"], ["checkpoints/lines-*"], ["metrics.jsonl", "checkpoints/lines-*"])):
+        out = tmp_path / f"changed{k}"
+        shutil.copytree(tmp_path / "one", out)
+        for place in places:
+            for path in out.glob(place):
+                path.write_text(re.sub(r'("loss": \d+\.\d)', r"\g<1>7", path.read_text()))
+        text = Run(run_config, out, None, "--checkpoint.url", str(out / "checkpoints")).end()
+        if k < 2:
+            assert (out / "metrics.jsonl").read_bytes() == expected
+        assert ("are not those that were saved" in text) is (k == 2)
+        assert ("passed over" in text) is (k == 2)

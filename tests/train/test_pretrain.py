@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from equiav.data.local_s3 import LocalS3
+from tests import forks
 from tests.streaming.fault_proxy import FaultProxy
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -70,12 +71,11 @@ def workers(agents):
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            environ = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
+        except OSError:
             continue
-        if parent in agents and "RANK" in environ:
-            found[int(environ["RANK"])] = int(path.name)
+        if parent in agents and (rank := forks.rank(path.name)) is not None:
+            found[rank] = int(path.name)
     return found
 
 

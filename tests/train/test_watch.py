@@ -25,7 +25,8 @@ def tell(message):
     print(message, flush=True)
     time.sleep(1000)  # a terminal that nobody reads
 
-watch = Watch(Ranks("cpu"), Path(sys.argv[1]), 1.0, 0.0, lambda: 0, tell)
+watch = Watch(Ranks("cpu"), Path(sys.argv[1]), 1.0, 0.0, tell)
+watch.begun()
 watch.at(3, "computes")
 if sys.argv[2] == "holds the interpreter":
     ctypes.PyDLL(None).sleep(1000)
@@ -85,9 +86,11 @@ def test_beats_are_few_and_everyone_hears_the_verdict(tmp_path, monkeypatch):
     """60 ranks, each with a watch that runs; rank 41 says nothing."""
     size, store, ended = 60, Counting(), {}
     monkeypatch.setattr(Watch, "_leave", lambda self, status, message, problem="": ended.setdefault(self, message))
-    watches = [Watch(Others(rank, size, store), tmp_path, 8.0, 0.0, lambda: 0, print) for rank in range(size)]
+    watches = [Watch(Others(rank, size, store), tmp_path, 8.0, 0.0, print) for rank in range(size)]
     try:
         assert watches[0]._pause == 1.0
+        for watch in watches:
+            watch.begun()
         watches[41].end()
         time.sleep(1)
         store.counts.clear()
@@ -115,8 +118,10 @@ def test_beats_are_few_and_everyone_hears_the_verdict(tmp_path, monkeypatch):
 def test_rank_0_that_is_silent_is_noticed_by_the_others(tmp_path, monkeypatch):
     store, ended = HashStore(), {}
     monkeypatch.setattr(Watch, "_leave", lambda self, status, message, problem="": ended.setdefault(self, message))
-    watches = [Watch(Others(rank, 3, store), tmp_path, 2.0, 0.0, lambda: 0, print) for rank in range(3)]
+    watches = [Watch(Others(rank, 3, store), tmp_path, 2.0, 0.0, print) for rank in range(3)]
     try:
+        for watch in watches:
+            watch.begun()
         watches[0].end()
         deadline = time.monotonic() + 30
         while len(ended) < 2:
@@ -133,7 +138,7 @@ def test_rank_0_that_is_silent_is_noticed_by_the_others(tmp_path, monkeypatch):
 def test_who_waits_for_the_device_waits_for_others(tmp_path):
     """On a GPU, the host waits for what is queued, and that for other ranks: code of torch's own file, with a stand-in for
     the wait."""
-    watch = Watch(Others(0, 1, None), tmp_path, 0.0, 0.0, lambda: 0, print)
+    watch = Watch(Others(0, 1, None), tmp_path, 0.0, 0.0, print)
     seen = []
     path = torch.cuda.streams.__file__
     assert path.endswith("torch/cuda/streams.py")
@@ -146,7 +151,7 @@ def test_who_waits_for_the_device_waits_for_others(tmp_path):
 
 
 def test_the_rank_that_is_behind_is_named(tmp_path):
-    watch = Watch(Others(0, 4, HashStore()), tmp_path, 0.0, 0.0, lambda: 0, print)
+    watch = Watch(Others(0, 4, HashStore()), tmp_path, 0.0, 0.0, print)
     watch.seconds = 5.0
 
     def heard(*beats):
@@ -160,4 +165,30 @@ def test_the_rank_that_is_behind_is_named(tmp_path):
     assert "rank(s) [1] have not moved" in heard(waits, (6, "waits for others", 6.0), waits, waits)
     watch.patience = 100.0
     assert heard(waits, waits, (7, "waits for data", 6.0), waits) == ""
+    assert "rank(s) [2] have not moved" in heard(waits, waits, (7, "computes", 6.0), waits)
     assert json.loads(json.dumps(Beat(1, "computes", 0.5, 2))) == [1, "computes", 0.5, 2]
+
+
+def test_a_first_step_may_take_longer_where_it_compiles(tmp_path):
+    for compiles, allowed in ((False, 5.0), (True, 3600.0)):
+        watch = Watch(Others(0, 1, None), tmp_path, 0.0, 5.0, print, compiles)
+        watch.seconds = 1.0
+        for seconds, stalled in ((allowed, False), (allowed + 2, True)):
+            watch.at(0, "computes")
+            watch._hear(0, Beat(0, watch._at[1], seconds, number=time.monotonic_ns()))
+            assert bool(watch._problem()) is stalled, (compiles, seconds)
+        watch.begun()
+        watch.at(1, "computes")
+        watch._hear(0, Beat(1, watch._at[1], 2.0, number=time.monotonic_ns()))
+        assert watch._problem()
+
+
+def test_an_upload_beside_a_hang_says_nothing_of_it(tmp_path):
+    watch = Watch(Others(0, 1, None), tmp_path, 0.0, 100.0, print)
+    watch.begun()
+    for phase, moves in (("computes", False), ("saves", True), ("waits for data", True)):
+        watch.at(5, phase)
+        since = watch._at[2]
+        time.sleep(0.01)
+        watch.moved()
+        assert (watch._at[2] > since) is moves, phase
