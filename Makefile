@@ -3,10 +3,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# A test process for each core, of one thread each; the tests of a file share what they set up.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
+# A test process for each core, of one thread each; whoever is idle takes over from the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist worksteal
 
-.PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak lint bench clean
+.PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak fuzz lint bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -39,6 +39,9 @@ dashboards: .venv/installed ## a smoke run, watched by a Prometheus here; its da
 
 soak: .venv/installed ## attack runs for HOURS=1, round after round; each has to end as if nothing had happened (SEED=N repeats one)
 	@$(BIN)/python -m tests.soak --hours $(or $(HOURS),1) $(if $(SEED),--seed $(SEED))
+
+fuzz: .venv/installed ## spoiled files to every parser for MINUTES=3 (SEED=N repeats)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/installed ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -20,7 +20,7 @@ from torchaudio.functional import resample
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
-from equiav.data.clips import OWN_FORMATS, BadClipError, central_square, check_audio, check_frame, open_image
+from equiav.data.clips import LONGEST, OWN_FORMATS, BadClipError, central_square, check_audio, check_frame, open_image
 from equiav.data.sources import Shape, length_of, read_audio, read_frames
 from equiav.evaluate.localize import heat
 from equiav.model import EquiAV
@@ -102,9 +102,11 @@ class Reader:
             try:
                 with soundfile.SoundFile(name) as file:
                     floats = file.subtype in ("FLOAT", "DOUBLE")  # which are not scaled to whole numbers
+                    if file.frames > LONGEST * file.samplerate:
+                        raise ValueError(f"it has {file.frames} samples, expected {LONGEST} s of sound at most")
                     rate, sound = file.samplerate, file.read(dtype="float32" if floats else "int16", always_2d=True)
                     sound = sound.clip(-1, 1) if floats else sound
-            except (soundfile.LibsndfileError, OSError) as error:
+            except Exception as error:  # whatever libsndfile has to say of a file that may be anything
                 raise BadClipError(name, f"{error}; embed_video reads what FFmpeg does") from None
         if not isinstance(rate, int | float | np.integer | np.floating) or not 1 <= rate < 1e6 or rate != int(rate):
             raise BadClipError(name, f"its rate is {rate}, expected samples a second, a whole number")

@@ -221,8 +221,13 @@ def read_checkpoint(path: Path) -> Any:
         raise CheckpointError(f"{path} is empty")
     archive = zipfile.is_zipfile(path)
     try:
-        damaged = zipfile.ZipFile(path).testzip() if archive else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        damaged = None
+        if archive:
+            with zipfile.ZipFile(path) as parts:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                    raise zipfile.BadZipFile("it has compressed parts, which torch.save does not write")
+                damaged = parts.testzip()
+    except Exception as error:  # whatever a damaged archive raises
         raise CheckpointError(f"{path} is damaged ({error}); fetch it again") from None
     if damaged:
         raise CheckpointError(f"{path} is damaged: {damaged} in it has not its checksum; fetch it again")

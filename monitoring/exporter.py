@@ -130,9 +130,9 @@ class Exporter:
         found = []
         for path in self.folder.glob("*-*.json"):
             # It may have become part of `before`; what is no file of ours costs nobody the others.
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 content = json.loads(path.read_text())
-                values = {(name, tuple(labels)): value for name, labels, value in content["values"] if name in KINDS}
+                values = checked(content["values"])
                 alive = not content["ended"] and started(content["pid"]) == content["start"]
                 found.append(Told(path, float(content["began"]), float(content["ended"]), alive, values))
         return sorted(found, key=lambda told: told.began)
@@ -140,21 +140,26 @@ class Exporter:
     def _before(self, everyone: list[Told]) -> dict[Key, Any]:
         """Sums of processes whose files are gone. Many that have ended become one file: it has the names of those that are in
         it, so that whatever happens meanwhile, none counts twice. Takes them out of `everyone`."""
-        path, content = self.folder / "before.json", {"names": [], "values": []}
-        with suppress(OSError, ValueError):
+        path, names, sums = self.folder / "before.json", set[str](), dict[Key, Any]()
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             content = json.loads(path.read_text())
-        sums: dict[Key, Any] = {(name, tuple(labels)): value for name, labels, value in content["values"]}
+            names, sums = set(content["names"]), checked(content["values"])
         last = max((told.began for told in everyone), default=0.0)
-        everyone[:] = [told for told in everyone if told.path.name not in content["names"]]
+        everyone[:] = [told for told in everyone if told.path.name not in names]
         gone = [told for told in everyone if not told.alive and told.ended < last]
         if len(gone) > KEPT:
             for told in gone:
                 for key, value in told.values.items():
                     if KINDS[key[0]] in (COUNTER, HISTOGRAM):
                         sums[key] = added(sums.get(key, 0.0), value)
-            names = [told.path.name for told in gone]
             with suppress(OSError):  # a full disk: they stay as they are
-                write(path, {"names": names, "values": [[*key, value] for key, value in sums.items()]})
+                write(
+                    path,
+                    {
+                        "names": [told.path.name for told in gone],
+                        "values": [[*key, value] for key, value in sums.items()],
+                    },
+                )
                 for told in gone:
                     told.path.unlink(missing_ok=True)
             everyone[:] = [told for told in everyone if told not in gone]
@@ -163,6 +168,23 @@ class Exporter:
 
 KINDS = {metric.name: metric.kind for metric in METRICS}
 RANKED = {metric.name: metric.per_rank for metric in METRICS}
+
+
+def checked(values: Any) -> dict[Key, Any]:
+    """Of a file that any process of this user can write: values that can be added and shown; raises ValueError or TypeError."""
+    found: dict[Key, Any] = {}
+    for name, labels, value in values:
+        if name not in KINDS:
+            continue
+        numbers = value if KINDS[name] == HISTOGRAM else [value]
+        if len(numbers) != (len(STEP_SECONDS) + 2 if KINDS[name] == HISTOGRAM else 1):
+            raise ValueError(f"{name} has {len(numbers)} numbers")
+        if not all(type(number) in (int, float) for number in numbers) or not all(
+            type(label) is str for label in labels
+        ):
+            raise TypeError(f"{name} is {value!r} of {labels!r}")
+        found[name, tuple(labels)] = value
+    return found
 
 
 def role(path: Path) -> str:

@@ -214,6 +214,14 @@ class Dataset:
         np.cumsum(self.sizes[:-1], out=starts[1:])
         return starts
 
+    def place(self, shard: int, place: int) -> str:
+        """Of a sample, for people."""
+        return f"{self.store.url}/{self[shard].name}, sample {place}"
+
+    def place_of(self, sample: int) -> str:
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.place(shard, sample - int(self.starts[shard]))
+
     @cached_property
     def largest(self) -> int:
         """Bytes of the largest shard."""

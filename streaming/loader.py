@@ -374,7 +374,7 @@ class Loader:
     def _set_aside(self, step: _Step, row: int, key: str, reason: str, detail: str) -> None:
         shard, place, _ = step.rows[row]
         step.valid[row] = False
-        where = f"{self.dataset.store.url}/{self.dataset[shard].name}, sample {place}" + (f" ({key})" if key else "")
+        where = self.dataset.place(shard, place) + (f" ({key})" if key else "")
         step.bad[row] = Bad(int(sample_of(step.samples[row])), reason, where, detail)
 
     def _deliver(self) -> Batch:
@@ -525,7 +525,9 @@ def _offsets(files: Files, known: OrderedDict[Files, Offsets]) -> Offsets:
     if files not in known:
         with open(_open(files.offsets, files), "rb") as file:
             file.seek(files.offsets_start)
-            known[files] = Offsets(file.read(offsets_limit(files.size)), f"the offsets file of {files.tar}", files.size)
+            there = max(0, os.fstat(file.fileno()).st_size - files.offsets_start)
+            content = file.read(min(there, offsets_limit(files.size)))
+            known[files] = Offsets(content, f"the offsets file of {files.tar}", files.size)
         if len(known) > KNOWN_SHARDS:
             known.popitem(last=False)
     known.move_to_end(files)

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streaming.dataset import INDEX, Dataset, DatasetError, Shard, describe, write_index
+from streaming.outside import HEX64, Malformed, entry, parse, rows, table, text, whole
 from streaming.processes import Child, ChildDied, stop
 from streaming.quarantine import BadSample
 from streaming.store import TEMPORARY, Missing, NoStore, Store
 
 RECORDS = "packing"  # folder of what is finished, removed at the end
 REJECTED = "rejected.jsonl"
+LISTED = 1 << 32  # bytes of a list of items, at most
 PACKED = "packed.json"  # of what it was made
 BLOCK = tarfile.BLOCKSIZE
 
@@ -58,8 +60,34 @@ class Record(NamedTuple):
 
     @classmethod
     def decode(cls, content: bytes) -> Record:
-        record = json.loads(content)
-        return cls([Shard(*shard) for shard in record["shards"]], record["rejected"], record["items"], record["stamp"])
+        record = table(parse(content), "it")
+        shards = [Shard(*rows(shard, "a shard", 5)) for shard in rows(entry(record, "shards"), "shards")]
+        for shard in shards:
+            text(shard.name, "a name")
+            for number in (shard.samples, shard.bytes):
+                whole(number, "a number")
+            for checksum in (shard.checksum, shard.offsets):
+                text(checksum, "a checksum", HEX64)
+        rejected = [_rejected(line) for line in rows(entry(record, "rejected"), "rejected")]
+        return cls(shards, rejected, whole(entry(record, "items"), "items"), text(entry(record, "stamp"), "stamp"))
+
+
+def _rejected(line: Any) -> dict[str, str]:
+    return {
+        name: text(entry(table(line, "a line"), name), name, longest=1 << 20) for name in ("key", "reason", "detail")
+    }
+
+
+def _written(store: Store, name: str, read: Callable[[bytes], Any]) -> Any:
+    """What an earlier call has left; None where it has not."""
+    try:
+        return read(store.read(name, most=LISTED))
+    except Missing:
+        return None
+    except Malformed as error:
+        raise DatasetError(
+            f"{store.url}/{name} is not what packing writes: {error}; remove the folder, or pack into another"
+        ) from None
 
 
 def pack(
@@ -94,9 +122,9 @@ def pack(
     ]
     made_of = {"items": len(items), "digest": digest, "stamp": hashlib.sha256("".join(stamp).encode()).hexdigest()}
     plan = f"{RECORDS}/plan.json"
-    begun = json.loads(store.read(plan)) if store.exists(plan) else None
+    begun = _written(store, plan, lambda content: table(parse(content), "it"))
     if store.exists(INDEX):
-        if not store.exists(PACKED) or json.loads(store.read(PACKED)) != made_of:
+        if _written(store, PACKED, parse) != made_of:
             raise DatasetError(
                 f"{store.url} already holds a dataset, of other items or settings, or of files that have changed since; remove "
                 "it, or pack into another folder"
@@ -104,7 +132,7 @@ def pack(
         return _clear_up(store, len(items))  # it was killed after the index, or is finished
     if begun and begun != {"items": len(items), "digest": digest}:
         raise DatasetError(
-            f"{store.url} was begun with {begun['items']} items or settings other than these {len(items)}; go on with those, "
+            f"{store.url} was begun with {begun.get('items')} items or settings other than these {len(items)}; go on with those, "
             "or remove the folder"
         )
     if not begun:
@@ -114,7 +142,7 @@ def pack(
             raise NoStore(f"{error}; make the bucket first, or correct its name") from None
 
     finished = {int(name[:-5]) for name in store.list(RECORDS) if name[:-5].isdigit()}
-    records = {k: Record.decode(store.read(f"{RECORDS}/{k:06d}.json")) for k in finished}
+    records = {k: _written(store, f"{RECORDS}/{k:06d}.json", Record.decode) for k in finished}
     records = {k: record for k, record in records.items() if record.stamp == stamp[k]}
     todo = [k for k in range(parts) if k not in records]
     destination = Settings(store.address, store.patience, store.options, max_shard_bytes)
@@ -155,8 +183,9 @@ def _clear_up(store: Store, items: int) -> Progress:
     for name in store.list():
         if TEMPORARY.search(name):
             store.remove(name)
-    dataset, rejected = Dataset(store), map(json.loads, store.read(REJECTED).splitlines())
-    return Progress(items, Counter(line["reason"] for line in rejected), len(dataset), dataset.bytes)
+    dataset = Dataset(store)
+    rejected = _written(store, REJECTED, lambda content: [_rejected(parse(line)) for line in content.splitlines()])
+    return Progress(items, Counter(line["reason"] for line in rejected or ()), len(dataset), dataset.bytes)
 
 
 def _progress(records: dict[int, Record], under_way: int) -> Progress:

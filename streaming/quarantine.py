@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +107,10 @@ class Quarantine:
     def state(self) -> dict[int, str]:
         return dict(self._reasons)
 
-    def load(self, state: Mapping[Any, str]) -> None:
-        """What `state()` was, at a checkpoint; JSON makes its keys text."""
-        self._reasons.update({int(sample): reason for sample, reason in state.items()})
+    def load(self, state: Mapping[Any, str], where: Callable[[int], str] = str) -> None:
+        """What `state()` was, at a checkpoint; JSON makes its keys text. where: a sample is, for the list, which may have been
+        left on another disk."""
+        for sample, reason in ((int(sample), reason) for sample, reason in state.items()):
+            if sample not in self._reasons:
+                self._reasons[sample] = reason
+                self._list(Bad(sample, reason, where(sample), "found by an earlier start"))

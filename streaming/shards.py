@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tarfile
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 from streaming.outside import HEX64, Malformed, parse, rows, table, text, whole
 
 CHUNK = 1 << 20
-LONGEST_KEY = 1 << 16  # characters
+LONGEST_KEY, LONGEST_HEADER = 1 << 16, 1 << 20  # characters; bytes of what describes a member
+NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 class ShardError(ValueError):
@@ -45,6 +47,13 @@ class _Info(tarfile.TarInfo):
         if count < 0:
             raise tarfile.HeaderError("a size below zero")
         return super()._block(count)  # type: ignore[misc]
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """What describes the next member is read at once, whatever it says of its size."""
+        describes = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *NAMES)
+        if self.type in describes and self.size > LONGEST_HEADER:
+            raise tarfile.HeaderError(f"a description of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def scan(path: Path, name: str) -> list[Sample]:
@@ -91,8 +100,10 @@ def scan(path: Path, name: str) -> list[Sample]:
                 )
     except ShardError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, AttributeError, TypeError) as error:
-        raise ShardError(f"shard {name}: not a plain tar file ({error})") from None  # whatever damaged headers raise
+    except Exception as error:  # whatever damaged headers raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ShardError(f"shard {name}: not a plain tar file ({error})") from None
     if not samples:
         raise ShardError(f"shard {name}: holds no samples")
     return samples

@@ -139,7 +139,9 @@ def test_a_store_that_does_not_answer_is_said_while_it_is_asked(endpoint, said, 
     )  # the pauses are random: no two of them may lie around the usual 2 s
     assert cli.main(["pretrain", "--stream.url", "s3://clips/x", "--stream.patience", "6"]) == 1
     told = [record.getMessage() for record in caplog.records if record.name == "streaming.store"]
-    first = next(message for message in told if message.startswith("s3://clips/"))  # threads of other tests may speak, too
+    first = next(
+        message for message in told if message.startswith("s3://clips/")
+    )  # threads of other tests may speak, too
     assert first.startswith("s3://clips/x/index: no answer for ")
     assert said in first
     assert "it is asked again until 6 s (patience)" in first

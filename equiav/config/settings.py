@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 IMAGE_VECTOR = 18  # elements of t_v, Appendix C
 AUDIO_VECTOR = 24  # elements of t_a, Appendix C
+MOST_WIDTH, MOST_DEPTH, MOST_TOKENS = 1 << 16, 512, 1 << 16  # of a model: somebody else may have written its settings
 LONG = 10**8  # seconds, three years: more is a mistake, and more than a thread can wait
 
 
@@ -88,8 +89,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive = "width depth heads image_size image_patch spectrogram_frames spectrogram_mels audio_patch aug_width"
         for name in [*positive.split(), "predictor_heads", "head_hidden", "head_width"]:
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
-        require(self.predictor_width >= 0, "model.predictor_width", self.predictor_width, "0 (automatic) or more")
+            most = MOST_DEPTH if name == "depth" else MOST_WIDTH
+            require(0 < getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"1 to {most}")
+        found = self.predictor_width
+        require(0 <= found <= MOST_WIDTH, "model.predictor_width", found, f"0 (automatic) to {MOST_WIDTH}")
         require(self.width % self.heads == 0, "model.width", self.width, f"a multiple of model.heads={self.heads}")
         require(self.width % 4 == 0, "model.width", self.width, "a multiple of 4 (2-D sin-cos positions)")
         require(
@@ -105,6 +108,8 @@ class ModelConfig:
                 getattr(self, name),
                 f"a multiple of model.audio_patch={self.audio_patch}",
             )
+        for side, (rows, columns) in (("image", self.image_grid), ("audio", self.audio_grid)):
+            require(rows * columns <= MOST_TOKENS, f"the {side}'s patches", rows * columns, f"{MOST_TOKENS} at most")
         if self.predictor == "attention" and self.predictor_width:
             require(
                 self.predictor_width % self.predictor_heads == 0,
@@ -245,7 +250,7 @@ class DataConfig:
         require(self.min_seconds >= 0.025, "data.min_seconds", self.min_seconds, "at least one window, 0.025 s")
         require(0 <= self.silence < 1, "data.silence", self.silence, "0 to below 1")
         require(self.frame_size >= 2, "data.frame_size", self.frame_size, "2 or more")
-        require(self.sample_rate > 0, "data.sample_rate", self.sample_rate, "a positive number of Hz")
+        require(0 < self.sample_rate <= 10**6, "data.sample_rate", self.sample_rate, "1 to 1000000 Hz")
         require(math.isfinite(self.audio_mean), "data.audio_mean", self.audio_mean, "a finite number")
         require(0 < self.audio_std < math.inf, "data.audio_std", self.audio_std, "a positive number")
 

@@ -260,7 +260,10 @@ def read_classes(path: Path) -> list[str]:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"classes {path}: {error}; expected a name a line, or index,mid,display_name") from None
-    rows = list(csv.reader(lines))
+    try:
+        rows = list(csv.reader(lines))
+    except csv.Error as error:
+        raise ConfigError(f"classes {path}: {error}; expected a name a line, or index,mid,display_name") from None
     if rows and rows[0][:2] == ["index", "mid"]:
         wrong = [row for row in rows[1:] if len(row) < 2 or not row[0].isdigit()]
         if wrong:

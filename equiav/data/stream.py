@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from equiav.augment.draws import Purpose, uniforms
 from equiav.config import Config, ConfigError, NotHere, require
 from equiav.data.clips import DECODE_AUDIO
 from equiav.data.decoder import IMAGES, ClipDecoder
-from streaming import Dataset, Loader, Order, Selection, Store
+from streaming import Dataset, DatasetError, Loader, Order, Selection, ShardError, Store
 from streaming.dataset import read_offsets
 
 
@@ -64,15 +65,17 @@ def open_stream(
 
 
 def modalities(dataset: Dataset) -> tuple[bool, bool]:
-    """Whether its clips have sound, and pictures: whether any does, of some that lie far apart."""
-    sound = pictures = False
+    """Whether its clips have sound, and pictures: whether any does, of some that lie far apart. Where all of these are damaged,
+    each sample will say what it lacks."""
+    found: list[tuple[bool, bool]] = []
     for number in {0, len(dataset) // 2, len(dataset) - 1}:
-        offsets = read_offsets(dataset.store, dataset[number])
-        for place in {0, len(offsets) // 2, len(offsets) - 1}:
-            members = offsets[place].members
-            sound = sound or any(name in DECODE_AUDIO for name in members)
-            pictures = pictures or any(name.rpartition(".")[2] in IMAGES for name in members)
-    return sound, pictures
+        with suppress(DatasetError, ShardError):
+            offsets = read_offsets(dataset.store, dataset[number])
+            for place in {0, len(offsets) // 2, len(offsets) - 1}:
+                names = offsets[place].members
+                sound = any(name in DECODE_AUDIO for name in names)
+                found.append((sound, any(name.rpartition(".")[2] in IMAGES for name in names)))
+    return (any(sound for sound, _ in found), any(picture for _, picture in found)) if found else (True, True)
 
 
 def require_modalities(setting: str, dataset: Dataset, hears: bool, sees: bool) -> None:

@@ -46,7 +46,6 @@ from streaming import (
     DatasetError,
     Loader,
     Quarantine,
-    ShardError,
     Stats,
     Store,
     StoreError,
@@ -129,7 +128,7 @@ def run_watched(
         raise ConfigError(
             f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or more"
         )
-    with suppress(DatasetError, ShardError, StoreError):  # what is damaged is each sample's matter
+    with suppress(StoreError):  # the steps will have more to say of a store
         require_modalities("stream.url", loader.dataset, task.hears, task.sees)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.samples, config.stream.max_bad, listed)
@@ -265,7 +264,8 @@ def find(
     while checkpoints.newest() > state.step:  # the start that this one takes over from has saved meanwhile
         found = load()
     if found:
-        quarantine.load(found["quarantine"])
+        with writing(config.out / "quarantine.jsonl"):
+            quarantine.load(found["quarantine"], loader.dataset.place_of)
     return found
 
 

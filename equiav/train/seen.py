@@ -51,11 +51,11 @@ class Folder:
 
     def look(self) -> Seen:
         seen, summary, ended = Seen(), self.folder / SUMMARY, {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
             planned = yaml.safe_load((self.folder / "config.yaml").read_text())["train"]["steps"]
             seen.values[m.STEPS_PLANNED.name, ()] = float(planned)
         if summary.is_file():  # it has ended
-            with suppress(ValueError):  # it is being written
+            with suppress(ValueError, RecursionError):  # it is being written
                 ended = json.loads(summary.read_text())
             for name, value in ended.items() if isinstance(ended, dict) else ():
                 for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
@@ -111,5 +111,7 @@ def verdicts(seen: Seen) -> list[str]:
 
 def over(seen: Seen) -> str:
     """How it has ended, unless it has gone on since."""
-    ends = {labels[0]: when for labels, when in seen.all(m.ENDED).items() if not when < seen.get(m.LAST_STEP)}
+    ends = {
+        labels[0]: when for labels, when in seen.all(m.ENDED).items() if labels and not when < seen.get(m.LAST_STEP)
+    }
     return max(ends, key=lambda how: ends[how], default="")

@@ -49,6 +49,8 @@ def test_the_first_vector_made_the_view(make_config, variant):
     t_a, t_v = sampled_vectors(config, config.seed, 0, b.samples, 3)
     assert torch.equal(v.t_a[:, 1:], t_a)
     assert torch.equal(v.t_v[:, 1:], t_v)
+    for vectors in (v.t_a, v.t_v):  # those of the centroid are other draws than the view's
+        assert not (vectors[:, 1:] == vectors[:, :1]).all(dim=2).any()
 
 
 def test_views_are_a_function_of_seed_epoch_and_sample(make_config):

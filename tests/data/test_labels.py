@@ -281,6 +281,9 @@ def test_balancing_weights_are_those_of_the_released_program():
     among[3] = False
     plain = plain * among
     assert found.balanced(among) == pytest.approx(plain / plain.sum() * 4)
+    among = np.array([False, True, True, True, True])  # of a class that others have, too
+    plain = np.array([0, 1000 / 2.01 + 1000 / 1.01, 1000 / 2.01, 1000 / 1.01, 0])
+    assert found.balanced(among) == pytest.approx(plain / plain.sum() * 4)
 
 
 def test_names_of_other_clips_are_said(dataset, tmp_path, capsys):

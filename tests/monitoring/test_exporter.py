@@ -72,6 +72,7 @@ def test_counters_go_on_over_processes_and_the_rest_is_of_those_that_live(tmp_pa
     assert value(exporter, m.CLIPS) == 20
     assert value(exporter, m.PHASE, "data", "0") == 4
     assert value(exporter, m.STEP_TIME)[0] == pytest.approx(0.6)
+    assert [k for k, count in enumerate(value(exporter, m.STEP_TIME)[1:]) if count] == [m.STEP_SECONDS.index(0.35)]
     third = process(tmp_path, rank=1)
     assert value(exporter, m.MEMORY, "1") == 100
     kill(third)

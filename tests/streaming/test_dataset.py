@@ -420,6 +420,8 @@ def test_a_tar_cut_within_a_member_is_refused_with_the_members_name(tmp_path):
         7500,  # behind it
         7680,  # before the empty blocks
         8000,  # in the first of them
+        8192,  # between them
+        8500,  # in the second
     ],
 )
 def test_a_tar_cut_anywhere_is_refused(tmp_path, length):

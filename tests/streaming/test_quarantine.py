@@ -171,3 +171,18 @@ def test_each_stands_once_whatever_earlier_starts_have_left(tmp_path):
     again.load({1: "image", 2: "image"})
     again.add([bad(k, "image", "w") for k in (3, 4, 5)])
     assert [line["sample"] for line in listed(path)] == [1, 2, 3, 5, 4]
+
+
+def test_the_list_is_whole_on_another_disk(tmp_path):
+    first = Quarantine(1000, path=tmp_path / "one.jsonl")
+    first.add([bad(k, reason, f"at {k}") for k, reason in ((7, "image"), (2, "audio"))])
+    state = json.loads(json.dumps(first.state()))
+    second = Quarantine(1000, path=tmp_path / "two.jsonl")
+    second.load(state, lambda sample: f"at {sample}")
+    second.add([bad(7, "image", "at 7"), bad(9, "image", "at 9")])
+    lines = listed(tmp_path / "two.jsonl")
+    assert [(line["sample"], line["reason"], line["where"]) for line in lines] == [
+        (7, "image", "at 7"),
+        (2, "audio", "at 2"),
+        (9, "image", "at 9"),
+    ]

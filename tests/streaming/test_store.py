@@ -234,9 +234,16 @@ def test_a_store_that_takes_a_request_and_never_answers_is_an_error_when_patienc
 def test_an_attempt_has_its_own_limit_and_the_next_a_longer_one(proxy, bucket, monkeypatch):
     monkeypatch.setattr("streaming.store.ATTEMPT", 0.5)
     store = Store(bucket, patience=60, options=proxy.options())
-    proxy.next = ["stall", "stall"]
+    proxy.next, limits, wait = ["stall", "stall"], [], store._wait
+
+    def told(limit, what, *of, **more):
+        limits.append(limit) if what == "pipe_file" else None
+        return wait(limit, what, *of, **more)
+
+    monkeypatch.setattr(store, "_wait", told)
     store.write("late", b"late")
     assert store.counts["retries"] >= 2
+    assert limits[1:3] == [2 * limits[0], 4 * limits[0]]
     assert proxy.next == []
     assert store.read("late") == b"late"
 

@@ -245,6 +245,7 @@ def test_a_log_is_not_begun_over_that_of_another_run(run_config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_lines_that_were_changed_are_healed_or_told(run_config, whole, tmp_path):  # noqa: F811
     """A digit of the loss, on the disk, beside the checkpoints, in both."""
     run = Run(run_config, tmp_path / "one")

@@ -16,6 +16,7 @@ from equiav.config import DataConfig
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
+from equiav.train.log import Log
 from streaming import Store
 from streaming.pack import pack
 from tests.streaming.fault_proxy import FaultProxy
@@ -204,7 +205,7 @@ def test_a_log_is_whole_at_every_moment_at_which_it_is_begun_again(tmp_path):
     line = "".join(json.dumps({"step": k, "loss": 1.5, "filling": "x" * 100}) + "\n" for k in range(20000))
     for name in ("metrics.jsonl", "timing.jsonl"):
         (tmp_path / name).write_text(line)
-    for k in range(20):
+    for k in range(0, 20, 3):
         process = subprocess.Popen([sys.executable, "-c", LOG, str(tmp_path)], stdout=subprocess.PIPE, env=ENV)
         process.stdout.readline()
         time.sleep(0.013 * k)
@@ -214,8 +215,6 @@ def test_a_log_is_whole_at_every_moment_at_which_it_is_begun_again(tmp_path):
 
 
 def test_what_an_earlier_start_still_writes_does_not_come_between(tmp_path):
-    from equiav.train.log import Log
-
     first = Log(tmp_path, 0)
     for step in range(5):
         first.write(step, {"loss": 0.5}, {})
@@ -228,6 +227,38 @@ def test_what_an_earlier_start_still_writes_does_not_come_between(tmp_path):
         (2, 0.5),
         (3, 0.25),
     ]
+
+
+def log_of(folder, losses):
+    folder.mkdir()
+    log = Log(folder, 0)
+    for step, loss in enumerate(losses):
+        log.write(step, {"loss": loss}, {"seconds": 1})
+    log.close()
+    return log.digest(), (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("where", ["here", "there", "both", "nowhere"])
+def test_lines_that_somebody_changed_are_healed_or_told(tmp_path, where):
+    """By the digest of all lines, which the checkpoint has; those beside the checkpoints may be right, or these."""
+    losses = [2.5, float("nan"), 2.25, 2.0]
+    digest, lines = log_of(tmp_path / "one", losses)
+    changed = [line.replace("2.25", "2.24") for line in lines]
+    if where in ("here", "both"):
+        (tmp_path / "one" / "metrics.jsonl").write_text("".join(changed))
+    there = dict(enumerate(changed if where in ("there", "both") else lines))
+    log = Log(tmp_path / "one", 4, elsewhere=lambda: there, digest=digest)
+    assert (log.others, log.missing) == (where == "both", 0)
+    assert (log.digest() == digest) is (where != "both")
+    log.write(4, {"loss": 1.0}, {})
+    log.close()
+    kept = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert kept[:4] == (changed if where == "both" else lines)
+    if where != "both":
+        again, _ = log_of(tmp_path / "two", [*losses, 1.0])
+        assert log.digest() == again
+    else:
+        assert log.digest() == ""  # what comes after lines that are not known is not vouched for
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(run_config, tmp_path):
