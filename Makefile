@@ -3,8 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# A test process for each core, of one thread each; whoever is idle takes over from the other.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist worksteal
+# One test process more than there are cores, of one thread each, since some wait; who is idle takes over from the others.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
 
 .PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak fuzz lint bench clean
 

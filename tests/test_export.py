@@ -18,6 +18,8 @@ from equiav.weights import save_model
 from tests.forks import APART
 from tests.test_api import SETTINGS, tuned  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 CLIPS = [World(3, 64, 3, 2.56).clip(k) for k in range(5)]
 ALONE = """
 import sys
