@@ -259,7 +259,6 @@ def test_a_video_ends_where_its_sound_or_its_picture_does(folder, tmp_path, shor
 
 
 def test_one_file_that_cannot_be_read_does_not_cost_the_others(folder, tmp_path, capsys):
-@pytest.mark.slow
     good = str(write_video(tmp_path / "a.mp4", seconds=2.0))
     (tmp_path / "b.mp4").write_bytes(b"no video")
     bad, out = str(tmp_path / "b.mp4"), tmp_path / "x.npz"
@@ -274,6 +273,9 @@ def test_one_file_that_cannot_be_read_does_not_cost_the_others(folder, tmp_path,
     assert not out.exists()
     with pytest.raises(ConfigError, match="is a Path, which takes a slash from an address"):
         equiav.load(Path("s3://bucket/run"))
+
+
+@pytest.mark.slow
 def test_what_sounds(folder, tmp_path, capsys):
     model = equiav.load(folder)
     rng = np.random.default_rng(0)

@@ -63,7 +63,6 @@ def test_held_out_clips_are_others(store, tmp_path):
 
 
 def test_the_stream_pairs_every_clip_with_its_own_frame_and_sound(store, tmp_path):
-@pytest.mark.slow
     config = stream_config(tmp_path)
     world = World(0, 64, seconds=2.56)
     with open_stream(config, options=store.options) as loader:
@@ -75,6 +74,9 @@ def test_the_stream_pairs_every_clip_with_its_own_frame_and_sound(store, tmp_pat
             assert (b.waveform[row, : b.lengths[row]].numpy() == clip.audio[: b.lengths[row]]).all()
             frame = b.frames[row].permute(1, 2, 0).numpy()
             assert any(np.array_equal(frame, as_packed(other)) for other in clip.frames)
+
+
+@pytest.mark.slow
 def test_what_is_evaluated_are_the_held_out_clips(store, tmp_path):
     """The smoke run's retrieval is that of their middle frames and their sounds."""
     config = replace(small(out=str(tmp_path)), stream=stream_config(tmp_path).stream)

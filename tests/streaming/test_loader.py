@@ -280,7 +280,6 @@ def test_a_fetcher_that_was_closed_says_nothing_more(damaged):
 
 
 def verdicts(url, W, count, start=0, **arguments):
-@pytest.mark.slow
     """Of all ranks: (epoch, step, sample) -> what is bad about it, or None; and the number of rows that are valid."""
     found, valid = {}, 0
     for rank in range(W):
@@ -291,6 +290,9 @@ def verdicts(url, W, count, start=0, **arguments):
                 assert [s for s in b.samples[~b.valid].tolist() if s >= 0] == [one.sample for one in b.bad]
                 valid += int(b.valid.sum())
     return found, valid
+
+
+@pytest.mark.slow
 def test_whether_a_sample_can_be_used_depends_on_its_bytes_and_its_draw_alone(damaged, s3, tmp_path):
     """Of ten samples in a row, five have one or two damaged frames of three: in one epoch they can be used and in another not."""
     for sample in range(0, 103, 2):
