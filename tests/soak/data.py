@@ -22,7 +22,7 @@ from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
 from streaming import Store
 from streaming.pack import pack
-from tests.soak_plan import Plan
+from tests.soak.plan import Plan
 
 PICTURES = {"JPEG": 60, "PNG": 14, "AVIF": 12, "EPS": 3, "WEBP": 4, "GIF": 2, "TIFF": 3, "GRAY": 2}  # shares
 TEMPERATE = 0.35  # of clips something is damaged, at most

@@ -4,9 +4,9 @@ A round is computed from (seed, round): a dataset with damage in it, a config, a
 events (what is killed, stopped, damaged, filled or taken away, and after which delay). The run without events, in one process,
 is the reference. What real time makes of a schedule may differ from one time to the next; that the runs are equal may not.
 
-soak_plan.py draws a round, soak_round.py plays it, soak_events.py is what is done to the run, soak_compare.py is its end;
-soak_data.py makes datasets and damage, soak_store.py is the store that lies, soak_run.py starts the command and says whether it
-had a reason to end, soak_watch.py looks at processes and disks.
+plan.py draws a round, round.py plays it, events.py is what is done to the run, compare.py is its end;
+data.py makes datasets and damage, store.py is the store that lies, run.py starts the command and says whether it
+had a reason to end, watch.py looks at processes and disks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.soak_events import AttackedRound
-from tests.soak_run import ROOT
-from tests.soak_watch import GUARD, MARK, TEMPORARY, make_private, private_temporary
+from tests.soak.events import AttackedRound
+from tests.soak.run import ROOT
+from tests.soak.watch import GUARD, MARK, TEMPORARY, make_private, private_temporary
 
 # ---- rounds -------------------------------------------------------------------------------------------------------------
 

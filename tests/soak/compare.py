@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.numpy
 
 if TYPE_CHECKING:
-    from tests.soak_round import Round
+    from tests.soak.round import Round
 
 # What a run says of lines of its log that it lacks, or that are not those that it wrote.
 SAYS_SO = (

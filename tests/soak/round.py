@@ -19,12 +19,12 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from equiav.data.local_s3 import LocalS3
-from tests.soak_compare import compare, copy_of_log, lines
-from tests.soak_data import damage_dataset, make_dataset, samples_of_shards, write_label_files
-from tests.soak_plan import planned
-from tests.soak_run import ROOT, Launch, environment, excused, tail
-from tests.soak_store import LyingStore
-from tests.soak_watch import MARK, TEMPORARY, Process, Watch, clean, left_in, marked, mount, unmount
+from tests.soak.compare import compare, copy_of_log, lines
+from tests.soak.data import damage_dataset, make_dataset, samples_of_shards, write_label_files
+from tests.soak.plan import planned
+from tests.soak.run import ROOT, Launch, environment, excused, tail
+from tests.soak.store import LyingStore
+from tests.soak.watch import MARK, TEMPORARY, Process, Watch, clean, left_in, marked, mount, unmount
 from tests.streaming.fault_proxy import FaultProxy
 
 EVENTS_UNTIL, LIMIT = 180, 400  # seconds of an attack: no event after the first, a failure after the second
@@ -40,7 +40,7 @@ class TimeUp(Exception):  # noqa: N818
 
 
 class Round:
-    """What is done to the run is in soak_events.py."""
+    """What is done to the run is in events.py."""
 
     def __init__(self, seed: int, number: int, folder: Path, kinds: list[str], slow: float):
         self.plan, self.folder, self.slow = planned(seed, number, kinds, slow), folder, slow

@@ -14,12 +14,12 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from tests.soak_compare import lines
-from tests.soak_data import another_digit, mutated, mutated_json, sealed_index
-from tests.soak_plan import STALL
-from tests.soak_round import LEFT_BEHIND, LONGEST_END, Round
-from tests.soak_run import Launch, tail
-from tests.soak_watch import PRIVATE, Process, fill
+from tests.soak.compare import lines
+from tests.soak.data import another_digit, mutated, mutated_json, sealed_index
+from tests.soak.plan import STALL
+from tests.soak.round import LEFT_BEHIND, LONGEST_END, Round
+from tests.soak.run import Launch, tail
+from tests.soak.watch import PRIVATE, Process, fill
 
 CONFIRMED = 14.2  # seconds over which the fetcher asks again for what is wrong, at a patience of ten minutes or more
 

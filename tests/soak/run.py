@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from equiav.data.local_s3 import LocalS3
-from tests.soak_watch import MARK, Process, marked
+from tests.soak.watch import MARK, Process, marked
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 KILLS = {"kill worker", "kill decoder", "kill fetcher", "kill all", "kill agent"}
 WAY = {"down", "fault", "lie"}  # of the way to the store
 KEPT = WAY | {"upload", "stale", "late"}
