@@ -3,8 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# One test process more than there are cores, of one thread each, since some wait; who is idle takes over from the others.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
+# Test processes of one thread each; who is idle takes over from the others. Of the fast tests many wait: one process more.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal -n
 
 .PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak fuzz lint bench clean
 
@@ -17,10 +17,10 @@ smoke: .venv/installed ## generate clips, pretrain the tiny model, evaluate, wri
 	@$(BIN)/equiav smoke
 
 test: .venv/installed ## the fast tests
-	@$(PYTEST)
+	@$(PYTEST) $$(($$(nproc) + 1))
 
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
-	@$(PYTEST) -m slow
+	@$(PYTEST) $$(nproc) -m slow
 
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster
