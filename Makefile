@@ -3,8 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Test processes of one thread each; who is idle takes over from the others. Of the fast tests many wait: one process more.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal -n
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install smoke test test-slow test-cluster test-cluster-more image manifests dashboards soak fuzz lint bench clean
 
@@ -16,11 +15,13 @@ install: .venv/installed ## create .venv and install EquiAV into it (about 5 GB,
 smoke: .venv/installed ## generate clips, pretrain the tiny model, evaluate, write runs/smoke/report.html (under 3 minutes on two cores)
 	@$(BIN)/equiav smoke
 
+# Of these many wait: one process more than there are cores, and who is idle takes over from the others.
 test: .venv/installed ## the fast tests
-	@$(PYTEST) $$(($$(nproc) + 1))
+	@$(PYTEST) -n $$(($$(nproc) + 1)) --dist worksteal
 
+# The tests of a file share what took minutes to make.
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
-	@$(PYTEST) $$(nproc) -m slow
+	@$(PYTEST) -n $$(nproc) --dist loadfile -m slow
 
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster
