@@ -124,15 +124,15 @@ def run_watched(
         sharers=ranks.local_size,
         options=options,
     )
-    if loader.samples < task.fewest:
-        raise ConfigError(
-            f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or more"
-        )
-    with suppress(StoreError):  # the steps will have more to say of a store
-        require_modalities("stream.url", loader.dataset, task.hears, task.sees)
     listed = config.out / "quarantine.jsonl" if first else None
     quarantine = Quarantine(loader.samples, config.stream.max_bad, listed)
     with loader, checkpoints:
+        if loader.samples < task.fewest:
+            raise ConfigError(
+                f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or more"
+            )
+        with suppress(StoreError):  # the steps will have more to say of a store
+            require_modalities("stream.url", loader.dataset, task.hears, task.sees)
         found = find(config, task, checkpoints, state, loader, quarantine)
         if not found and config.resume != "anyway":
             ranks.first(lambda: require_unused(config, url))
