@@ -272,9 +272,10 @@ def describe(path: Path, name: str) -> tuple[Shard, bytes]:
 
 def require_plain(store: Store, name: str) -> None:
     """What `Dataset` asks of a shard's name, said while it can still be mended."""
-    if any(ord(c) < 32 or ord(c) == 127 or c in "/\\" for c in name) or name.startswith(".") or not name.strip():
+    plain = all(ord(c) >= 32 and ord(c) != 127 and c not in "/\\" and not "\ud800" <= c <= "\udfff" for c in name)
+    if not plain or name.startswith(".") or not name.strip():
         raise DatasetError(
-            f"{store.url}: {name!r} cannot be a shard's name: rename it, without control characters or slashes"
+            f"{store.url}: {name!a} cannot be a shard's name: rename it, in UTF-8, without control characters or slashes"
         )
 
 

@@ -136,6 +136,11 @@ def pack(
             "or remove the folder"
         )
     if not begun:
+        if shards := [name for name in store.list() if name.endswith((".tar", ".offsets"))]:
+            raise DatasetError(
+                f"{store.url} holds files that this call did not write, such as {shards[0]}; pack into another folder, or make a "
+                "dataset of what is there with `equiav index`"
+            )
         try:
             store.write(plan, json.dumps({"items": len(items), "digest": digest}).encode())
         except Missing as error:

@@ -163,6 +163,8 @@ class Store:
 
     def _at_most(self, limit: float, name: str, start: int, stop: int) -> bytes:
         """As many of these bytes as there are."""
+        if self.local:
+            self._size(limit, name)
         try:
             return self._read(limit, stop - start, self.path(name), start=start, end=stop)
         except OSError as error:
@@ -259,13 +261,13 @@ class Store:
         path = self.path(name)
         if self.local:  # fsspec says that a link to nowhere has no bytes
             status = os.stat(path)
-            size, folder = status.st_size, stat.S_ISDIR(status.st_mode)
+            size, folder = status.st_size, not stat.S_ISREG(status.st_mode)  # a pipe would be waited for
         else:
             self.fs.invalidate_cache()
             found = self._wait(limit, "info", path)
             size, folder = found["size"], found["type"] == "directory"
         if folder:
-            raise IsADirectoryError(errno.EISDIR, "is a directory")
+            raise IsADirectoryError(errno.EISDIR, "is a directory or a pipe")
         return size
 
     def list(self, folder: str = "") -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 IMAGE_VECTOR = 18  # elements of t_v, Appendix C
 AUDIO_VECTOR = 24  # elements of t_a, Appendix C
 MOST_WIDTH, MOST_DEPTH, MOST_TOKENS = 1 << 16, 512, 1 << 16  # of a model: somebody else may have written its settings
+MOST_BATCH = 1 << 24
 LONG = 10**8  # seconds, three years: more is a mistake, and more than a thread can wait
 
 
@@ -201,7 +202,7 @@ class ObjectiveConfig:
     """Learn log tau, starting at `temperature`; never below 0.01."""
 
     def __post_init__(self) -> None:
-        require(self.centroid_size >= 1, "objective.centroid_size", self.centroid_size, "1 or more")
+        require(1 <= self.centroid_size <= 1 << 16, "objective.centroid_size", self.centroid_size, f"1 to {1 << 16}")
         require(0 < self.temperature < math.inf, "objective.temperature", self.temperature, "a positive number")
         intra = self.intra != "none" and self.weight_intra_audio + self.weight_intra_image > 0
         inter = self.weight_inter > 0
@@ -327,8 +328,9 @@ class TrainConfig:
         require(self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "1 or more")
         require(self.shard >= 0, "train.shard", self.shard, "0 or more")
         require(self.max_skipped >= 1, "train.max_skipped", self.max_skipped, "1 or more")
-        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more (a contrast needs a negative)")
-        require(self.steps >= 1, "train.steps", self.steps, "1 or more")
+        most = f"2 (a contrast needs a negative) to {MOST_BATCH}"
+        require(2 <= self.batch_size <= MOST_BATCH, "train.batch_size", self.batch_size, most)
+        require(1 <= self.steps <= 10**12, "train.steps", self.steps, "1 to 10^12")
         require(
             0 <= self.warmup_steps <= self.steps,
             "train.warmup_steps",

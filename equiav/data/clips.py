@@ -18,7 +18,10 @@ from equiav.config import DataConfig
 # a store are what they are, whatever their name says.
 FORMATS = ("JPEG", "PNG")  # of a dataset's pictures
 OWN_FORMATS = (*FORMATS, "WEBP", "BMP", "GIF", "TIFF")  # of files that a user of the API has
-MOST_PIXELS = 1 << 26  # of a picture: 200 MB
+MOST_PIXELS = 25 << 20  # of a picture, as a camera makes it: 80 MB, and some times that while it is decoded
+warnings.filterwarnings(
+    "ignore", category=UserWarning, module=r"PIL\."
+)  # of bytes that may be anything, without a name
 LONGEST = 3600  # seconds of sound
 BLOCK = 1 << 16  # samples that are decoded at a time
 

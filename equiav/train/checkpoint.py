@@ -313,7 +313,8 @@ class Checkpoints:
     def unusable(self) -> list[str]:
         """Those that this folder holds, or held at an earlier start, and that cannot be used."""
         aside = self.ranks.first(lambda: [name for name in self.store.list() if name.startswith(DAMAGED)])
-        return [f"{name}: {why}" for name, why in self._passed_over.items()] + aside
+        there = self.ranks.first(self._names)  # a live start may have retired some
+        return [f"{name}: {why}" for name, why in self._passed_over.items() if name in there] + aside
 
     def newest(self) -> int:
         """The step of the newest that is complete and was not passed over; -1: there is none."""

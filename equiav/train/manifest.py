@@ -22,7 +22,7 @@ FILE = r"part-[0-9]{5,9}-[0-9]{5,9}"
 BLOCK, FILE_BYTES = 8 << 20, 64 << 20  # that are written together, at most, but for single rows that are larger
 LARGEST = 1 << 42  # elements of a tensor, bytes of a file
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
-SAMPLE = r"[0-9]{1,18}"
+SAMPLE, REASON = r"[0-9]{1,18}", r"[^\x00-\x1f\x7f]+"
 
 
 class NotWhole(ValueError):  # noqa: N818
@@ -105,7 +105,7 @@ def _check(manifest: dict[str, Any]) -> None:
     table(entry(stream, "order"), "stream.order")
     for sample, why in table(entry(manifest, "quarantine"), "quarantine").items():
         text(sample, "a sample", SAMPLE)
-        text(why, f"the reason of sample {sample}")
+        text(why, f"the reason of sample {sample}", REASON, 200)
     table(entry(manifest, "config"), "config")
     for name in ("init", "learns_from"):
         for key, value in table(manifest.get(name, {}), name).items():

@@ -129,13 +129,12 @@ def run_watched(
     with loader, checkpoints:
         if loader.samples < task.fewest:
             raise ConfigError(
-                f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or more"
+                f"stream.url: {loader.dataset.store.url} has {loader.samples} clip(s) to learn from, expected {task.fewest} or "
+                "more"
             )
         with suppress(StoreError):  # the steps will have more to say of a store
             require_modalities("stream.url", loader.dataset, task.hears, task.sees)
         found = find(config, task, checkpoints, state, loader, quarantine)
-        if not found and config.resume != "anyway":
-            ranks.first(lambda: require_unused(config, url))
         began_with = (
             found.get("init", {}) if found else begin_with(config, ranks, state, tell, watch) if config.init else {}
         )
@@ -208,7 +207,7 @@ def require_unused(config: RunConfig, url: str) -> None:
         was = str(there["checkpoint"]["url"] or config.out / "checkpoints")
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         was = "a place that its config.yaml does not say"
-    finished = (config.out / SUMMARY).exists() or (config.out / "model" / "config.json").exists()
+    finished = (config.out / "model" / "config.json").exists()
     if finished or (was != url and was != named(url)):
         raise ConfigError(
             f"out: {config.out} holds a {'finished ' * finished}run with checkpoints at {was}, and there is none at {url}; "
@@ -252,6 +251,10 @@ def find(
 
     def load() -> dict[str, Any] | None:
         found = checkpoints.load(state, accept)
+        while (
+            found is None and checkpoints.newest() >= 0
+        ):  # a live start has saved, and retired what was read, meanwhile
+            found = checkpoints.load(state, accept)
         if found is None and config.resume != "anyway" and (unusable := checkpoints.unusable()):
             raise ConfigError(
                 f"{url} holds checkpoints of which none can be used: {'; '.join(unusable)}. Mend them (damaged-step-... is "
@@ -260,6 +263,8 @@ def find(
         return found
 
     found = load()
+    if not found and config.resume != "anyway":
+        checkpoints.ranks.first(lambda: require_unused(config, url))
     checkpoints.take_over(state)
     while checkpoints.newest() > state.step:  # the start that this one takes over from has saved meanwhile
         found = load()

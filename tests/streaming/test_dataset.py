@@ -27,6 +27,7 @@ from streaming.dataset import (
     index_shard,
     keys_that_come_again,
     read_offsets,
+    require_plain,
     verify_shard,
     write_index,
 )
@@ -674,3 +675,12 @@ def test_a_key_that_stands_in_two_shards_is_found():
     hashes = [np.array(keys, np.uint64) for keys in ([1, 2, 3], [4], [5, 2, 6, 1])]
     assert keys_that_come_again(hashes) == [(2, 1), (2, 3)]
     assert keys_that_come_again(hashes[:2]) == []
+
+
+def test_names_that_no_index_can_have_and_pipes_are_refused(tmp_path):
+    store = Store(str(tmp_path))
+    with pytest.raises(DatasetError, match="cannot be a shard's name: rename it, in UTF-8"):
+        require_plain(store, os.fsdecode(b"\xff.tar"))
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(Missing, match="is not a file"):
+        index_shard(store, "0.tar")

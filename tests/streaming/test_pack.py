@@ -299,6 +299,8 @@ def test_a_mistake_of_the_encoder_is_raised_as_it_is(whole, tmp_path, processes)
 
 
 def test_shards_of_a_killed_attempt_do_not_stay(whole, tmp_path):
+    with pytest.raises(KeyError):
+        packed(tmp_path, encode=pack_children.encode_with_a_late_mistake)
     for name in ("000003-07.tar", "000003-07.tar.offsets", "000001-00.tar.1a2b3c4d.part", "mine.txt"):
         (tmp_path / name).write_text("of an attempt that was killed before its record")
     packed(tmp_path)
@@ -429,3 +431,14 @@ class Deadly:
 
     def __reduce__(self):
         return os._exit, (7,)
+
+
+def test_shards_that_others_have_made_are_not_written_over(tmp_path):
+    for name in ("000000-00.tar", "mine.tar"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(DatasetError, match=f"holds files that this call did not write, such as {name}"):
+            pack(ITEMS[:3], toys.encode, Store(str(folder)), processes=0)
+        assert (folder / name).read_text() == "precious"
+        assert os.listdir(folder) == [name]

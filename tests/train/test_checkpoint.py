@@ -237,6 +237,7 @@ def test_a_bit_that_flips_on_the_wire_is_no_damage(saved, s3):
 IN_THE_WAY = {
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a link loop": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
 }
 
@@ -289,6 +290,7 @@ FORGED = {
     "a type that runs code": lambda m: next(iter(m["tensors"].values())).__setitem__(0, "__import__('os')"),
     "another shape": lambda m: next(iter(m["tensors"].values())).__setitem__(1, [1, 1]),
     "a start that is a list": lambda m: m.update(init=[]),
+    "a reason that moves the cursor": lambda m: m.update(quarantine={"3": "\x1b[2J"}),
     "a digit that is none": lambda m: m.update(quarantine={"²": "x"}),
     "fewer than no steps skipped": lambda m: m.update(skipped=-7),
     "more steps skipped than done": lambda m: m.update(skipped=3),

@@ -198,19 +198,12 @@ def test_a_spare_ends_as_the_run_does_that_is_asked_to_end(run_config, tmp_path)
 # ---- what nothing moves any more, before the first step
 
 
-def in_the_way(folder):
-    """A checkpoint that never comes: reading a FIFO waits for whoever writes into it."""
-    (newest,) = [path.parent for path in sorted(folder.glob("step-*/manifest.json"))[-1:]]
-    (newest / "part-00000-00000").unlink()
-    os.mkfifo(newest / "part-00000-00000")
-
-
 def test_a_checkpoint_that_does_not_come_is_a_stall(run_config, tmp_path):
     eight = ["--train.steps", "8", "--train.warmup_steps", "2"]
     Run(run_config, tmp_path, None, *eight).end()
-    in_the_way(tmp_path / "checkpoints")
     patience = ["--checkpoint.patience", "1", "--stream.patience", "1", "--stall_seconds", "1"]
-    text = Run(run_config, tmp_path, None, *eight, *patience).end(145)
+    hangs = {"module": "tests.train.hung_disk", "env": {"HANGS": "read"}}
+    text = Run(run_config, tmp_path, None, *eight, *patience, **hangs).end(145)
     assert "step 0, begins" in text
 
 
