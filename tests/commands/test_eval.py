@@ -377,6 +377,7 @@ def test_examples_can_be_looked_at_and_listened_to(place, tmp_path):
     assert evaluate(place, tmp_path / "two", "examples", "--examples", "4", "--batch", "8", W=2)[0] == said
 
 
+@pytest.mark.slow
 def test_clips_that_cannot_be_decoded_cost_themselves_alone(place, tmp_path):
     """The first, which examples would show, among them."""
     world = World(4, 64, 3, 2.56)

@@ -328,6 +328,7 @@ def test_everybody_who_asks_has_the_end(server):
         waiting.result(timeout=2)
 
 
+@pytest.mark.slow
 def test_who_asks_drop_by_drop_is_left(server):
     begun = time.monotonic()
     with socket.create_connection(("127.0.0.1", server.server_address[1])) as one:

@@ -405,6 +405,7 @@ def test_a_part_of_nothing_but_rejections_leaves_no_shard(tmp_path):
 # ---- elsewhere
 
 
+@pytest.mark.slow
 def test_a_store_that_often_fails_gets_the_same_bytes(whole, s3, tmp_path):
     (s3.folder / "packed").mkdir()
     proxy = FaultProxy(s3.port)

@@ -61,6 +61,7 @@ def test_learning_rate():
     assert learning_rate(0, no_warmup) == no_warmup.lr
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned_by_heart(make_config, device):
     config = settings(make_config, steps=60, device=device, train={"lr": 2e-3}, data={"audio_mean": -10.3})
     _, rows = run(config)
