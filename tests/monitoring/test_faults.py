@@ -214,7 +214,7 @@ def test_a_worker_that_is_lost_again_and_again(nodes):
         nodes.until(nodes.moved())
         time.sleep(2)  # each is scraped
         os.kill(nodes.worker(0), signal.SIGKILL)
-    nodes.watched.calls("EquiavRestartStorm", also=["EquiavStalled"])  # its node pauses between rounds that fail at once
+    nodes.watched.calls("EquiavRestartStorm", also=["EquiavStalled"])  # it pauses between rounds that fail at once
 
 
 def test_a_node_that_does_not_come(nodes):
