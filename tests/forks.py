@@ -50,9 +50,10 @@ prctl = ctypes.CDLL(None).prctl
 
 
 def kind(pid):
-    """The name of a process, or nothing: it is gone."""
+    """The name of a process, which a new interpreter has in its command line; or nothing: it is gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        line = Path(f"/proc/{pid}/cmdline").read_text()
+        return "forkserver" if "forkserver" in line else Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
 

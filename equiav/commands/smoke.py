@@ -80,10 +80,10 @@ def run_smoke(config: SmokeConfig) -> None:
     if config.device == "cpu":
         keep_freed_memory()
     take_folder(config.out)
-    shutil.rmtree(config.out / "eval", ignore_errors=True)
-    for left in ("metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):
+    for folder in ("eval", "checkpoints", "model"):
+        shutil.rmtree(config.out / folder, ignore_errors=True)
+    for left in ("config.yaml", "metrics.jsonl", "timing.jsonl", "quarantine.jsonl", "starts.jsonl"):
         (config.out / left).unlink(missing_ok=True)
-    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
 
     with tempfile.TemporaryDirectory(prefix="equiav-smoke-") as scratch, LocalS3(Path(scratch, "store")) as s3:
         config = replace(

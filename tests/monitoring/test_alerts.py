@@ -215,9 +215,9 @@ def mutations(expr):
     """The expression with one comparison turned round, one limit twice or half as large, or one condition for its opposite."""
     for match in re.finditer(r" (and|unless) ", expr):
         yield expr[: match.start(1)] + {"and": "unless", "unless": "and"}[match[1]] + expr[match.end(1) :]
-    for match in re.finditer(r" ([<>]) ", expr):
-        yield expr[: match.start(1)] + {"<": ">", ">": "<"}[match[1]] + expr[match.end(1) :]
-    for match in re.finditer(r"(?<=[<>] )(\d+(\.\d+)?)|(\d\.\d+)(?= \* )", expr):
+    for match in re.finditer(r" (<|>=?) ", expr):
+        yield expr[: match.start(1)] + {"<": ">", ">": "<", ">=": "<"}[match[1]] + expr[match.end(1) :]
+    for match in re.finditer(r"(?<=[<>=] )(\d+(\.\d+)?)|(\d\.\d+)(?= \* )", expr):
         for factor in (0.5, 2):
             if float(match[0]):
                 yield f"{expr[: match.start()]}{float(match[0]) * factor:g}{expr[match.end() :]}"
