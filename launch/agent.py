@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousE
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.ended import SUPERSEDED, TERMINATED, Ended, first_line, name_of
+from launch.ready import CLOCK, CUT_OFF, LOOK, Greeter, Stores, ahead, meet_all, stands_back, stay_outside
 from monitoring import metrics
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ JOIN = 600  # seconds for the least nodes to come together, before this one says
 BEATS = 6  # that a node may miss before it counts as lost
 GRACE = 2.0  # seconds for the other workers when one is lost: they wait for it, and have nothing to save
 FAILING = 30.0  # seconds for workers whose peers are gone to notice it, or to finish a save that all are through with
+AWAY, LOOK_AGAIN = 1800.0, 2.0  # seconds that a node may stay outside; between two looks at why
+MEETING, NOT = 30.0, 1 << 20  # seconds for all of a round to look whether they meet; what counts as: they do not
+MET = 32  # other nodes that one looks whether it meets; of more, so many
 SAVING = 600.0  # seconds for workers that finish their step and save, since a node has come
 
 
@@ -91,12 +95,25 @@ class Agent(LocalElasticAgent):
         self._begun = 0.0
         self._quick = 0  # rounds in a row that failed at once
         self._saved, self._fruitless = -1, 0  # newest step that is saved; rounds that failed since it is
+        self.stores = Stores(node.record, node.data)
+        self.stores.watch()
+        self._silent: bool | None = None  # what the others were told of them
+        self._asked_others = 0.0  # when it last looked whether they answer others
+        self.greeter = Greeter()
+        here = f"{node.address} {self.greeter.port} {self.rendezvous._this_node}"
+        self._put(f"node/{node.index}", here)
+        self._new = True  # it has not trained with the others yet
         self._doubt = False  # whether the last of them ended with what may pass
 
     def abandon(self) -> None:
         """Its rendezvous is lost."""
         self.signal(signal.SIGKILL)
         self.rendezvous._stop_heartbeats()
+        self.close()
+
+    def close(self) -> None:
+        self.stores.end()
+        self.greeter.close()
 
     def pids(self) -> list[int]:
         """Of the workers that live."""
@@ -114,9 +131,8 @@ class Agent(LocalElasticAgent):
     # ---- a round: who takes part
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:  # pyright: ignore
-        self.node.record.look()
         asked = time.monotonic()
-        super()._rendezvous(worker_group)  # pyright: ignore
+        self._come_together(worker_group)
         self._heard = {}
         self._round, self._begun = self._round + 1, time.monotonic()
         self.board.add(metrics.ROUNDS, 1)
@@ -127,6 +143,101 @@ class Agent(LocalElasticAgent):
             f"round {self._round}: {worker_group.group_world_size} node(s) of {self.node.least} to {self.node.most}, "
             f"{size} worker(s); here rank(s) {', '.join(map(str, ranks))}"
         )
+
+    def _come_together(self, worker_group: WorkerGroup) -> None:
+        """With others who can do their part, and never with fewer than the least: a clock that was set may end the wait."""
+        while True:
+            if self._round:
+                self.leave()  # the others do not wait while this node looks
+            if stay_outside(self._trouble, self.leave, self.tell, LOOK_AGAIN, AWAY):
+                self._new = True
+            self.node.record.look()
+            super()._rendezvous(worker_group)  # pyright: ignore
+            size = worker_group.group_world_size or 0
+            if size < self.node.least:
+                self.tell(f"{size} node(s) came together, expected {self.node.least}; waits for more")
+            elif self._all_meet(size):
+                self._new = False
+                return
+            self.leave()
+            time.sleep(LOOK_AGAIN)
+
+    def _all_meet(self, size: int) -> bool:
+        """Whether none of this round has to stand back: those that began at once have not seen each other before. size: nodes."""
+        store = self.rendezvous._store
+        key = f"{self.rendezvous._settings.run_id}/meet/{self.rendezvous._state_holder.state.round}"
+        count = store.add(key, NOT if self._unmet() else 1)
+        until = time.monotonic() + MEETING
+        while count < size and time.monotonic() < until:
+            time.sleep(0.05)
+            count = store.add(key, 0)
+        self._new = self._new or count >= NOT
+        return count == size
+
+    def _trouble(self) -> str:
+        """Why this node cannot do its part, or nothing."""
+        if what := self.stores.trouble():
+            return what
+        self._tell_silent(False)
+        if self.rendezvous.is_closed():
+            raise Closed("the run has finished")
+        if self.node.index and (first := self._get("node/0")):
+            address, port, _ = first.split(" ", 2)
+            apart = ahead(address, int(port))
+            if apart is not None and abs(apart) > CLOCK:
+                late = f"{abs(apart):.1f} s {'behind' if apart > 0 else 'ahead of'}"
+                return (
+                    f"its clock is {late} that of node 0 at {address}, expected {CLOCK:.0f} s at most: set both (NTP)"
+                )
+        return self._unmet() if self._new else ""
+
+    def _unmet(self) -> str:
+        """Before whom it stands back. A round that goes on without it comes first."""
+        own, others = self.node.index, self._others()
+        state = self.rendezvous._state_holder.state
+        missed = meet_all(others, self.greeter.port)
+        self._put(f"missed/{own}", " ".join(map(str, sorted(missed))))
+        told = {index: {int(one) for one in self._get(f"missed/{index}").split()} for index in others}
+        before = stands_back(own, {**told, own: missed}, set(others))
+        if state.complete and self.rendezvous._this_node not in state.participants:
+            before = missed
+        if not before:
+            return ""
+        them = ", ".join(f"node {index} at {others[index][0]}" for index in sorted(before))
+        return f"it and {them} do not reach each other; is the network between them whole, on all ports?"
+
+    def _others(self) -> dict[int, tuple[str, int]]:
+        """Some of those that take part or want to: by index, where they answer."""
+        holder, own, most = self.rendezvous._state_holder, self.node.index, self.node.most
+        holder.sync()
+        present = {str(node) for node in (*holder.state.participants, *holder.state.wait_list)}
+        some = {(own + step * max(1, most // MET)) % most for step in range(1, min(most, MET + 1))} - {own}
+        found = {index: self._get(f"node/{index}").split(" ", 2) for index in some}
+        return {index: (one[0], int(one[1])) for index, one in found.items() if one[0] and one[2] in present}
+
+    def _put(self, key: str, text: str) -> None:
+        """For the other nodes, at the rendezvous."""
+        self.rendezvous._store.set(f"{self.rendezvous._settings.run_id}/{key}", text)
+
+    def _get(self, key: str) -> str:
+        """Empty where nobody has put anything."""
+        store, key = self.rendezvous._store, f"{self.rendezvous._settings.run_id}/{key}"
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def _tell_silent(self, silent: bool) -> None:
+        if silent != self._silent:
+            self._put(f"silent/{self.node.index}", "yes" if silent else "no")
+            self._silent = silent
+
+    def _cut_off(self) -> bool:
+        """Whether the stores have not answered this node for a while, answer others, and these can go on without it."""
+        seconds = self.stores.silent()
+        self._tell_silent(seconds > 0)
+        spare = len(self.rendezvous._state_holder.state.participants) > self.node.least
+        if seconds < CUT_OFF or not spare or time.monotonic() < self._asked_others + LOOK:
+            return False
+        self._asked_others = time.monotonic()
+        return any(self._get(f"silent/{index}") == "no" for index in self._others())
 
     def _changes(self) -> int:
         """Whether the round has to end: nodes wait, or are lost. torchrun looks for the former alone, and a machine that is gone
@@ -160,6 +271,11 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore
         reap()
+        if self.pids() and self._cut_off():
+            self.tell(
+                f"the stores have not answered this node for {CUT_OFF:.0f} s, and answer others: it leaves the round"
+            )
+            self.signal(signal.SIGKILL)
         result = super()._monitor_workers(worker_group)  # pyright: ignore
         if result.state == WorkerState.FAILED:
             self._failed(worker_group, next(iter(result.failures.values())).local_rank)

@@ -51,7 +51,7 @@ class Record:
         from streaming.store import Denied, Missing
 
         try:
-            ended = table(parse(Store(self.folder, PATIENCE).read(self.name, most=SMALL)), "it")
+            ended = table(parse(Store(self.folder, QUESTION).read(self.name, most=SMALL)), "it")
             text, status = told(ended["error"], "error"), whole(ended["status"], "status", -255, 255)
         except Missing:
             return
@@ -59,7 +59,7 @@ class Record:
             # Nobody can write here that it is final, and whoever mends the credentials need not start the run again.
             raise Ended(1, f"{error}. Mend the credentials: Kubernetes tries again, after pauses that grow") from None
         except (StoreError, ValueError, KeyError, TypeError):
-            return  # the workers, which have more patience, will tell
+            return  # a silent store keeps the node outside (launch/ready.py); of what is unreadable, the workers tell
         if status == 0:
             raise Ended(0, text)
         raise Ended(status, f"{text}. Mend the cause, and submit it again", final=True)
@@ -76,6 +76,15 @@ class Record:
         except StoreError:  # refused or silent, as the error says that is to be written
             return False
         return True
+
+    def greet(self) -> None:
+        """Shows that this node can write where the run is saved. Raises StoreError if it cannot."""
+        if not self.folder:
+            return
+        from streaming import Store
+
+        said = {"submission": self.submission, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        Store(self.folder, QUESTION).write(f"node-{self.index}", json.dumps(said).encode())
 
     def saved(self) -> int | None:
         """The newest step that is saved, 0 where none is; None: nobody knows."""

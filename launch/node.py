@@ -55,6 +55,7 @@ class Node:
     port: int
     command: list[str]  # of equiav
     record: Record
+    data: str  # URL of the dataset
     metrics_port: int  # 0: none
     metrics: Path  # folder in which this node and its workers tell of themselves
 
@@ -142,6 +143,7 @@ def parse(argv: list[str] | None) -> Node:
     parser.add_argument("--port", type=int, default=0, help="of the rendezvous, at node 0 (default: see PORT)")
     parser.add_argument("--metrics-port", type=int, default=0, help="where Prometheus can ask this node; 0: nowhere")
     parser.add_argument("--folder", default="", help="URL of the run's checkpoints, which remember how it ended")
+    parser.add_argument("--data", default="", help="URL of the dataset: a node that cannot reach it stays outside")
     parser.add_argument("command", nargs="+", help="of equiav, with its settings, after --")
     given = parser.parse_args(argv)
     match = re.fullmatch(r"(\d+)(?::(\d+))?", given.nodes)
@@ -167,6 +169,7 @@ def parse(argv: list[str] | None) -> Node:
         given.port or port_of(given.host, given.folder),
         command,
         Record(given.folder, submission, given.index),
+        given.data,
         given.metrics_port,
         Path(tempfile.mkdtemp(prefix="equiav-metrics-")),
     )

@@ -59,7 +59,7 @@ def trained(
 
     program = ["launch.node", f"--run={name}", "--nodes", f"{least}:{most}", "--workers", str(workers)]
     folder = run.checkpoint.url or str(Path(run.out) / "checkpoints")
-    program += ["--folder", folder]
+    program += ["--folder", folder, "--data", run.stream.url]
     tune = getattr(run, "tune", None)
     also = {"init": run.init, "test": tune.test_url if tune else ""}
     paths = {"out": folder, "data": run.stream.url} | {setting: path for setting, path in also.items() if path}

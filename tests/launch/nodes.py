@@ -27,6 +27,8 @@ class Nodes:
         self.config, self.out, self.nodes, self.workers, self.port = config, out, nodes, workers, port
         self.submission, self.hosts, self.program = submission, hosts, program
         self.metrics = 0  # port of node 0; that of node 1 is the next
+        self.folder = out / "checkpoints"
+        self.env, self.programs = {}, {}  # of one node
         self.running, self.wanted, self.ended = {}, set(), {}
         out.mkdir(exist_ok=True)
         self.log = out / "nodes.log"
@@ -34,11 +36,20 @@ class Nodes:
     def start(self, number, *settings):
         self.wanted.add(number)
         host = "node-0" if self.hosts else "127.0.0.1"
-        command = [sys.executable, *self.program, "--run", "test", "--nodes", self.nodes, "--workers"]
+        command = [
+            sys.executable,
+            *self.programs.get(number, self.program),
+            "--run",
+            "test",
+            "--nodes",
+            self.nodes,
+            "--workers",
+        ]
         command += [str(self.workers), "--index", str(number), "--host", host, "--port", str(self.port)]
         command += ["--metrics-port", str(self.metrics + number)] if self.metrics else []
-        command += ["--folder", str(self.out / "checkpoints"), "--", "pretrain", "--out", str(self.out), *settings]
+        command += ["--folder", str(self.folder), "--", "pretrain", "--out", str(self.out), *settings]
         env = {**ENV, "EQUIAV_CONFIG": Path(self.config).read_text(), "EQUIAV_SUBMISSION": self.submission}
+        env |= self.env.get(number, {})
         env["POD_IP"] = self.hosts.address(number) if self.hosts else "127.0.0.1"
         with self.log.open("ab") as log:
             self.running[number] = subprocess.Popen(
