@@ -12,6 +12,7 @@ import argparse
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,12 +37,13 @@ from monitoring.metrics import COUNTER, GAUGE, HISTOGRAM, METRICS, STEP_SECONDS
 PORT = 9108
 FOLDER = "EQUIAV_METRICS"  # environment variable: where the processes of a node write, if their launcher serves it
 KEPT = 8  # files of processes that have ended, before they become one
-AT_ONCE = 16  # scrapes
+AT_ONCE = 16  # connections; of more, one is closed: the oldest of who has most
 FRESH = 0.5  # seconds for which an answer is given again
 LONGEST = 100  # characters of a label's value
 MOST_VALUES = 20  # of a label that data can fill
 SCRAPES = 2  # after the end, of each who asks
 ONCE, LEAST = 16.0, 5.0  # seconds between two scrapes of who has asked once; that anybody is waited for
+SELDOM, MOST = 60.0, 75.0  # seconds between two scrapes of who is not waited for; that anybody is waited for, at most
 REQUEST = 10.0  # seconds for all of a request
 
 
@@ -130,18 +132,21 @@ class Exporter:
         found = []
         for path in self.folder.glob("*-*.json"):
             # It may have become part of `before`; what is no file of ours costs nobody the others.
-            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            with suppress(*UNREADABLE):
                 content = json.loads(path.read_text())
+                began, ended = number(content["began"]), number(content["ended"])
                 values = checked(content["values"])
-                alive = not content["ended"] and started(content["pid"]) == content["start"]
-                found.append(Told(path, float(content["began"]), float(content["ended"]), alive, values))
+                if type(content["pid"]) is not int or not math.isfinite(began) or not math.isfinite(ended):
+                    raise ValueError
+                alive = not ended and started(content["pid"]) == content["start"]
+                found.append(Told(path, began, ended, alive, values))
         return sorted(found, key=lambda told: told.began)
 
     def _before(self, everyone: list[Told]) -> dict[Key, Any]:
         """Sums of processes whose files are gone. Many that have ended become one file: it has the names of those that are in
         it, so that whatever happens meanwhile, none counts twice. Takes them out of `everyone`."""
         path, names, sums = self.folder / "before.json", set[str](), dict[Key, Any]()
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with suppress(*UNREADABLE):
             content = json.loads(path.read_text())
             names, sums = set(content["names"]), checked(content["values"])
         last = max((told.began for told in everyone), default=0.0)
@@ -166,7 +171,9 @@ class Exporter:
         return sums
 
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 KINDS = {metric.name: metric.kind for metric in METRICS}
+LABELS = {metric.name: len(metric.labels) for metric in METRICS}
 RANKED = {metric.name: metric.per_rank for metric in METRICS}
 
 
@@ -179,12 +186,18 @@ def checked(values: Any) -> dict[Key, Any]:
         numbers = value if KINDS[name] == HISTOGRAM else [value]
         if len(numbers) != (len(STEP_SECONDS) + 2 if KINDS[name] == HISTOGRAM else 1):
             raise ValueError(f"{name} has {len(numbers)} numbers")
-        if not all(type(number) in (int, float) for number in numbers) or not all(
-            type(label) is str for label in labels
-        ):
-            raise TypeError(f"{name} is {value!r} of {labels!r}")
-        found[name, tuple(labels)] = value
+        if type(labels) is not list or len(labels) != LABELS[name] or not all(type(label) is str for label in labels):
+            raise TypeError(f"{name} has labels {labels!r}")
+        numbers = [number(one) for one in numbers]
+        found[name, tuple(labels)] = numbers if KINDS[name] == HISTOGRAM else numbers[0]
     return found
+
+
+def number(value: Any) -> float:
+    """Of any size that a float can have."""
+    if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**1000):
+        raise ValueError(f"{type(value).__name__}, expected a number")
+    return float(value)
 
 
 def role(path: Path) -> str:
@@ -212,7 +225,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int, answer: Callable[[], bytes]):
         self.answer = answer
         self.scrapes: dict[str, Scrapes] = {}  # by who asks
-        self._free = threading.Semaphore(AT_ONCE)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, str] = {}  # the oldest first -> from where
         self.address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         super().__init__(("", port), Handler)
         threading.Thread(target=self.serve_forever, daemon=True, name="exporter").start()
@@ -225,13 +239,15 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
-        with suppress(OSError):
-            request.setblocking(False)
-            request.send(b"HTTP/1.0 503 Too many scrapes at once\r\n\r\n")
-        self.shutdown_request(request)
+        """A scrape takes milliseconds, so whoever has been here long is none: nobody can keep Prometheus out by waiting."""
+        with self._lock:
+            if len(self._open) >= AT_ONCE:
+                most = Counter(self._open.values()).most_common(1)[0][0]
+                oldest = next(one for one, where in self._open.items() if where == most)
+                del self._open[oldest]
+                self.leave(oldest)
+            self._open[request] = client_address[0]
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         late = threading.Timer(REQUEST, self.leave, [request])
@@ -242,7 +258,8 @@ class Server(ThreadingHTTPServer):
             pass  # the connection was gone when it was closed
         finally:
             late.cancel()
-            self._free.release()
+            with self._lock:
+                self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Who asks may hang up at any moment: that is no error of ours. What is one is printed."""
@@ -263,9 +280,9 @@ class Server(ThreadingHTTPServer):
         time.sleep(2 * FRESH)  # an answer from before the end is still given
         before, begun = dict(self.scrapes), time.monotonic()
         patience = {
-            who: max(2.5 * (asked.interval or ONCE), LEAST)
+            who: min(max(2.5 * (asked.interval or ONCE), LEAST), MOST)
             for who, asked in before.items()
-            if begun - asked.last < max(2.5 * asked.interval, ONCE)
+            if begun - asked.last < max(2.5 * asked.interval, ONCE) and asked.interval <= SELDOM + 1
         }
 
         def waits(who: str) -> bool:

@@ -1,5 +1,6 @@
 """Processes that tell, die and come back; scrapes of all kinds."""
 
+import copy
 import http.client
 import json
 import os
@@ -8,12 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from monitoring import exporter
 from monitoring import metrics as m
 from monitoring.board import SECONDS, Board, started
 from monitoring.exporter import KEPT, Exporter, Server, serve
@@ -201,6 +205,83 @@ def test_who_is_slow_holds_up_nobody(server):
     assert time.monotonic() - begun < 4  # the others are given five seconds
     for one in slow:
         one.close()
+
+
+def test_two_hundred_who_wait_keep_prometheus_from_nothing(server):
+    """They come back as soon as they are left."""
+    stop, address = threading.Event(), ("127.0.0.1", server.server_address[1])
+
+    def wait():
+        while not stop.is_set():
+            with suppress(OSError), socket.create_connection(address) as one:
+                one.settimeout(1)
+                one.sendall(b"GET /met")
+                one.recv(1)
+
+    clients = [threading.Thread(target=wait) for _ in range(200)]
+    for one in clients:
+        one.start()
+    try:
+        assert [get(server)[0] for _ in range(8)] == [200] * 8
+    finally:
+        stop.set()
+        for one in clients:
+            one.join()
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(30, True), (59, True), (100, False), (8 * 3600, False)])
+def test_who_asks_seldom_is_not_waited_for_and_nobody_for_long(server, seconds, waits, monkeypatch):
+    """A clock on which the seconds between two scrapes have passed."""
+    get(server)
+    ((who, asked),) = server.scrapes.items()
+    server.scrapes[who] = asked._replace(number=2, last=time.monotonic() - 1, interval=seconds)
+    slept = []
+    monkeypatch.setattr(exporter.time, "sleep", slept.append)
+    real, begun = time.monotonic, time.monotonic()
+    monkeypatch.setattr(exporter.time, "monotonic", lambda: real() + sum(slept))
+    server.linger()
+    assert (exporter.time.monotonic() - begun > 10) == waits
+    assert exporter.time.monotonic() - begun < 80
+
+
+WRONG = (None, True, [], {}, "", "x", -1, 1.5, 10**400, float("nan"), float("inf"), [[]], [["equiav", 1]], "\ud800")
+
+
+def test_no_file_of_a_process_costs_the_others_theirs(tmp_path):
+    """Each value in it is replaced by each of what it cannot be."""
+    board = Board(tmp_path, "rank-0", 0)
+    board.set(m.STEP, 5)
+    board.add(m.PHASE, 2.0, "data")
+    board.observe(m.STEP_TIME, 0.3)
+    time.sleep(1.5 * SECONDS)
+    (path,) = tmp_path.glob("rank-0-*.json")
+    content, shown, tried = json.loads(path.read_text()), Exporter(tmp_path, "run"), 0
+
+    def places(of, way=()):
+        yield way
+        for key in of if isinstance(of, dict) else range(len(of)) if isinstance(of, list) else ():
+            yield from places(of[key], (*way, key))
+
+    for way in places(content):
+        for wrong in WRONG:
+            spoiled = copy.deepcopy(content)
+            if way:
+                inner = spoiled
+                for key in way[:-1]:
+                    inner = inner[key]
+                inner[way[-1]] = wrong
+            else:
+                spoiled = wrong
+            (tmp_path / "rank-1-1-1.json").write_text(json.dumps(spoiled))
+            shown._until = 0.0
+            assert b'equiav_step{run="run"} 5.0' in shown.answer(), (way, wrong)
+            tried += 1
+    assert tried > 200
+    for text in (b"", b"\xff\xfe", b"{", b"[" * 100_000, b'{"values": ' + b"9" * 5000 + b"}"):
+        (tmp_path / "rank-1-1-1.json").write_bytes(text)
+        shown._until = 0.0
+        assert b'equiav_step{run="run"} 5.0' in shown.answer(), text[:20]
+    board.close()
 
 
 def test_a_thousand_scrapes_at_once_are_answered_or_refused(server):
