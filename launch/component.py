@@ -15,12 +15,9 @@ from torchx.specs.builders import parse_mounts
 from torchx.specs.finder import ComponentValidationException
 
 from launch.job import QUANTITY, object_name, size
+from launch.secrets import PASSWORD, named, secret_in
 
 IMAGE = os.environ.get("EQUIAV_IMAGE") or f"equiav:{version('equiav')}"  # the second is what `make image` makes
-PASSWORD = re.compile(
-    r"://[^/:@]*:(?!\d+/).*@"
-)  # with a slash in it, too; what begins with digits and a slash is a port
-SECRET = re.compile("SECRET|PASSW|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SETTINGS = "EQUIAV_CONFIG"  # environment variable that brings the resolved settings to the program
 
 
@@ -48,10 +45,10 @@ def checked(module: str, settings: str, command: str, argv: Sequence[str], recip
 
         print(to_yaml(config), end="")
         sys.exit()
-    for url in (str(value) for value in flat(config)):
-        if PASSWORD.search(url):
-            where = PASSWORD.sub("://***@", url)
-            refuse(f"{where}: a password would be seen by whoever may look at the job; put it into a Secret (--secret)")
+    for value in flat(config):
+        if what := secret_in(str(value)):
+            where = PASSWORD.sub("://***@", str(value)).partition("?")[0] if "://" in str(value) else "a setting"
+            refuse(f"{where}: {what} would be seen by whoever may look at the job; put it into a Secret (--secret)")
     return config
 
 
@@ -120,8 +117,12 @@ def variables_of(env: str) -> dict[str, str]:
     for name, equals, value in pairs:
         if not equals:
             refuse(f"env: {name!r} has no value, expected NAME=VALUE,NAME=VALUE")
-        if PASSWORD.search(value) or SECRET.search(name):
-            refuse(f"env: {name} would be seen by whoever may look at the job; put it into a Secret (--secret)")
+        if (what := secret_in(value)) or named(name):
+            why = f" ({what})" if what else ""
+            refuse(
+                f"env: {name}{why} would be seen by whoever may look at the job; put it into a Secret "
+                f"(kubectl create secret generic NAME --from-literal={name}=..., and --secret NAME)"
+            )
     return {name: value for name, _, value in pairs}
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from launch.job import Job, objects, variable
 from launch.pack import pack
@@ -30,13 +31,21 @@ PORT = 9108  # of the metrics
 CLUSTER = {"namespace": "equiav", "service_account": "equiav", "grace": 120}
 
 
+def names(image: str) -> tuple[str, str]:
+    """Of the demonstration's jobs: packing, training. A Job cannot be changed, so that another image makes others: else
+    `kubectl apply` of a new release would be refused."""
+    tag = f"{crc32(image.encode()):08x}"[:6]
+    return f"demo-pack-{tag}", f"demo-{tag}"
+
+
 def demo(image: str) -> list[dict[str, Any]]:
+    packs, trains = names(image)
     with contextlib.redirect_stderr(io.StringIO()):  # what they say to who types
         packing = pack("--frames", "3", "--short_side", "64", image=image, cpu=1, memory="2Gi", scratch="2Gi",
-                       source="synthetic:512", to=DATA, name="demo-pack", secret="equiav-store")  # fmt: skip
+                       source="synthetic:512", to=DATA, name=packs, secret="equiav-store")  # fmt: skip
         few = ("--train.micro_batch", "8", "--train.steps", "120", "--checkpoint.every_steps", "20")
         training = pretrain(*few, image=image, nodes="1:3", cpu=1, memory="3Gi", scratch="4Gi", data=DATA, out=OUT,
-                            secret="equiav-store")  # fmt: skip
+                            name=trains, secret="equiav-store")  # fmt: skip
     training.roles[0].metadata["kubernetes"]["waits_for"] = DATA
     return [one for made in (packing, training) for one in objects(job_of(made, CLUSTER))]
 
@@ -75,6 +84,9 @@ def runtime(image: str) -> dict[str, Any]:
 def main(image: str) -> None:
     (before,) = set(re.findall(r"^ *(?:- )?image: (.*)$", (FOLDER / "80-demo.yaml").read_text(), re.MULTILINE))
     (FOLDER / "80-demo.yaml").write_text(HEAD + to_yaml(demo(image)))
+    budget = FOLDER / "70-disruption.yaml"
+    of_demo = re.compile(r"(app.kubernetes.io/instance: )demo\S*")
+    budget.write_text(of_demo.sub(rf"\g<1>{names(image)[1]}", budget.read_text()))
     (FOLDER / "optional" / "trainer.yaml").write_text(RUNTIME + to_yaml([runtime(image)]))
     for path in sorted(FOLDER.rglob("*.yaml")):
         ours = re.compile(rf"^( *(?:- )?image: ){re.escape(before)}$", re.MULTILINE)  # others' stay

@@ -99,6 +99,7 @@ def told(node: Node) -> Iterator[Board]:
     if isinstance(server, str):
         tell(node, server)
     board = Board(node.metrics if node.metrics_port else None, "node", tell=lambda text: tell(node, text))
+    board.add(metrics.ROUNDS, 0)  # it is there, and waits
     try:
         yield board
     except Ended as ended:

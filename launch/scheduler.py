@@ -36,13 +36,14 @@ from torchx.specs.api import (
 from torchx.util.types import to_dict
 
 from launch.component import SETTINGS
-from launch.ended import FOR_GOOD
+from launch.ended import FOR_GOOD, name_of
 from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, variable
 
 CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
 KUEUE = "v1beta2"  # of its API: since Kueue 0.15
 SECONDS = 20  # for an answer of the cluster
+LONGEST = 500  # characters of what a pod says of its end
 NUMBER = re.compile(r"[-+]?\.?\d[0-9a-fA-F_xXoO.eE+:-]*|[yYnN]|[-+]?\.?\d*[eE][-+]?\d+")
 CANNOT_START = (
     "ErrImagePull",
@@ -116,17 +117,18 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
         with cluster.answers(f"namespace {namespace}"):
             cluster.check(made, namespace)
             cluster.make_way(name, namespace)
-            for one in made[:-1]:
-                cluster.put(one, namespace)
-            try:
-                uid = cluster.create(job, namespace).metadata.uid
-            except Exception:
-                for one in made[:-1]:
-                    cluster.remove(one["kind"], name, namespace)
-                raise
+            # Of several that submit one name at once, one makes the job; what the job needs is that one's alone.
+            waits = job["spec"].get("suspend", False)
+            uid = cluster.create({**job, "spec": {**job["spec"], "suspend": True}}, namespace).metadata.uid
             owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "blockOwnerDeletion": False}
-            for one in made[:-1]:  # they go with the job
-                cluster.patch(one["kind"], name, namespace, {"metadata": {"ownerReferences": [owner]}})
+            try:
+                for one in made[:-1]:  # they go with the job
+                    cluster.put({**one, "metadata": {**one["metadata"], "ownerReferences": [owner]}}, namespace)
+                if not waits:
+                    cluster.patch("Job", name, namespace, {"spec": {"suspend": False}})
+            except BaseException:
+                cluster.remove("Job", name, namespace, uid)
+                raise
         return f"{namespace}:{name}"
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
@@ -345,16 +347,48 @@ def trouble(pods: Iterable[Any]) -> str:
     """Of the first pod that has any."""
     for pod in sorted(pods, key=index_of):
         for container in pod.status.container_statuses or ():
-            waiting, ended = container.state.waiting, container.state.terminated
+            waiting = container.state.waiting
             if waiting and waiting.reason in CANNOT_START:
                 return f"pod {pod.metadata.name}: {waiting.reason}: {waiting.message or container.image}"
-            if ended and ended.exit_code and not pod.metadata.deletion_timestamp:
-                said = (ended.message or ended.reason or "").strip()
-                return f"pod {pod.metadata.name} ended with status {ended.exit_code}: {said}"
+        if (said := end_of(pod)) and not pod.metadata.deletion_timestamp:
+            return f"pod {pod.metadata.name} {said}"
         for condition in pod.status.conditions or ():
             if condition.type == "PodScheduled" and condition.status == "False":
                 return f"pod {pod.metadata.name} fits no node: {condition.message}"
     return ""
+
+
+def end_of(pod: Any) -> str:
+    """In one line, how it ended; empty if it has not, or well. Kubernetes' own word comes first: a program that is killed for
+    what it takes, or with its machine, has said nothing of that."""
+    if pod.status.phase not in ("Failed", "Running", "Unknown"):
+        return ""
+    if pod.status.phase == "Failed" and pod.status.reason:  # Evicted, NodeLost, Preempting ...
+        return one_line(f"{pod.status.reason}: {pod.status.message or ''}")
+    for container in pod.status.container_statuses or ():
+        ended = container.state.terminated
+        if not ended or not ended.exit_code:
+            continue
+        if ended.reason == "OOMKilled":
+            resources = next((one.resources for one in pod.spec.containers if one.name == container.name), None)
+            limit = ((resources and resources.limits) or {}).get("memory", "its limit")
+            return f"was killed for its memory (OOMKilled): it took more than {limit} (--memory)"
+        by = f" ({name_of(ended.exit_code - 128)})" if ended.exit_code > 128 and not ended.message else ""
+        return one_line(f"ended with status {ended.exit_code}{by}: {last_word(ended.message or ended.reason or '')}")
+    for condition in pod.status.conditions or ():
+        if condition.type == "DisruptionTarget" and condition.status == "True":
+            return one_line(f"is removed: {condition.reason}: {condition.message or ''}")
+    return ""
+
+
+def last_word(text: str) -> str:
+    """What a program has left, or the last line of its log, which Kubernetes gives where it has left nothing."""
+    lines = [line.strip() for line in text[max(0, text.find(FOR_GOOD)) :].splitlines() if line.strip()]
+    return " ".join(lines) if FOR_GOOD in text else lines[-1] if lines else ""
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip().removesuffix(":")[:LONGEST]
 
 
 def newest(pods: Iterable[Any]) -> dict[int, Any]:
@@ -381,16 +415,13 @@ def pod_state(pod: Any) -> AppState:
 
 
 def structured(pod: Any) -> str:
-    for container in pod.status.container_statuses or ():
-        if (ended := container.state.terminated) and ended.exit_code:
-            extra = {"timestamp": str(int(ended.finished_at.timestamp())) if ended.finished_at else "0"}
-            message = {
-                "message": (ended.message or ended.reason or "").strip(),
-                "errorCode": ended.exit_code,
-                "extraInfo": extra,
-            }
-            return json.dumps({"message": message})
-    return NONE
+    said = end_of(pod)
+    if not said:
+        return NONE
+    ended = [one.state.terminated for one in pod.status.container_statuses or () if one.state.terminated]
+    when = next((int(one.finished_at.timestamp()) for one in ended if one.finished_at), 0)
+    code = next((one.exit_code for one in ended if one.exit_code), 0)
+    return json.dumps({"message": {"message": said, "errorCode": code, "extraInfo": {"timestamp": str(when)}}})
 
 
 def role_of(job: Any) -> Role:
@@ -496,12 +527,19 @@ class Cluster:
             refuse(
                 f"job {name} in namespace {namespace} is {state.name.lower()} already. To start it anew, first: torchx cancel kubernetes://torchx/{namespace}:{name}"
             )
-        self.batch.delete_namespaced_job(name, namespace, propagation_policy="Foreground")
+        self.remove_all(job, namespace)
         until = time.monotonic() + 600  # its pods may be saving still
-        while self.job(name, namespace) is not None:
+        while (there := self.job(name, namespace)) is not None and there.metadata.uid == job.metadata.uid:
             if time.monotonic() > until:
                 refuse(f"the pods of the earlier job {name} do not end; look at them with kubectl")
             time.sleep(0.5)
+
+    def remove_all(self, job: Any, namespace: str) -> None:
+        """With its pods, which end first."""
+        only = {"preconditions": {"uid": job.metadata.uid}, "propagationPolicy": "Foreground"}
+        gone(
+            lambda: self.batch.delete_namespaced_job(job.metadata.name, namespace, body=only, _request_timeout=SECONDS)
+        )
 
     def put(self, one: dict[str, Any], namespace: str) -> None:
         """Makes it, in place of an earlier one."""
@@ -509,7 +547,8 @@ class Cluster:
         there = found(lambda: getattr(self.core, f"read_namespaced_{KINDS[kind]}")(name, namespace))
         if there and (there.metadata.labels or {}).get("app.kubernetes.io/managed-by") != APP:
             refuse(f"there is a {kind} {name} in namespace {namespace} that is none of ours; choose another --name")
-        self.remove(kind, name, namespace)
+        if there:
+            self.remove(kind, name, namespace, there.metadata.uid)
         self.create(one, namespace)
 
     def create(self, one: dict[str, Any], namespace: str, **options: str) -> Any:
@@ -517,8 +556,12 @@ class Cluster:
         create = getattr(api, f"create_namespaced_{KINDS[one['kind']]}")
         return create(namespace, one, _request_timeout=SECONDS, **options)
 
-    def remove(self, kind: str, name: str, namespace: str) -> None:
-        found(lambda: getattr(self.core, f"delete_namespaced_{KINDS[kind]}")(name, namespace))
+    def remove(self, kind: str, name: str, namespace: str, uid: str) -> None:
+        """This one, and none of the same name that came after it."""
+        api = self.batch if kind == "Job" else self.core
+        only = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        delete = getattr(api, f"delete_namespaced_{KINDS[kind]}")
+        gone(lambda: delete(name, namespace, body=only, _request_timeout=SECONDS))
 
     def warning(self, kind: str, name: str, namespace: str) -> str:
         """Why a job has no pods (a quota, a guard of the namespace), or a pod no container (a volume)."""
@@ -528,7 +571,8 @@ class Cluster:
         return f"{of}{events[-1].message}" if isinstance(events, list) and events else ""
 
     def patch(self, kind: str, name: str, namespace: str, change: dict[str, Any]) -> None:
-        getattr(self.core, f"patch_namespaced_{KINDS[kind]}")(name, namespace, change, _request_timeout=SECONDS)
+        api = self.batch if kind == "Job" else self.core
+        getattr(api, f"patch_namespaced_{KINDS[kind]}")(name, namespace, change, _request_timeout=SECONDS)
 
     def log(self, pod: str, namespace: str, since: datetime | None, follow: bool) -> Iterable[tuple[str, str]]:
         """-> time and text of each line. The times can be compared."""
@@ -589,6 +633,17 @@ def found(ask: Any) -> Any:
         if error.status == 404:
             return None
         raise
+
+
+def gone(delete: Any) -> None:
+    """Whether by this or by somebody before, who may have made another of its name."""
+    from kubernetes.client import ApiException
+
+    try:
+        delete()
+    except ApiException as error:
+        if error.status not in (404, 409):
+            raise
 
 
 def allowed(ask: Any) -> Any:

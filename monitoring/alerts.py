@@ -87,6 +87,7 @@ INTER = 'equiav_loss_over_chance_ratio{term="inter"}'
 OF_SIDE = "by (namespace, run, modality)"
 
 
+WATCHDOG = "EquiavWatchdog"  # fires always
 ALERTS = (
     Alert(
         "EquiavFailed",
@@ -117,7 +118,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavNotBegun",
-        f"count {BY} (equiav_world_size_target) unless {ON} equiav:live",
+        f"{THERE} unless {ON} equiav:live",
         "15m",
         "warning",
         "its nodes are there and wait",
@@ -235,6 +236,15 @@ ALERTS = (
         "bad samples are at {{ $value | humanizePercentage }} of what stream.max_bad allows",
         "At 100% the run ends for good.",
     ),
+    Alert(
+        WATCHDOG,
+        "vector(1)",
+        "0m",
+        "none",
+        "the rules are evaluated, and what fires arrives",
+        "Route it to a dead man's switch: its silence is the alarm.",
+        of_live=False,
+    ),
 )
 
 
@@ -243,15 +253,13 @@ def rules() -> dict[str, Any]:
     alerts = [
         {
             "alert": alert.name,
-            "expr": alert.expr
-            if "equiav:" in alert.expr.split(" and ")[0]
-            else f"({alert.expr}) unless {ON} equiav:over",
+            "expr": f"({alert.expr}) unless {ON} equiav:over" if alert.of_live else alert.expr,
             "for": alert.wait,
             "labels": {"severity": alert.severity},
             "annotations": {
-                "summary": f"{{{{ $labels.run }}}}: {alert.summary}",
+                "summary": alert.summary if alert.name == WATCHDOG else f"{{{{ $labels.run }}}}: {alert.summary}",
                 "description": alert.meaning,
-                "runbook": RUNBOOK + alert.anchor,
+                "runbook_url": RUNBOOK + alert.anchor,
             },
         }
         for alert in ALERTS

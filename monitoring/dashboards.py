@@ -2,16 +2,22 @@
 
 A page answers the questions of somebody who is called at night, in their order: is it well, does it learn, is it equivariant,
 what holds it up, who takes part, what would a crash cost, do the machines have room. Each panel says what good looks like.
+
+A panel of one number asks for the value of now, and has a word for none: of a range, Grafana shows the last value that there was
+in it, of a run that is dead for hours, too. monitoring/alerts.yaml has to be loaded: what has to be remembered of a run whose
+nodes are gone is recorded there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monitoring import metrics as m
+from monitoring.alerts import BEGAN, LIMITS, ON, THERE, WATCHDOG, past
 from monitoring.metrics import Metric
 
 FOLDER = Path(__file__).parent / "dashboards"
@@ -40,10 +46,17 @@ class Panel:
     limits: tuple[tuple[float, str], ...] = ()
     """From where on a value has a colour; before the first: green."""
     number: bool = False
-    """One number instead of a curve."""
-    width: int = 8
+    """One number, of now, instead of a curve."""
+    width: int = 0
+    """Of 24; 0: all of a row have the same."""
     least: float | None = None
     most: float | None = None
+    words: tuple[tuple[str, str], ...] = ()
+    """In place of the numbers 0, 1, ...: a word and its colour."""
+    none: str = "no data"
+    """Where there is no number."""
+    names: bool = False
+    """What is shown are the names of the curves, not their numbers."""
 
 
 def last(metric: Metric, label: str = "", fold: str = "max") -> Query:
@@ -60,42 +73,105 @@ def rate(metric: Metric, *labels: str, chosen: str = "") -> Query:
 
 
 def age(metric: Metric) -> Query:
-    return Query(f"time() - max {BY} ({metric.full_name}{{}})", "{{run}}")
+    """Of a run that is not over: told by whoever told it last."""
+    return Query(f"(time() - {past(metric.full_name + '{}')}) unless {ON} equiav:over{{}}", "{{run}}")
+
+
+def top(query: str, worst: str = "topk") -> str:
+    """Of a thousand ranks, the ten that matter."""
+    return f"{worst}(10, {query})"
 
 
 WORLD, HITS, MISSES = last(m.WORLD).expr, rate(m.HITS).expr, rate(m.MISSES).expr
 BUCKETS = f"{m.STEP_TIME.full_name}_bucket"
-GREEN, YELLOW, RED = "green", "yellow", "red"
+GREEN, YELLOW, RED, BLUE, GRAY = "green", "yellow", "red", "blue", "#808080"
+LIVE = "equiav:live{}"
+FIRING = f'alertstate="firing",alertname!="{WATCHDOG}"'
+NO_ALERT = 'label_replace(vector(0), "alertname", "none", "", "")'
 
+
+def chosen_in(records: str) -> str:
+    """An expression of monitoring/alerts.py, of the run that is chosen."""
+    return re.sub(r"equiav_\w+", r"\g<0>{}", records)
+
+
+def ended(how: str) -> str:
+    return f"equiav:over{{}} == {ON} {past(f'{m.ENDED.full_name}{{,how={how!r}}}')}"
+
+
+# What is true of a run first: a word, its colour, and when. Each is a number: its place.
+STATES = (
+    ("trains", GREEN, LIVE),
+    ("starts", YELLOW, f"{LIVE} == {ON} {chosen_in(BEGAN)}"),
+    ("stalled", RED, f"(time() - {LIVE}) > {LIMITS['stalled_seconds']}"),
+    ("no node answers", RED, f"{LIVE} unless {ON} {chosen_in(THERE)}"),
+    ("waits for nodes", YELLOW, f"{chosen_in(THERE)} unless {ON} (equiav:live{{}} or equiav:over{{}})"),
+    ("failed", RED, "equiav:over{}"),
+    ("ended, as asked", BLUE, ended("asked")),
+    ("finished", BLUE, ended("finished")),
+)
+STATE = " or ".join(f"0 * ({when}) + {place}" for place, (_, _, when) in reversed(list(enumerate(STATES))))
+WORDS = tuple((word, colour) for word, colour, _ in STATES)
 VERDICT = (
+    Panel("State", (Query(STATE, "{{run}}"),), "trains.", number=True, width=4, words=WORDS, none="never seen"),
     Panel(
         "Alerts",
-        (Query('count by (alertname) (ALERTS{,alertstate="firing"}) or on () vector(0)', "{{alertname}}"),),
-        "0. Each name is a heading in docs/operations.md.",
+        (Query(f"count by (alertname) (ALERTS{{,{FIRING}}}) or on () {NO_ALERT}", "{{alertname}}"),),
+        "none. Each name is a heading in docs/operations.md.",
         limits=((1, RED),),
         number=True,
-        width=4,
+        width=5,
+        names=True,
     ),
     Panel(
         "Done",
-        (Query(f"max {BY} ({m.STEP.full_name}{{}}) / max {BY} ({m.STEPS_PLANNED.full_name}{{}})"),),
+        (Query(f"{past(m.STEP.full_name + '{}')} / {past(m.STEPS_PLANNED.full_name + '{}')}"),),
         m.STEP.why,
         "percentunit",
         number=True,
-        width=4,
+        width=3,
+        none="no step",
     ),
-    Panel("Since the last step", (age(m.LAST_STEP),), m.LAST_STEP.why, "s", ((60, YELLOW), (300, RED)), True, 4),
-    Panel("Throughput", (rate(m.CLIPS),), "As at its beginning. " + m.CLIPS.why, "clips/s", number=True, width=4),
+    Panel(
+        "Since the last step",
+        (age(m.LAST_STEP),),
+        m.LAST_STEP.why,
+        "s",
+        ((60, YELLOW), (LIMITS["stalled_seconds"], RED)),
+        True,
+        3,
+        none="-",
+    ),
+    Panel(
+        "Throughput",
+        (Query(f"{rate(m.CLIPS).expr} or 0 * {LIVE}"),),
+        "As at its beginning. " + m.CLIPS.why,
+        "clips/s",
+        ((0, RED), (1e-9, GREEN)),
+        True,
+        3,
+        none="-",
+    ),
     Panel(
         "Processes of those it could use",
-        (Query(f"{WORLD} / ({last(m.WORLD_TARGET).expr} or {WORLD})"),),
+        (Query(f"({WORLD} / ({last(m.WORLD_TARGET).expr} or {WORLD}) or 0 * {LIVE}) unless {ON} equiav:over{{}}"),),
         m.WORLD.why,
         "percentunit",
         ((0, RED), (0.5, YELLOW), (1, GREEN)),
         True,
-        4,
+        3,
+        none="-",
     ),
-    Panel("A crash would cost", (age(m.SAVED_TIME),), m.SAVED_TIME.why, "s", ((1800, YELLOW), (7200, RED)), True, 4),
+    Panel(
+        "A crash would cost",
+        (age(m.SAVED_TIME),),
+        m.SAVED_TIME.why,
+        "s",
+        ((1800, YELLOW), (7200, RED)),
+        True,
+        3,
+        none="-",
+    ),
 )
 LEARNING = (
     Panel("Loss", (last(m.LOSS, "term"),), m.LOSS.why),
@@ -129,11 +205,11 @@ DATA = (
     ),
     Panel(
         "Batches that are ready",
-        (Query(f"min by (namespace, run, rank) ({m.READY.full_name}{{}})", "{{rank}}"),),
+        (Query(top(f"min by (namespace, run, rank) ({m.READY.full_name}{{}})", "bottomk"), "{{rank}}"),),
         m.READY.why,
         least=0,
     ),
-    Panel("Decoding, processes", (rate(m.DECODE, "rank"),), m.DECODE.why, least=0),
+    Panel("Decoding, processes", (Query(top(rate(m.DECODE, "rank").expr), "{{rank}}"),), m.DECODE.why, least=0),
     Panel("Samples decoded", (rate(m.DECODED),), m.DECODED.why, "clips/s", least=0),
     Panel("Read from the store", (rate(m.READ_BYTES),), m.READ_BYTES.why, "Bps", least=0),
     Panel(
@@ -179,24 +255,14 @@ RANKS = (
     ),
     Panel(
         "Own computing (views) by rank",
-        (
-            Query(
-                f'sum by (namespace, run, rank) (rate({m.PHASE.full_name}{{,phase="views",rank=~"$rank"}}[$__rate_interval]))',
-                "{{rank}}",
-            ),
-        ),
+        (Query(top(rate(m.PHASE, "rank", chosen='phase="views",rank=~"$rank"').expr), "{{rank}}"),),
         m.PHASE.why,
         "percentunit",
         least=0,
     ),
     Panel(
         "Waiting for data by rank",
-        (
-            Query(
-                f'sum by (namespace, run, rank) (rate({m.PHASE.full_name}{{,phase="data",rank=~"$rank"}}[$__rate_interval]))',
-                "{{rank}}",
-            ),
-        ),
+        (Query(top(rate(m.PHASE, "rank", chosen='phase="data",rank=~"$rank"').expr), "{{rank}}"),),
         m.PHASE.why,
         "percentunit",
         ((0.2, YELLOW),),
@@ -267,14 +333,14 @@ MACHINES = (
     ),
     Panel(
         "Memory of a process",
-        (Query(f'max by (namespace, run, rank) ({m.MEMORY.full_name}{{,rank=~"$rank"}})', "{{rank}}"),),
+        (Query(top(f'max by (namespace, run, rank) ({m.MEMORY.full_name}{{,rank=~"$rank"}})'), "{{rank}}"),),
         m.MEMORY.why,
         "bytes",
         least=0,
     ),
     Panel(
         "GPU memory, most of what there is",
-        (Query(f"{last(m.GPU_PEAK, 'rank').expr} / {last(m.GPU_TOTAL, 'rank').expr}", "{{rank}}"),),
+        (Query(top(f"{last(m.GPU_PEAK, 'rank').expr} / {last(m.GPU_TOTAL, 'rank').expr}"), "{{rank}}"),),
         m.GPU_PEAK.why + " On CPUs: empty.",
         "percentunit",
         ((0.95, YELLOW),),
@@ -309,39 +375,30 @@ RUN_PAGE = {
 }
 FLEET_PAGE = {
     "All runs": (
+        Panel("State", (Query(STATE, "{{run}}"),), "trains.", number=True, width=24, words=WORDS, none="no run"),
         Panel(
             "Alerts",
-            (
-                Query(
-                    'count by (run, alertname) (ALERTS{,alertstate="firing"}) or on () vector(0)',
-                    "{{run}} {{alertname}}",
-                ),
-            ),
+            (Query(f"count by (namespace, run, alertname) (ALERTS{{,{FIRING}}})", "{{run}} {{alertname}}"),),
             "None.",
             limits=((1, RED),),
-            width=12,
         ),
-        Panel(
-            "Done", (Query(VERDICT[1].queries[0].expr, "{{run}}"),), "Rises.", "percentunit", width=12, least=0, most=1
-        ),
-        Panel("Throughput", (rate(m.CLIPS),), m.CLIPS.why, "clips/s", width=12, least=0),
+        Panel("Done", (Query(VERDICT[2].queries[0].expr, "{{run}}"),), "Rises.", "percentunit", least=0, most=1),
+        Panel("Throughput", (rate(m.CLIPS),), m.CLIPS.why, "clips/s", least=0),
         Panel(
             "Since the last step",
             (Query(age(m.LAST_STEP).expr, "{{run}}"),),
             m.LAST_STEP.why,
             "s",
-            ((300, RED),),
-            width=12,
+            ((LIMITS["stalled_seconds"], RED),),
         ),
         Panel(
             "Inter-modal loss over chance",
             (Query(f'max {BY} ({m.CHANCE.full_name}{{,term="inter"}})', "{{run}}"),),
             m.CHANCE.why,
             "percentunit",
-            width=12,
             least=0,
         ),
-        Panel("Processes", (last(m.WORLD),), m.WORLD.why, width=12, least=0),
+        Panel("Processes", (last(m.WORLD),), m.WORLD.why, least=0),
     )
 }
 PAGES = {"equiav-run": ("EquiAV: a run", RUN_PAGE), "equiav-fleet": ("EquiAV: all runs", FLEET_PAGE)}
@@ -363,6 +420,11 @@ def dashboard(uid: str) -> Any:
     page = (
         d.Dashboard(title).uid(uid).tags(["equiav"]).refresh("15s").time("now-6h", "now").timezone("browser").readonly()
     )
+    page.tooltip(model.DashboardCursorSync.CROSSHAIR)
+    for other, (name, _) in PAGES.items():
+        if other != uid:
+            link = d.DashboardLink(name).type(model.DashboardLinkType.LINK).url(f"/d/{other}")
+            page.link(link.include_vars(True).keep_time(True))
     page.with_variable(d.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     for name, label in (("namespace", "namespace"), ("run", "run"), ("rank", "rank")):
         if uid == "equiav-run" or name == "namespace":
@@ -370,15 +432,16 @@ def dashboard(uid: str) -> Any:
     page.annotation(_restarts(d, source, CHOSEN[uid]))
     for row, listed in rows.items():
         page.with_row(d.Row(row))
-        for panel in listed:
-            page.with_panel(_drawn(panel, source, model, CHOSEN[uid]))
+        for panel, width in zip(listed, widths(listed), strict=True):
+            page.with_panel(_drawn(panel, width, source, model, uid))
     return page.build()
 
 
 def _variable(d: Any, model: Any, source: Any, name: str, label: str) -> Any:
     chosen = {"namespace": "", "run": '{namespace=~"$namespace"}', "rank": '{namespace=~"$namespace",run="$run"}'}[name]
-    of = m.READY if name == "rank" else m.STEP
-    query = f"label_values({of.full_name}{chosen}, {label})"
+    # A run that waits for its first node has done no step.
+    of = m.READY.full_name if name == "rank" else f'{{__name__=~"{m.STEP.full_name}|{m.ROUNDS.full_name}"}}'
+    query = f"label_values({of.replace('}', ',' + chosen[1:]) if chosen and of[0] == '{' else of + chosen}, {label})"
     made = (
         d.QueryVariable(name)
         .label(label)
@@ -397,28 +460,65 @@ def _restarts(d: Any, source: Any, chosen: str) -> Any:
     return d.AnnotationQuery().name("restarts").datasource(source).enable(True).icon_color("orange").expr(expr)
 
 
-def _drawn(panel: Panel, source: Any, model: Any, chosen: str) -> Any:
+def widths(listed: tuple[Panel, ...]) -> list[int]:
+    """Lines of at most five panels, each of them full."""
+    if listed[0].width:
+        first = [panel.width for panel in listed if panel.width]
+        return first + (widths(listed[len(first) :]) if listed[len(first) :] else [])
+    lines = -(-len(listed) // 5)
+    found = []
+    for line in range(lines):
+        count = len(listed) // lines + (line < len(listed) % lines)
+        found += [24 // count + (k < 24 % count) for k in range(count)]
+    return found
+
+
+def _drawn(panel: Panel, width: int, source: Any, model: Any, uid: str) -> Any:
     from grafana_foundation_sdk.builders import common, prometheus, stat, timeseries
+    from grafana_foundation_sdk.builders import dashboard as d
     from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
-    from grafana_foundation_sdk.models.common import GraphThresholdsStyleMode
+    from grafana_foundation_sdk.models import common as c
 
     made: Any = (stat if panel.number else timeseries).Panel()
-    made.title(panel.title).description(panel.good).datasource(source).unit(panel.unit)
-    made.span(panel.width).height(5 if panel.number else 8)
-    if panel.limits:
-        steps = panel.limits if panel.limits[0][0] == 0 else ((0.0, GREEN), *panel.limits)
+    made.title(panel.title).description(panel.good).datasource(source).unit(panel.unit).no_value(panel.none)
+    made.span(width).height(4 if panel.number else 6)
+    if panel.number:
+        made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).graph_mode(c.BigValueGraphMode.NONE)
+        made.color_mode(c.BigValueColorMode.BACKGROUND_SOLID)
+        named = c.BigValueTextMode.NAME if panel.names else c.BigValueTextMode.VALUE_AND_NAME
+        made.text_mode(named if panel.names or uid == "equiav-fleet" else c.BigValueTextMode.VALUE)
+    else:
+        legend = common.VizLegendOptions().show_legend(True).display_mode(c.LegendDisplayMode.LIST)
+        made.legend(legend.placement(c.LegendPlacement.BOTTOM)).show_points(c.VisibilityMode.NEVER)
+        made.tooltip(common.VizTooltipOptions().mode(c.TooltipDisplayMode.MULTI).sort(c.SortOrder.DESCENDING))
+    if panel.number:  # the word for none has a colour by a mapping alone: else it would be that of the lowest limit
+        none = model.DashboardSpecialValueMapOptions(
+            match=model.SpecialValueMatch.NULL,
+            result=model.ValueMappingResult(text=panel.none, color=GRAY, index=len(panel.words)),
+        )
+        words = {
+            str(place): model.ValueMappingResult(text=word, color=colour, index=place)
+            for place, (word, colour) in enumerate(panel.words)
+        }
+        made.mappings([*([model.ValueMap(options=words)] if words else []), model.SpecialValueMap(options=none)])
+    if uid == "equiav-fleet":
+        where = "/d/equiav-run?var-namespace=${__field.labels.namespace}&var-run=${__field.labels.run}"
+        made.data_links([d.DashboardLink("this run").url(where + "&${__url_time_range}")])
+    if panel.limits or panel.number:  # Grafana's own limit is 80
+        steps = panel.limits if panel.limits and panel.limits[0][0] == 0 else ((0.0, GREEN), *panel.limits)
         steps = [
             model.Threshold(value=None if k == 0 else value, color=color) for k, (value, color) in enumerate(steps)
         ]
         made.thresholds(ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps))
         if not panel.number:
-            made.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.LINE))
+            made.thresholds_style(common.GraphThresholdsStyleConfig().mode(c.GraphThresholdsStyleMode.LINE))
     for bound, value in ((made.min, panel.least), (made.max, panel.most)):
         if value is not None:
             bound(value)
     for k, query in enumerate(panel.queries):
-        target = prometheus.Dataquery().expr(query.of(chosen)).legend_format(query.legend).ref_id(chr(ord("A") + k))
-        made.with_target(target)
+        target = prometheus.Dataquery().expr(query.of(CHOSEN[uid])).legend_format(query.legend)
+        target.ref_id(chr(ord("A") + k))
+        made.with_target(target.instant() if panel.number else target.range())
     return made
 
 

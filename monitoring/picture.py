@@ -1,4 +1,4 @@
-"""`python -m monitoring.picture URL PNG`: draws a dashboard from what a Prometheus has, each panel in its place.
+"""`python -m monitoring.picture URL PNG`: draws a page of monitoring/dashboards/ from what a Prometheus has.
 
 So that one sees what there is to see before Grafana is installed, and which panel would be empty.
 """
@@ -7,121 +7,101 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
-import urllib.parse
-import urllib.request
+from datetime import UTC, datetime
 from typing import Any
 
-from monitoring.dashboards import CHOSEN, PAGES, Panel, Query
+from monitoring.dashboards import FOLDER, PAGES
+from monitoring.grafana import Number, View, with_unit
 
-Series = tuple[str, list[float], list[float]]  # legend, times, values
-BYTES, PERCENT, DATE = "bytes", "percentunit", "dateTimeAsIso"
-
-
-def ask(url: str, query: str, begin: float, end: float, step: float) -> list[dict[str, Any]]:
-    values = {"query": query, "start": begin, "end": end, "step": step}
-    with urllib.request.urlopen(f"{url}/api/v1/query_range?{urllib.parse.urlencode(values)}") as answer:
-        return json.load(answer)["data"]["result"]
+CELL = 0.3  # inches of a row of the grid; of its 24 columns, twice as much
+DARK = {"yellow": "#b58900", "green": "#2e7d32", "red": "#c62828", "blue": "#1565c0"}
 
 
-def filled(query: Query, uid: str, run: str, interval: str) -> str:
-    """With what Grafana puts in place of a page's variables."""
-    text = query.of(CHOSEN[uid])
-    for name, value in {"$__rate_interval": interval, "$namespace": ".*", "$rank": ".*", "$run": run}.items():
-        text = text.replace(name, value)
-    return text
-
-
-def curves(url: str, uid: str, panel: Panel, run: str, begin: float, end: float) -> list[Series]:
-    step = max(1.0, (end - begin) / 200)
-    found = []
-    for query in panel.queries:
-        for one in ask(url, filled(query, uid, run, f"{max(15, 4 * step):.0f}s"), begin, end, step):
-            legend = query.legend
-            for name, value in one["metric"].items():
-                legend = legend.replace(f"{{{{{name}}}}}", value)
-            legend = re.sub(r"\{\{\w+\}\}", "", legend).strip()
-            times, values = zip(*((at - begin, float(value)) for at, value in one["values"]), strict=True)
-            found.append((legend, list(times), list(values)))
-    return found
-
-
-def draw(url: str, uid: str, run: str, begin: float, end: float, path: str) -> list[str]:
-    """-> titles of the panels that are empty"""
+def draw(url: str, uid: str, run: str, begin: float, end: float, path: str, first_row: bool = False) -> list[str]:
+    """-> titles of the panels that are empty. first_row: no more than that."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    title, rows = PAGES[uid]
-    lines = [(row, line) for row, listed in rows.items() for line in wrapped(listed)]
-    heights = [1.3 if line[0].number else 2.6 for _, line in lines]
-    figure = plt.figure(figsize=(17, 1.25 * sum(heights)), layout="constrained")
-    figure.suptitle(f"{title}: {run}", fontsize=15)
-    grid = figure.add_gridspec(len(lines), 24, height_ratios=heights)
+    page = json.loads((FOLDER / f"{uid}.json").read_text())
+    view = View(url, {"namespace": ".*", "rank": ".*", "run": run}, begin, end)
+    panels = page["panels"]
+    if first_row:
+        panels = panels[: next(k for k, one in enumerate(panels) if k and one["type"] == "row")]
+    high = max(one["gridPos"]["y"] + one["gridPos"]["h"] for one in panels) + 1
+    figure = plt.figure(figsize=(48 * CELL, high * CELL))
+    figure.text(0.005, 1 - 0.5 / high, f"{page['title']}: {run or 'all'}", fontsize=11, va="center", weight="bold")
     empty = []
-    for place, (row, line) in enumerate(lines):
-        column = 0
-        for panel in line:
-            axes = figure.add_subplot(grid[place, column : column + panel.width])
-            found = curves(url, uid, panel, run, begin, end)
-            (number if panel.number else plot)(axes, panel, found)
-            axes.set_title(f"{row}  {panel.title}" if not column else panel.title, fontsize=9, loc="left")
-            empty += [] if found else [panel.title]
-            column += panel.width
-    figure.savefig(path, dpi=70)
+    for panel in panels:
+        place = panel["gridPos"]
+        left, top = place["x"] / 24, 1 - (place["y"] + 1) / high
+        if panel["type"] == "row":
+            figure.text(0.005, top - 0.5 / high, panel["title"], fontsize=10, va="center", color="#555555")
+            continue
+        figure.text(left + 0.004, top - 0.4 / high, panel["title"], fontsize=7.5, va="center")
+        if panel["type"] == "stat":
+            found = view.numbers(panel)
+            box = (left + 0.003, top - (place["h"] - 0.1) / high, place["w"] / 24 - 0.006, (place["h"] - 0.9) / high)
+            numbers(figure.add_axes(box), found)
+            empty += [] if any(one.name for one in found) else [panel["title"]]
+        else:
+            legend = panel["options"]["legend"]["showLegend"]
+            box = (
+                left + 0.03,
+                top - (place["h"] - (1.9 if legend else 1.0)) / high,
+                place["w"] / 24 - 0.04,
+                (place["h"] - (2.8 if legend else 1.9)) / high,
+            )
+            empty += [] if curves(figure.add_axes(box), panel, view, legend) else [panel["title"]]
+    figure.savefig(path, dpi=80)
     plt.close(figure)
     return empty
 
 
-def wrapped(listed: tuple[Panel, ...]) -> list[list[Panel]]:
-    """As Grafana lays them out: from left to right, 24 columns."""
-    lines: list[list[Panel]] = [[]]
-    for panel in listed:
-        if sum(one.width for one in lines[-1]) + panel.width > 24:
-            lines.append([])
-        lines[-1].append(panel)
-    return lines
+def numbers(axes: Any, found: list[Number]) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlim(0, len(found))
+    axes.set_ylim(0, 1)
+    for k, one in enumerate(found):
+        axes.axvspan(k, k + 1, color=DARK.get(one.colour, one.colour))
+        size = min(15, 15 * 22 * axes.get_position().width / len(found) / 0.125 / max(1, len(one.text)) * 0.6)
+        axes.text(k + 0.5, 0.5, one.text, fontsize=size, color="white", ha="center", va="center")
 
 
-def shown(value: float, unit: str) -> str:
-    if unit == PERCENT:
-        return f"{100 * value:.3g}%"
-    if unit == DATE:
-        return time.strftime("%H:%M:%S", time.gmtime(value / 1000))
-    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{name}"
-    return f"{value:.3g}"
+def curves(axes: Any, panel: dict[str, Any], view: View, legend: bool) -> bool:
+    """-> whether there is any"""
+    from matplotlib import dates
 
-
-def number(axes: Any, panel: Panel, found: list[Series]) -> None:
-    axes.axis("off")
-    value = found[-1][2][-1] if found else None
-    colour = "green"
-    for limit, name in panel.limits:
-        colour = name if value is not None and value >= limit else colour
-    suffix = "" if panel.unit in (PERCENT, "short") else f" {panel.unit}"
-    text = "no data" if value is None else shown(value, panel.unit) + suffix
-    axes.text(0.02, 0.4, text, fontsize=20, color={"yellow": "darkorange"}.get(colour, colour), va="center")
-
-
-def plot(axes: Any, panel: Panel, found: list[Series]) -> None:
-    for legend, times, values in found:
-        axes.plot(times, values, label=legend, linewidth=1.2)
-    for limit, name in panel.limits:
-        if axes.get_ylim()[0] <= limit <= axes.get_ylim()[1]:
-            axes.axhline(limit, color={"yellow": "orange"}.get(name, name), linewidth=0.8, linestyle="--")
-    if not found:
-        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray")
-    axes.set_ylim(panel.least, panel.most)
-    axes.yaxis.set_major_formatter(lambda value, _: shown(value, panel.unit))
-    axes.set_xlabel("seconds", fontsize=7)
-    axes.tick_params(labelsize=7)
+    settings, found = panel["fieldConfig"]["defaults"], view.curves(panel)
+    for curve in found:
+        axes.plot([datetime.fromtimestamp(at, UTC) for at in curve.times], curve.values, label=curve.name, linewidth=1)
+    if settings.get("custom", {}).get("thresholdsStyle", {}).get("mode") == "line":
+        for step in settings["thresholds"]["steps"][1:]:
+            if axes.get_ylim()[0] <= step["value"] <= axes.get_ylim()[1]:
+                axes.axhline(step["value"], color=DARK[step["color"]], linewidth=0.8, linestyle="--")
+    axes.set_ylim(settings.get("min"), settings.get("max"))
+    axes.yaxis.set_major_formatter(lambda value, _: with_unit(value, settings.get("unit", "")))
+    axes.set_xlim(datetime.fromtimestamp(view.begin, UTC), datetime.fromtimestamp(view.end, UTC))
+    axes.xaxis.set_major_locator(locator := dates.AutoDateLocator(maxticks=5))
+    axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, show_offset=False))
+    axes.tick_params(labelsize=6, length=2, pad=1)
     axes.grid(alpha=0.3)
-    if 0 < len(found) <= 10:
-        axes.legend(fontsize=7, frameon=False, loc="best")
+    if not found:
+        axes.text(0.5, 0.5, settings.get("noValue", "No data"), transform=axes.transAxes, ha="center", color="gray")
+    elif legend:
+        axes.legend(
+            fontsize=6,
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(-0.05, -0.12),
+            ncols=4,
+            handlelength=1,
+            columnspacing=1,
+        )
+    return bool(found)
 
 
 def main() -> None:

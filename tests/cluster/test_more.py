@@ -15,7 +15,19 @@ import yaml
 from launch.job import Job, objects
 from tests.cluster import binaries
 from tests.cluster.cluster import run
-from tests.cluster.test_run import NAMESPACE, RUN, applied, ended, launcher, pods, store_folder, torchx, trouble, until
+from tests.cluster.test_run import (
+    DEMO,
+    NAMESPACE,
+    RUN,
+    applied,
+    ended,
+    launcher,
+    pods,
+    store_folder,
+    torchx,
+    trouble,
+    until,
+)
 
 pytestmark = pytest.mark.cluster_more
 __all__ = ["applied", "launcher"]  # fixtures
@@ -234,7 +246,7 @@ def trainer(kubectl, cluster):
 
 def test_a_quota_for_one_of_two_jobs(kubectl, launcher, kueue):
     """The second waits whole. Preempted by a third, it saves, comes back, and ends as the first did, to the last bit."""
-    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))  # two cores
+    until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))  # two cores
     quota = json.loads(kubectl("get", "clusterqueue", "equiav", "-o", "json"))["spec"]["resourceGroups"]
     next(one for one in quota[0]["flavors"][0]["resources"] if one["name"] == "cpu")["nominalQuota"] = "2"
     change = json.dumps({"spec": {"resourceGroups": quota}})
@@ -287,8 +299,8 @@ def test_a_quota_for_one_of_two_jobs(kubectl, launcher, kueue):
 
 def test_a_train_job(kubectl, launcher, trainer):
     """Two nodes, one of whose pods is deleted: it ends as the demonstration did, to the last bit."""
-    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
-    assert ended(kubectl, "demo") == "Complete"
+    until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))
+    assert ended(kubectl, DEMO) == "Complete"
     (text,) = re.findall(r"```yaml\n(.*?)```", Path("docs/kubernetes.md").read_text(), re.DOTALL)
     job = yaml.safe_load(text)
     name = job["metadata"]["name"]

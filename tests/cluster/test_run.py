@@ -15,12 +15,16 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from monitoring.alerts import ALERTS
+from launch import manifests
+from launch.component import IMAGE
+from launch.scheduler import to_yaml
+from monitoring.alerts import ALERTS, WATCHDOG
 from tests.train.ranks import free_port
 
 pytestmark = pytest.mark.cluster
 
 NAMESPACE = "equiav"
+PACKS, DEMO = manifests.names(IMAGE)
 TORCHX = str(Path(sys.executable).parent / "torchx")
 STEPS = 240
 RUN = ["--train.micro_batch", "8", "--train.steps", str(STEPS), "--checkpoint.every_steps", "10"]
@@ -47,7 +51,7 @@ def applied(kubectl):
     kubectl("apply", "-f", "k8s/")
 
     def packed():
-        return ended(kubectl, "demo-pack") == "Complete"
+        return ended(kubectl, PACKS) == "Complete"
 
     until(packed, 240, lambda: kubectl("-n", NAMESPACE, "describe", "pods"))
 
@@ -111,8 +115,8 @@ def test_the_manifests_are_as_the_cluster_has_them(kubectl, applied):
 
 
 def test_the_demonstration_trains(kubectl, applied):
-    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
-    assert ended(kubectl, "demo") == "Complete"
+    until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))
+    assert ended(kubectl, DEMO) == "Complete"
     folder = store_folder(kubectl) / "demo" / "checkpoints"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 120
     assert (folder / "model" / "config.json").exists()
@@ -146,7 +150,7 @@ def prometheus(kubectl, applied):
 
 
 def test_prometheus_finds_the_pods_and_has_the_alerts(kubectl, prometheus):
-    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))
+    until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))
     steps = "query?query=max%20by(namespace,run)(max_over_time(equiav_step%5B1h%5D))"
 
     def scraped():
@@ -154,7 +158,7 @@ def test_prometheus_finds_the_pods_and_has_the_alerts(kubectl, prometheus):
             return prometheus(steps)["result"]
 
     (found,) = until(scraped, 60, trouble(kubectl, "prometheus"))
-    assert found["metric"] == {"namespace": NAMESPACE, "run": "demo"}
+    assert found["metric"] == {"namespace": NAMESPACE, "run": DEMO}
     assert found["value"][1] == "120"  # the last step, too
     pods = prometheus("query?query=count(count%20by(pod)(last_over_time(up%7Bjob=%22equiav%22%7D%5B1h%5D)))")["result"]
     assert pods[0]["value"][1] in "123"  # of the demonstration alone, one for each pod that has run
@@ -162,7 +166,7 @@ def test_prometheus_finds_the_pods_and_has_the_alerts(kubectl, prometheus):
     assert len([rule for rule in group["rules"] if rule["type"] == "alerting"]) == len(ALERTS)
     assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
     firing = [one["labels"]["alertname"] for one in prometheus("alerts")["alerts"] if one["state"] == "firing"]
-    assert firing == []
+    assert firing == [WATCHDOG]
 
 
 class Attacked:
@@ -213,7 +217,7 @@ class Attacked:
 
 def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, launcher, tmp_path):
     data = store_folder(kubectl) / "clips"
-    until(lambda: ended(kubectl, "demo"), 300, trouble(kubectl, "demo"))  # two cores
+    until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))  # two cores
     # A machine here has two processors, and a pod of the run asks for one: with a machine less there is no room for others.
     kubectl("-n", NAMESPACE, "scale", "deployment", "prometheus", "grafana", "--replicas=0")
     out = tmp_path / "whole"
@@ -436,6 +440,57 @@ def test_what_others_have_stays(kubectl, launcher):
     text = torchx(*launcher, "launch/pretrain.py", "--name", "store", status=1)
     assert "there is a Service store in namespace equiav that is none of ours" in text
     assert kubectl("-n", NAMESPACE, "get", "service", "store", "-o", "jsonpath={.metadata.uid}") == before
+
+
+def test_of_many_that_submit_one_name_one_has_it_whole(kubectl, launcher):
+    """Whoever loses takes nothing from the one that wins."""
+    command = [TORCHX, *launcher, "launch/pretrain.py", "--name", "race", "--nodes", "1", "--data", "s3://equiav/none"]
+    command += ["--out", "s3://equiav/race", "--secret", "equiav-store"]
+    tried = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
+    told = [one.communicate()[0] for one in tried]
+    assert [one.returncode for one in tried].count(0) == 1, told
+    assert all("Traceback" not in text for text in told), told
+    job = kubectl.json("-n", NAMESPACE, "get", "job", "race")
+    assert not job["spec"].get("suspend")
+    for kind in ("configmap", "service"):
+        (owner,) = kubectl.json("-n", NAMESPACE, "get", kind, "race")["metadata"]["ownerReferences"]
+        assert owner["uid"] == job["metadata"]["uid"]
+    until(lambda: any(map(runs, pods(kubectl, "race").values())), 120, trouble(kubectl, "race"))
+    torchx("cancel", f"kubernetes://torchx/{NAMESPACE}:race")
+    kubectl("-n", NAMESPACE, "delete", "job", "race")
+
+
+def test_how_a_pod_ended_is_what_kubernetes_says(kubectl, launcher):
+    """Of memory, of a volume: a program that is killed for these says nothing of it."""
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False}
+    spec["securityContext"] = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec["volumes"] = [{"name": "scratch", "emptyDir": {"sizeLimit": "8Mi"}}]
+    container = {
+        "image": IMAGE,
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    container |= {"name": "main", "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}]}
+    container["resources"] = {"limits": {"cpu": "1", "memory": "256Mi", "ephemeral-storage": "1Gi"}}
+    for name, code, said in (
+        ("eats", "x = bytearray(1 << 30); x[::4096] = x[::4096]", "was killed for its memory (OOMKilled): it took more than 256Mi"),
+        ("fills", "import time; open('/tmp/x', 'wb').write(bytes(64 << 20)); time.sleep(600)", 'EmptyDir volume "scratch"'),
+    ):  # fmt: skip
+        main = {**container, "command": ["python", "-c", code]}
+        about = {"name": name, "namespace": NAMESPACE, "labels": {"app.kubernetes.io/managed-by": "equiav"}}
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": about}
+        template = {"spec": {**spec, "containers": [main]}}
+        job["spec"] = {"backoffLimit": 0, "completionMode": "Indexed", "completions": 1, "template": template}
+        kubectl("apply", "-f", "-", input=json.dumps(job))
+        handle = f"kubernetes://torchx/{NAMESPACE}:{name}"
+        until(lambda handle=handle, said=said: said in torchx("status", handle), 240, trouble(kubectl, name))
+        kubectl("-n", NAMESPACE, "delete", "job", name)
+
+
+def test_a_new_release_is_applied_like_the_first(kubectl, applied):
+    """Jobs cannot be changed: another image makes others."""
+    made = to_yaml(manifests.demo("equiav:another"))
+    kubectl("apply", "-f", "-", input=made)
+    kubectl("delete", "--wait=false", "-f", "-", input=made)
 
 
 def test_what_a_guard_of_the_namespace_refuses_is_told(kubectl, launcher):

@@ -10,7 +10,7 @@ from kubernetes.client import ApiClient
 from torchx.specs import AppState
 
 from launch.ended import FOR_GOOD, name_of
-from launch.scheduler import Cluster, begins, pod_state, role_of, state_of, structured, to_yaml
+from launch.scheduler import Cluster, begins, end_of, pod_state, role_of, state_of, structured, to_yaml
 
 
 def read(kind, about):
@@ -25,7 +25,7 @@ def job(conditions=(), annotations=None, container=None, **spec):
     return read("V1Job", {"metadata": {"name": "run", "annotations": annotations}, "spec": spec, "status": status})
 
 
-def pod(index=0, phase="Running", node="a", condition=None, age=0, **state):
+def pod(index=0, phase="Running", node="a", condition=None, age=0, reason=None, message=None, **state):
     """state: of its container. age: the larger, the later"""
     about = {
         "name": f"run-{index}",
@@ -34,8 +34,8 @@ def pod(index=0, phase="Running", node="a", condition=None, age=0, **state):
     }
     container = {"name": "main", "image": "i", "imageID": "", "ready": True, "restartCount": 0, "state": state}
     status = {"phase": phase, "containerStatuses": [container] if state else None}
-    status["conditions"] = [condition] if condition else None
-    spec = {"nodeName": node, "containers": [{"name": "main"}]}
+    status |= {"conditions": [condition] if condition else None, "reason": reason, "message": message}
+    spec = {"nodeName": node, "containers": [{"name": "main", "resources": {"limits": {"memory": "8Gi"}}}]}
     return read("V1Pod", {"metadata": about, "spec": spec, "status": status})
 
 
@@ -82,7 +82,39 @@ def test_a_pod_begins_while_it_has_a_machine_and_no_container():
     assert pod_state(pod(phase="Failed")) == AppState.FAILED
     assert pod_state(pod(phase="Unknown")) == AppState.UNKNOWN
     message = json.loads(structured(pod(**ended(3, "no such setting "))))["message"]
-    assert (message["message"], message["errorCode"]) == ("no such setting", 3)
+    assert (message["message"], message["errorCode"]) == ("ended with status 3: no such setting", 3)
+
+
+SPACE = 'Usage of EmptyDir volume "scratch" exceeds the limit "1Gi". '
+LOST = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "by a\npod"}
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        (pod(), ""),
+        (pod(phase="Succeeded", **ended(0, "")), ""),
+        (pod(phase="Failed", reason="Evicted", message=SPACE), f"Evicted: {SPACE.strip()}"),
+        (
+            pod(phase="Failed", reason="Evicted", message=SPACE, **ended(137, "{" + "x" * 4000)),
+            f"Evicted: {SPACE.strip()}",
+        ),
+        (pod(phase="Failed", reason="NodeLost"), "NodeLost"),
+        (
+            pod(**{"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "{" + "x" * 4000}}),
+            "was killed for its memory (OOMKilled): it took more than 8Gi (--memory)",
+        ),
+        (pod(**ended(137, "")), "ended with status 137 (SIGKILL)"),
+        (pod(**ended(1, "a line\nan error\n\n")), "ended with status 1: an error"),
+        (pod(**ended(2, f"{FOR_GOOD}a:\n  b")), f"ended with status 2: {FOR_GOOD}a: b"),
+        (pod(condition=LOST), "is removed: PreemptionByScheduler: by a pod"),
+        (pod(**ended(1, "\x1b[31m" + "y" * 9999)), "ended with status 1: [31m" + "y" * 475),
+    ],
+)
+def test_how_a_pod_ended_is_one_line(of, said):
+    assert end_of(of) == said
+    told = structured(of)
+    assert (json.loads(told)["message"]["message"] if said else said) == said
 
 
 def test_a_job_of_somebody_else_is_described():

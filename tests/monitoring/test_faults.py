@@ -69,7 +69,7 @@ class Watched:
     def fired(self):
         """alert -> seconds from the beginning to its firing"""
         span = int(time.time() - self.begun) + 1
-        firing = 'timestamp(ALERTS{alertstate="firing"})'
+        firing = 'timestamp(ALERTS{alertstate="firing",alertname!="EquiavWatchdog"})'
         found = self.prometheus.ask(f"min by (alertname) (min_over_time(({firing})[{span}s:1s]))")
         return {one["metric"]["alertname"]: float(one["value"][1]) - self.begun for one in found}
 
