@@ -132,16 +132,18 @@ def meets(address: str, port: int, own: int) -> bool:
 
 def meet_all(others: Mapping[int, tuple[str, int]], own: int) -> set[int]:
     """others: by index, where they answer -> the indices of those that this node does not meet."""
-    found: dict[int, bool] = {}
-    asked = [
-        threading.Thread(target=lambda index=index, at=at: found.update({index: meets(*at, own)}), daemon=True)
-        for index, at in others.items()
-    ]
+    missed = set[int]()
+
+    def meet(index: int) -> None:
+        if not meets(*others[index], own):
+            missed.add(index)
+
+    asked = [threading.Thread(target=meet, args=(index,), daemon=True) for index in others]
     for one in asked:
         one.start()
     for one in asked:
         one.join()
-    return {index for index in others if not found.get(index)}
+    return missed
 
 
 def stands_back(index: int, missed: Mapping[int, set[int]], present: set[int]) -> set[int]:

@@ -471,8 +471,9 @@ def test_how_a_pod_ended_is_what_kubernetes_says(kubectl, launcher):
     }
     container |= {"name": "main", "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}]}
     container["resources"] = {"limits": {"cpu": "1", "memory": "256Mi", "ephemeral-storage": "1Gi"}}
+    killed = "was killed for its memory (OOMKilled): it took more than 256Mi"
     for name, code, said in (
-        ("eats", "x = bytearray(1 << 30); x[::4096] = x[::4096]", "was killed for its memory (OOMKilled): it took more than 256Mi"),
+        ("eats", "x = bytearray(1 << 30); x[::4096] = x[::4096]", killed),
         ("fills", "import time; open('/tmp/x', 'wb').write(bytes(64 << 20)); time.sleep(600)", 'EmptyDir volume "scratch"'),
     ):  # fmt: skip
         main = {**container, "command": ["python", "-c", code]}
