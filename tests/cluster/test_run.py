@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from launch import manifests
-from launch.component import IMAGE
 from launch.scheduler import to_yaml
 from monitoring.alerts import ALERTS, WATCHDOG
 from tests.train.ranks import free_port
@@ -24,7 +23,9 @@ from tests.train.ranks import free_port
 pytestmark = pytest.mark.cluster
 
 NAMESPACE = "equiav"
-PACKS, DEMO = manifests.names(IMAGE)
+PACKS, DEMO = (
+    one["metadata"]["name"] for one in yaml.safe_load_all(Path("k8s/80-demo.yaml").read_text()) if one["kind"] == "Job"
+)
 TORCHX = str(Path(sys.executable).parent / "torchx")
 STEPS = 240
 RUN = ["--train.micro_batch", "8", "--train.steps", str(STEPS), "--checkpoint.every_steps", "10"]
@@ -460,7 +461,7 @@ def test_of_many_that_submit_one_name_one_has_it_whole(kubectl, launcher):
     kubectl("-n", NAMESPACE, "delete", "job", "race")
 
 
-def test_how_a_pod_ended_is_what_kubernetes_says(kubectl, launcher):
+def test_how_a_pod_ended_is_what_kubernetes_says(kubectl, launcher, image):
     """Of memory, of a volume: a program that is killed for these says nothing of it."""
     spec = {"restartPolicy": "Never", "automountServiceAccountToken": False}
     spec["securityContext"] = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
