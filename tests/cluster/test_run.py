@@ -467,7 +467,7 @@ def test_how_a_pod_ended_is_what_kubernetes_says(kubectl, launcher, image):
     spec["securityContext"] = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
     spec["volumes"] = [{"name": "scratch", "emptyDir": {"sizeLimit": "8Mi"}}]
     container = {
-        "image": IMAGE,
+        "image": image,
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     container |= {"name": "main", "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}]}
