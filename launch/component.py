@@ -14,8 +14,8 @@ from torchx.specs import AppDef, Resource, Role
 from torchx.specs.builders import parse_mounts
 from torchx.specs.finder import ComponentValidationException
 
+from launch.guard import PASSWORD, named, secret_in
 from launch.job import QUANTITY, object_name, size
-from launch.secrets import PASSWORD, named, secret_in
 
 IMAGE = os.environ.get("EQUIAV_IMAGE") or f"equiav:{version('equiav')}"  # the second is what `make image` makes
 SETTINGS = "EQUIAV_CONFIG"  # environment variable that brings the resolved settings to the program

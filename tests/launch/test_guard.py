@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from launch.secrets import named, secret_in
+from launch.guard import named, secret_in
 
 HOLD = """WANDB_API_KEY DB_PWD SSH_PRIVATE_KEY AUTHORIZATION HF_TOKEN AWS_SECRET_ACCESS_KEY MY_PASSWORD PGPASSWORD db_pass
 COOKIE GH_PAT SIGNING_KEY AZURE_STORAGE_KEY GPG_PASSPHRASE GOOGLE_CREDENTIALS AWS_ACCESS_KEY_ID apikey"""
