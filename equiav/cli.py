@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -98,6 +99,9 @@ COMMANDS = {
         "run_import",
     ),
 }
+PEER_GONE = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|\bgloo/transport/.*(Timed out|SO_ERROR)", re.IGNORECASE
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,6 +169,13 @@ def _main(argv: Sequence[str] | None) -> int:
         if isinstance(error, Ending):
             return error.status
         return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
+    except RuntimeError as error:
+        if not PEER_GONE.search(str(error)):
+            raise
+        text = f"another process of the run is gone: {str(error).splitlines()[0]}"
+        print(f"equiav {command}: {text}", file=sys.stderr)
+        _tell_agent(text, "again")
+        return 1
     except BrokenPipeError:  # whoever reads what it says has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141

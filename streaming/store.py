@@ -81,6 +81,12 @@ class TooLarge(StoreError):  # noqa: N818
     """The object has more bytes than what it should hold can have."""
 
 
+def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody waits for any more. A connection that broke under a request that was given up is told by that request."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
+
+
 class Store:
     """One folder of a store. Threads may share it; a process makes its own (event loops do not survive a fork)."""
 
@@ -119,6 +125,8 @@ class Store:
         if protocol in ("s3", "s3a"):
             self.fs.retries = 1
             self._upload_options = {"chunksize": PART}
+        if (loop := getattr(self.fs, "loop", None)) is not None:
+            loop.set_exception_handler(_unheard)
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:

@@ -144,3 +144,20 @@ def test_smoke_refuses_a_gpu_that_is_not_there(capsys, tmp_path):
         pytest.skip("there is a GPU")
     assert cli.main(["smoke", "--device", "cuda", "--out", str(tmp_path)]) == 2
     assert "device is cuda, expected cpu: this torch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [None, 1])
+def test_whose_peer_is_gone_says_so_in_a_line(status, monkeypatch, capsys):
+    text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+    error = RuntimeError(text if status else "shapes differ")
+
+    def fail(name, argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    if status is None:
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            cli.main(["pretrain"])
+    else:
+        assert cli.main(["pretrain"]) == status
+        assert capsys.readouterr().err == f"equiav pretrain: another process of the run is gone: {text}\n"

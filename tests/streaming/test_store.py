@@ -1,6 +1,8 @@
 """A store that answers late, wrongly, in part or not at all: the right bytes come back, or one clear error."""
 
+import asyncio
 import base64
+import gc
 import itertools
 import os
 import random
@@ -745,3 +747,23 @@ def test_nodes_that_write_one_name_do_not_share_a_file(tmp_path):
         list(pool.map(lambda k: [stores[k].write("ended", contents[k]) for _ in range(20)], range(8)))
     assert (tmp_path / "ended").read_bytes() in contents
     assert os.listdir(tmp_path) == ["ended"]
+
+
+def test_what_a_given_up_request_says_later_is_no_traceback(caplog):
+    """asyncio would print it when it collects the task; what is no broken connection, it prints still."""
+    loop = Store("s3://bucket/a").fs.loop
+
+    async def fail(error):
+        raise error
+
+    def said(error):
+        caplog.clear()
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+        loop.call_soon_threadsafe(loop.create_task, fail(error))
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result()
+        gc.collect()
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result()
+        return caplog.text
+
+    assert said(ConnectionResetError("Cannot write to closing transport")) == ""
+    assert "never retrieved" in said(ValueError("another"))
