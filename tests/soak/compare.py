@@ -141,7 +141,10 @@ def _left_over(round_: Round) -> Iterator[str]:
             yield f"left in {ours.name}: {sorted(more.values())[:9]}"
     steps = round_.plan.settings["train"]["steps"]
     for folder in round_.kept.glob("step-*"):
-        if not (folder / "manifest.json").exists() and int(folder.name.split("-")[1]) < steps:
+        files = any(
+            path.is_file() for path in folder.rglob("*")
+        )  # the server keeps folders that are empty: S3 has none
+        if files and not (folder / "manifest.json").exists() and int(folder.name.split("-")[1]) < steps:
             yield f"left in the bucket: {folder.name}, which is no checkpoint"
 
 
