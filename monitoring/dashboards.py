@@ -378,7 +378,12 @@ FLEET_PAGE = {
         Panel("State", (Query(STATE, "{{run}}"),), "trains.", number=True, width=24, words=WORDS, none="no run"),
         Panel(
             "Alerts",
-            (Query(f"count by (namespace, run, alertname) (ALERTS{{,{FIRING}}})", "{{run}} {{alertname}}"),),
+            (
+                Query(
+                    f"count by (namespace, run, alertname) (ALERTS{{,{FIRING}}}) or on () {NO_ALERT}",
+                    "{{run}} {{alertname}}",
+                ),
+            ),
             "None.",
             limits=((1, RED),),
         ),

@@ -45,7 +45,6 @@ def draw(url: str, uid: str, run: str, begin: float, end: float, path: str, firs
             found = view.numbers(panel)
             box = (left + 0.003, top - (place["h"] - 0.1) / high, place["w"] / 24 - 0.006, (place["h"] - 0.9) / high)
             numbers(figure.add_axes(box), found)
-            empty += [] if any(one.name for one in found) else [panel["title"]]
         else:
             legend = panel["options"]["legend"]["showLegend"]
             box = (
