@@ -208,12 +208,12 @@ def test_who_is_slow_holds_up_nobody(server):
 
 
 def test_two_hundred_who_wait_keep_prometheus_from_nothing(server):
-    """They come back as soon as they are left."""
+    """They come back as soon as they are left. They ask from another address than it does."""
     stop, address = threading.Event(), ("127.0.0.1", server.server_address[1])
 
     def wait():
         while not stop.is_set():
-            with suppress(OSError), socket.create_connection(address) as one:
+            with suppress(OSError), socket.create_connection(address, source_address=("127.0.0.2", 0)) as one:
                 one.settimeout(1)
                 one.sendall(b"GET /met")
                 one.recv(1)
