@@ -20,6 +20,7 @@ BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | 
     f"{unit}i": 1024**power for power, unit in enumerate("KMGTP", 1)
 }
 LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
+RESOURCE = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OURS = ("POD_IP", "NODE_NAME", "EQUIAV_SUBMISSION", "TORCHX_RANK0_HOST", "EQUIAV_CONFIG", "JOB_COMPLETION_INDEX")
 
@@ -50,6 +51,7 @@ class Job:
     memory: str = "8Gi"
     gpus: int = 0
     gpu_resource: str = "nvidia.com/gpu"
+    """Empty: the GPUs come by a claim."""
     devices: dict[str, int] = field(default_factory=dict)
     """Others of a node, such as RDMA interfaces: resource name -> count."""
     scratch: str = "20Gi"
@@ -91,6 +93,9 @@ class Job:
         least, most = self.nodes
         require(1 <= least <= most, "nodes", f"{least}:{most}", "MIN:MAX, 1 or more")
         require(self.gpus >= 0, "gpus", self.gpus, "0 or more")
+        for resource, count in self.devices.items():
+            good = RESOURCE.fullmatch(resource) and count > 0
+            require(bool(good), "resources", f"{resource}:{count}", "DOMAIN/NAME:COUNT, such as rdma/hca:1")
         cores = re.fullmatch(r"(\d+)(\.\d{1,3}|m)?", self.cpu)
         require(bool(cores and re.search("[1-9]", self.cpu)), "cpu", self.cpu, "a number of cores, such as 4 or 500m")
         for setting in ("memory", "scratch"):
@@ -261,7 +266,7 @@ def container(job: Job) -> dict[str, Any]:
         "memory": quantity(size(job.memory)),
         "ephemeral-storage": quantity(size(job.scratch) + (1 << 30)),
     }  # and its log
-    whole |= {job.gpu_resource: str(job.gpus)} if job.gpus else {}
+    whole |= {job.gpu_resource: str(job.gpus)} if job.gpus and job.gpu_resource else {}
     whole |= {name: str(count) for name, count in job.devices.items()}
     env: list[dict[str, Any]] = [
         {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
@@ -324,7 +329,7 @@ def tolerations(job: Job) -> list[dict[str, Any]]:
     for taint in job.tolerations:
         key, is_value, value = taint.partition(":")
         asked.append({"key": key, **({"operator": "Equal", "value": value} if is_value else {"operator": "Exists"})})
-    if job.gpus:
+    if job.gpus and job.gpu_resource:
         asked.append({"key": job.gpu_resource, "operator": "Exists"})
     return [*away, *asked]
 

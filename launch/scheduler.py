@@ -38,6 +38,7 @@ from torchx.util.types import to_dict
 from launch.component import SETTINGS
 from launch.ended import FOR_GOOD, name_of
 from launch.job import APP, Job, JobError, Volume, literal, object_name, objects, variable
+from launch.template import patch_from, patch_of, patched
 
 CANCELLED = f"{APP}/cancelled"
 LABEL = f"app.kubernetes.io/managed-by={APP}"
@@ -87,7 +88,16 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
             ("priority_class", str, None, "of the pods"),
             ("node_selector", Dict[str, str], None, "labels of the machines: KEY:VALUE;KEY:VALUE"),  # noqa: UP006
             ("tolerations", List[str], None, "taints that the pods stand: KEY or KEY:VALUE, separated by ;"),  # noqa: UP006
-            ("gpu_resource", str, "nvidia.com/gpu", "by which a GPU is asked for"),
+            ("gpu_resource", str, "nvidia.com/gpu", "by which a GPU is asked for; none: by a claim"),
+            ("resources", Dict[str, str], None, "others of a pod: NAME:COUNT;NAME:COUNT, such as rdma/hca:1"),  # noqa: UP006
+            ("claims", Dict[str, str], None, "devices of a pod: NAME:RESOURCE_CLAIM_TEMPLATE;..."),  # noqa: UP006
+            ("labels", Dict[str, str], None, "of the pods: KEY:VALUE;KEY:VALUE"),  # noqa: UP006
+            ("annotations", Dict[str, str], None, "of the pods: KEY:VALUE;KEY:VALUE"),  # noqa: UP006
+            ("capabilities", List[str], None, "that the container gets, such as IPC_LOCK, separated by ;"),  # noqa: UP006
+            ("host_network", bool, False, "the network of the machine, not one of the pod's own"),
+            ("runtime_class", str, None, "of the pods"),
+            ("scheduler_name", str, None, "of the pods"),
+            ("pod_patch", str, None, "YAML file: a patch of the pod template (docs/kubernetes.md)"),
             ("same_zone", bool, True, "prefer one zone for all pods of a job"),
             ("grace", int, 300, "seconds between SIGTERM and SIGKILL, for a step and a save"),
             ("restarts", int, 100, "times that each pod may be replaced"),
@@ -102,7 +112,12 @@ class KubernetesScheduler(Scheduler[Mapping[str, Any]]):
         if len(app.roles) != 1:
             refuse(f"the app has {len(app.roles)} roles, expected 1: each role would be a job of its own")
         try:
-            made = objects(job_of(app, cfg))
+            job = job_of(app, cfg)
+            made = objects(job)
+            batch = made[-1]["spec"]
+            patches = [patch_of(cfg, job.role), *([patch_from(cfg["pod_patch"])] if cfg.get("pod_patch") else [])]
+            for patch in patches:
+                batch["template"] = patched(batch["template"], patch)
         except JobError as error:
             refuse(str(error))
         return AppDryRunInfo(made, to_yaml)
@@ -280,8 +295,8 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
         cpu=str(resource.cpu),
         memory=f"{resource.memMB}Mi",
         gpus=resource.gpu,
-        gpu_resource=cfg.get("gpu_resource") or "nvidia.com/gpu",
-        devices=dict(resource.devices),
+        gpu_resource="" if cfg.get("gpu_resource") == "none" else cfg.get("gpu_resource") or "nvidia.com/gpu",
+        devices={**resource.devices, **counts_of(cfg.get("resources") or {})},
         settings=env.pop(SETTINGS, ""),
         env=env,
         volumes=tuple(volumes),
@@ -298,6 +313,13 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
         role=object_name(role.name),
         **own,
     )
+
+
+def counts_of(resources: Mapping[str, str]) -> dict[str, int]:
+    for name, count in resources.items():
+        if not re.fullmatch(r"[1-9]\d{0,6}", count):
+            raise JobError(f"resources: {name} is {count!r}, expected a count, 1 or more")
+    return {name: int(count) for name, count in resources.items()}
 
 
 def to_yaml(made: list[dict[str, Any]]) -> str:

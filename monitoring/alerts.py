@@ -46,6 +46,12 @@ RECORDS = {
     "equiav:ended_time_seconds": past("equiav_run_ended_time_seconds"),
     "equiav:over": f"equiav:ended_time_seconds unless {ON} (equiav:moved_time_seconds > {ON} equiav:ended_time_seconds)",
     "equiav:live": f"equiav:moved_time_seconds unless {ON} equiav:over",
+    # Of Kubernetes, by kube-state-metrics: a pod that waits for a machine, or ends before its program begins, tells nothing itself.
+    "equiav:pods": (
+        "sum by (namespace, run, phase) (max by (namespace, pod, phase) (kube_pod_status_phase) * on (namespace, pod) "
+        'group_left (run) max by (namespace, pod, run) (label_replace(kube_pod_labels{label_app_kubernetes_io_managed_by="equiav"}, '
+        '"run", "$1", "label_app_kubernetes_io_instance", "(.+)")))'
+    ),
     "equiav:progress_ratio": f"max {BY} ({lately('equiav_step')}) / max {BY} ({lately('equiav_steps_planned')})",
 }
 THERE = f"(count {BY} (equiav_rounds_total) or count {BY} (equiav_phase_seconds_total))"  # a node, or a run by hand
@@ -82,6 +88,13 @@ COLLAPSED = (
 )
 APART = f"unless {ON} ({COLLAPSED})"  # which has its own alert, and all this with it
 
+# Bad data explains both, and has an alert of its own: a loader that passes over samples, clips that are few.
+BAD_DATA = (
+    f"sum {BY} (max by (namespace, run, reason) (equiav_quarantined_samples)) "
+    f"/ max {BY} (equiav_quarantine_limit_samples) > {LIMITS['quarantine']}"
+)
+PASSED_OVER = f"sum {BY} (increase(equiav_quarantined_samples[5m])) > 0"
+
 FAILED = past('equiav_run_ended_time_seconds{how="failed"}')
 INTER = 'equiav_loss_over_chance_ratio{term="inter"}'
 OF_SIDE = "by (namespace, run, modality)"
@@ -100,7 +113,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavStalled",
-        f"(time() - equiav:live > {LIMITS['stalled_seconds']}) and {ON} {THERE}",
+        f"(time() - equiav:live > {LIMITS['stalled_seconds']}) and {ON} {THERE} unless {ON} ({PASSED_OVER})",
         "1m",
         "critical",
         "no step for {{ $value | humanizeDuration }}",
@@ -126,6 +139,23 @@ ALERTS = (
         of_live=False,
     ),
     Alert(
+        "EquiavPending",
+        f'(equiav:pods{{phase="Pending"}} > 0) unless {ON} (equiav:pods{{phase="Running"}} > 0)',
+        "15m",
+        "warning",
+        "{{ $value | humanize }} pods of it wait, and none runs",
+        "No machine has room for them, or their image or a volume cannot be had: `torchx status` says which.",
+        of_live=False,
+    ),
+    Alert(
+        "EquiavPodsFail",
+        'equiav:pods{phase="Failed"} - min_over_time(equiav:pods{phase="Failed"}[30m]) > 4',
+        "0m",
+        "warning",
+        "{{ $value | humanize }} pods of it have failed in 30 minutes",
+        "What ends before its program begins tells no metrics: `torchx status` and the pods' logs say why.",
+    ),
+    Alert(
         "EquiavNotFinite",
         f"sum {BY} (increase(equiav_not_finite_steps_total[15m])) > 0",
         "0m",
@@ -143,7 +173,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavCollapsed",
-        f"{COLLAPSED} {after(LIMITS['early'])}",
+        f"{COLLAPSED} {after(LIMITS['early'])} unless {ON} ({BAD_DATA})",
         "15m",
         "critical",
         "the embeddings fill {{ $value | humanize }} direction(s)",
@@ -229,8 +259,7 @@ ALERTS = (
     ),
     Alert(
         "EquiavQuarantine",
-        f"sum {BY} (max by (namespace, run, reason) (equiav_quarantined_samples)) "
-        f"/ max {BY} (equiav_quarantine_limit_samples) > {LIMITS['quarantine']}",
+        BAD_DATA,
         "0m",
         "warning",
         "bad samples are at {{ $value | humanizePercentage }} of what stream.max_bad allows",

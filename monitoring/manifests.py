@@ -13,7 +13,7 @@ HEAD = "# Written by `python -m monitoring.manifests` from monitoring/.\n"
 
 
 def config_map(name: str, data: dict[str, str]) -> dict[str, object]:
-    about = {"name": name, "namespace": "equiav", "labels": {"app.kubernetes.io/managed-by": "equiav"}}
+    about = {"name": name, "namespace": "equiav-system", "labels": {"app.kubernetes.io/managed-by": "equiav"}}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": data}
 
 

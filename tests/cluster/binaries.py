@@ -26,6 +26,7 @@ MODULES = {  # program -> its module, the package in it, the version
 }
 MORE = {
     "kwok": ("sigs.k8s.io/kwok", "/cmd/kwok", "0.8.0"),  # thousands of simulated nodes
+    "kube-state-metrics": ("k8s.io/kube-state-metrics/v2", "", "2.18.0"),
     "kueue": ("sigs.k8s.io/kueue", "/cmd/kueue", "0.17.0"),  # older ones do not build as a module
     "jobset": ("sigs.k8s.io/jobset", "", "0.11.1"),  # what Trainer makes of a TrainJob, as its go.mod says
     "trainer-controller-manager": ("github.com/kubeflow/trainer/v2", "/cmd/trainer-controller-manager", "2.2.0"),

@@ -27,7 +27,9 @@ IMAGE, PAUSE = "localhost/equiav:test", "localhost/pause:test"
 LAN, SERVICES, PODS = "172.30.0", "10.96.0.0/16", "10.88"
 SERVER = f"{LAN}.1"
 CGROUPS = Path("/sys/fs/cgroup")
+PROXY_HEALTH = 10256
 PROCESSES = CGROUPS / "pids"  # the hierarchy by which processes are found
+SHARES = 64 << 10  # of the processor, for all of the cluster; any other process has 1024
 WHO = {  # what each part of the control plane may do goes by its name
     "admin": ("admin", "system:masters"),
     "manager": ("system:kube-controller-manager", ""),
@@ -100,6 +102,19 @@ class Cluster:
 
     def join(self, number):
         run("ip", "link", "set", self.nodes[number], "up")
+
+    def processes(self, where, words):
+        """Of a node, or of `control`: those with these words in their command."""
+        group = self._group(where if isinstance(where, str) else self.nodes[where])
+        pids = [int(pid) for path in group.rglob("cgroup.procs") for pid in read(path).split()]
+        return [pid for pid in pids if words in read_bytes(Path(f"/proc/{pid}/cmdline"))]
+
+    def send(self, where, program, number):
+        """A signal to a program, which a node starts again when it has ended."""
+        sent = [pid for pid in self.processes(where, b"") if read(Path(f"/proc/{pid}/comm")).strip() == program[:15]]
+        assert sent, f"no {program} runs at {where}"
+        for pid in sent:
+            os.kill(pid, number)
 
     def ready(self, number):
         path = '{.status.conditions[?(@.type=="Ready")].status}'
@@ -238,10 +253,12 @@ class Cluster:
         proxy += ["--hostname-override", name, "--cluster-cidr", f"{PODS}.0.0/16"]
         # What the kernel keeps for the machine, not for a network namespace, is not changed.
         proxy += ["--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0"]
-        proxy += ["--conntrack-tcp-timeout-close-wait", "0"]
+        proxy += ["--conntrack-tcp-timeout-close-wait", "0", "--healthz-bind-address", f"127.0.0.1:{PROXY_HEALTH}"]
         router = [binaries.program("kube-router"), "--run-firewall=true", "--run-router=false"]
         router += ["--run-service-proxy=false", "--kubeconfig", self.kubeconfig, "--hostname-override", name]
         router += ["--service-cluster-ip-range", SERVICES, "--iptables-sync-period", "5s", "--health-port", "0"]
+        # The router writes back the rules that it has read: what the proxy wrote between the two would be lost.
+        proxied = f"busybox wget -q -O /dev/null http://127.0.0.1:{PROXY_HEALTH}/healthz"
         lines = [
             f"hostname {name}",
             f"mkdir -p {var}/lib {var}/log {var}/tmp",
@@ -260,6 +277,7 @@ class Cluster:
             *(f"ctr -n k8s.io images import {self.folder}/{image}.tar" for image in ("equiav", "pause")),
             *(f"keep {shlex.join(map(str, command))}" for command in (kubelet, proxy)),
             f"export KUBERNETES_SERVICE_HOST={SERVER}",
+            f"until {proxied} 2> /dev/null; do sleep 0.3; done",
             f"keep {shlex.join(map(str, router))}",
             "wait",
         ]
@@ -331,9 +349,13 @@ def kill(group):
 
 
 def read(path):
-    with contextlib.suppress(OSError):  # a container's group may go meanwhile
-        return path.read_text()
-    return ""
+    return read_bytes(path).decode()
+
+
+def read_bytes(path):
+    with contextlib.suppress(OSError):  # a process, a container's group may go meanwhile
+        return path.read_bytes()
+    return b""
 
 
 def hierarchies():
@@ -348,6 +370,10 @@ def make_cgroups(name):
             for file in ("cpuset.cpus", "cpuset.mems"):
                 if hierarchy.name == "cpuset":
                     (hierarchy / group / file).write_text((hierarchy / file).read_text())
+            # Else all of the cluster has the share of one process, and whatever else runs here starves it.
+            shares = hierarchy / lineage(name)[0] / "cpu.shares"
+            if shares.exists():
+                shares.write_text(str(SHARES))
 
 
 def lineage(path):
@@ -381,15 +407,21 @@ def container_settings():
     """What the runtime starts from when it makes a container; a pod's settings come on top."""
     settings = json.loads(run("ctr", "oci", "spec"))
     for path in map(str, mounted()):
-        settings["mounts"].append({"destination": path, "type": "bind", "source": path, "options": ["rbind", "ro"]})
+        mount = {"destination": seen(path), "type": "bind", "source": path, "options": ["rbind", "ro"]}
+        settings["mounts"].append(mount)
     return settings
 
 
+def seen(path):
+    """Where a container has what is here at `path`: not in /tmp, where a pod has a volume of its own."""
+    return f"/here{path}" if Path(path).is_relative_to("/tmp") else str(path)
+
+
 def image_settings():
-    ours = f"{sys.prefix}/bin:{binaries.program('prometheus').parent}"
+    ours = f"{seen(sys.prefix)}/bin:{seen(binaries.program('prometheus').parent)}"
     path = f"{ours}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {
-        "Env": [f"PATH={path}", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1"],
+        "Env": [f"PATH={path}", "PYTHONDONTWRITEBYTECODE=1", "PYTHONUNBUFFERED=1", f"PYTHONPATH={seen(ROOT)}"],
         "User": "10001:10001",
         "WorkingDir": "/",
     }
@@ -412,7 +444,7 @@ def write_image(path, names, settings):
 
 def skeleton():
     layer, made = io.BytesIO(), set()
-    folders = ["dev", "etc", "home", "proc", "run", "sys", "tmp", "var/tmp", *(str(path)[1:] for path in mounted())]
+    folders = ["dev", "etc", "home", "proc", "run", "sys", "tmp", "var/tmp", *(seen(path)[1:] for path in mounted())]
     with tarfile.open(fileobj=layer, mode="w") as tar:
         for folder in folders:
             for name in lineage(folder):

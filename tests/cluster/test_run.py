@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -18,11 +20,12 @@ import yaml
 from launch import manifests
 from launch.scheduler import to_yaml
 from monitoring.alerts import ALERTS, WATCHDOG
+from tests.cluster.cluster import SERVER
 from tests.train.ranks import free_port
 
 pytestmark = pytest.mark.cluster
 
-NAMESPACE = "equiav"
+NAMESPACE, SYSTEM = "equiav", "equiav-system"
 PACKS, DEMO = (
     one["metadata"]["name"] for one in yaml.safe_load_all(Path("k8s/80-demo.yaml").read_text()) if one["kind"] == "Job"
 )
@@ -48,8 +51,15 @@ def until(condition, seconds, what):
 
 @pytest.fixture(scope="module")
 def applied(kubectl):
-    """`kubectl apply -f k8s/`, as it is written."""
+    """`kubectl apply -f k8s/`, as it is written. Names are served from outside of this cluster: that takes a policy more."""
     kubectl("apply", "-f", "k8s/")
+    for namespace in (NAMESPACE, SYSTEM):
+        about = {"name": "names-of-this-cluster", "namespace": namespace}
+        ports = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+        rule = {"to": [{"ipBlock": {"cidr": f"{SERVER}/32"}}], "ports": ports}
+        spec = {"podSelector": {}, "policyTypes": ["Egress"], "egress": [rule]}
+        policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": about, "spec": spec}
+        kubectl("apply", "-f", "-", input=json.dumps(policy))
 
     def packed():
         return ended(kubectl, PACKS) == "Complete"
@@ -87,7 +97,7 @@ def runs(pod):
 
 def store_folder(kubectl):
     """Where the demonstration's store has its objects, on this machine."""
-    claim = kubectl.json("-n", NAMESPACE, "get", "pvc", "store")
+    claim = kubectl.json("-n", SYSTEM, "get", "pvc", "store")
     volume = kubectl.json("get", "pv", claim["spec"]["volumeName"])
     return Path(volume["spec"]["hostPath"]["path"]) / "equiav"
 
@@ -126,8 +136,8 @@ def test_the_demonstration_trains(kubectl, applied):
 @pytest.fixture(scope="module")
 def prometheus(kubectl, applied):
     """-> what it answers to a path, through `kubectl port-forward`"""
-    rolled = ("-n", NAMESPACE, "rollout", "status", "deployment/prometheus", "--timeout=120s")
-    assert "successfully rolled out" in kubectl(*rolled, check=False), kubectl("-n", NAMESPACE, "describe", "pods")
+    rolled = ("-n", SYSTEM, "rollout", "status", "deployment/prometheus", "--timeout=120s")
+    assert "successfully rolled out" in kubectl(*rolled, check=False), kubectl("-n", SYSTEM, "describe", "pods")
     port = free_port()
     forward = subprocess.Popen(
         [
@@ -135,7 +145,7 @@ def prometheus(kubectl, applied):
             "--kubeconfig",
             kubectl.kubeconfig,
             "-n",
-            NAMESPACE,
+            SYSTEM,
             "port-forward",
             "service/prometheus",
             f"{port}:9090",
@@ -170,13 +180,28 @@ def test_prometheus_finds_the_pods_and_has_the_alerts(kubectl, prometheus):
     assert firing == [WATCHDOG]
 
 
+def resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
 class Attacked:
     """A run, and what is done to it."""
 
     def __init__(self, kubectl, cluster, name):
         self.kubectl, self.cluster, self.name = kubectl, cluster, name
         self.folder = store_folder(kubectl) / name / "checkpoints"
-        self.seconds = {}
+        self.gaps = {}
+        self._moved = [time.monotonic()]  # when a newer step was there
+        Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        last = 0
+        while True:
+            with suppress(OSError):
+                if (now := self.saved()) > last:
+                    last = now
+                    self._moved.append(time.monotonic())
+            time.sleep(0.2)
 
     def saved(self):
         return max((int(path.parent.name[5:13]) for path in self.folder.glob("step-*/manifest.json")), default=0)
@@ -196,15 +221,53 @@ class Attacked:
         until(lambda: sum(map(runs, self.pods().values())) == 3, 180, trouble(self.kubectl, self.name))
 
     def happens(self, what, *actions):
+        with self.told(what):
+            for action in actions:
+                action()
+            self.moves()
+            self.whole()
+
+    @contextmanager
+    def told(self, what):
+        """The largest gap between two saved steps meanwhile."""
         begun = time.monotonic()
-        for action in actions:
-            action()
-        self.moves()
-        self.seconds[what] = round(time.monotonic() - begun, 1)
-        self.whole()
+        yield
+        time.sleep(0.5)
+        moved = [when for when in self._moved if when >= begun]
+        before = max(when for when in self._moved if when < begun)
+        gap = max(b - a for a, b in pairwise([before, *moved, time.monotonic()]))
+        self.gaps[what] = gap
+
+    def processes(self, index, words=b""):
+        """Of a pod, as this machine knows them."""
+        there = f"pod{self.pods()[index]['metadata']['uid']}"
+        found = self.cluster.processes(self.node_of(index), words)
+        return [pid for pid in found if there in Path(f"/proc/{pid}/cgroup").read_text()]
+
+    def agent(self, index):
+        """Its first process."""
+        return self.processes(index, b"launch.node")[0]
+
+    def worker(self, index):
+        """The one that trains has most memory."""
+        return max(set(self.processes(index)) - {self.agent(index)}, key=resident)
 
     def node_of(self, index):
         return self.cluster.nodes.index(self.pods()[index]["spec"]["nodeName"])
+
+    def exec(self, index, code):
+        name = self.pods()[index]["metadata"]["name"]
+        self.kubectl("-n", NAMESPACE, "exec", name, "--", "python", "-c", code, check=False)
+
+    def exhaust(self, index):
+        """The kernel kills whom it is told to, when the pod's memory is out."""
+        Path(f"/proc/{self.worker(index)}/oom_score_adj").write_text("1000")
+        self.exec(index, "x = bytearray(3 << 30); x[::4096] = x[::4096]; import time; time.sleep(5)")
+
+    def fill(self, index):
+        uid = self.pods()[index]["metadata"]["uid"]
+        self.exec(index, "import os; os.posix_fallocate(open('/tmp/full', 'wb').fileno(), 0, 5 << 30)")
+        self.replaced(index, uid)
 
     def replaced(self, index, uid):
         """Waits for the pod that takes a lost one's place."""
@@ -216,11 +279,11 @@ class Attacked:
         until(there, 120, trouble(self.kubectl, self.name))
 
 
-def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, launcher, tmp_path):
+def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, launcher, tmp_path, capsys):
     data = store_folder(kubectl) / "clips"
     until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))  # two cores
     # A machine here has two processors, and a pod of the run asks for one: with a machine less there is no room for others.
-    kubectl("-n", NAMESPACE, "scale", "deployment", "prometheus", "grafana", "--replicas=0")
+    kubectl("-n", SYSTEM, "scale", "deployment", "prometheus", "grafana", "--replicas=0")
     out = tmp_path / "whole"
     command = [sys.executable, "-m", "launch.node", "--run", "whole", "--workers", "2", "--", "pretrain"]
     command += ["--config", "smoke", "--stream.url", str(data), "--out", str(out), *RUN]
@@ -233,35 +296,50 @@ def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, l
     assert f"kubernetes://torchx/{NAMESPACE}:attacked" in handle
     run = Attacked(kubectl, cluster, "attacked")
     run.whole()
-    run.moves()
+    run.happens("nothing")
     others = {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
     run.happens(
         "a pod is deleted", lambda: kubectl("-n", NAMESPACE, "delete", "pod", run.pods()[1]["metadata"]["name"])
     )
     assert others == {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
 
+    run.happens("a worker is killed", lambda: os.kill(run.worker(1), signal.SIGKILL))
+    run.happens("an agent is killed", lambda: os.kill(run.agent(2), signal.SIGKILL))
+    run.happens("the rendezvous host's agent is killed", lambda: os.kill(run.agent(0), signal.SIGKILL))
+    run.happens("a worker is killed for its memory", lambda: run.exhaust(1))
+    run.happens("a pod's scratch is full: it is evicted", lambda: run.fill(2))
+    run.happens("a kubelet is killed", lambda: cluster.send(run.node_of(1), "kubelet", signal.SIGKILL))
+    run.happens("a containerd is killed", lambda: cluster.send(run.node_of(1), "containerd", signal.SIGKILL))
+    for what, program in (("the API server", "kube-apiserver"), ("DNS", "coredns")):
+        away = [
+            lambda program=program: cluster.send("control", program, signal.SIGSTOP),
+            lambda: time.sleep(20),
+            lambda program=program: cluster.send("control", program, signal.SIGCONT),
+        ]
+        run.happens(f"{what} is away for 20 s", *away)
+
     number, uid = run.node_of(0), run.pods()[0]["metadata"]["uid"]
-    begun = time.monotonic()
-    cluster.kill(number)  # of the rendezvous host; it may be the store's, too
-    until(lambda: not cluster.ready(number), 60, "a node that is dead counts as ready")
-    dead = time.monotonic()
-    run.replaced(0, uid)
-    run.seconds["from a node found dead to its index replaced"] = round(time.monotonic() - dead, 1)
-    assert time.monotonic() - dead < 30
-    run.moves()
-    run.seconds["the rendezvous host's node is killed"] = round(time.monotonic() - begun, 1)
+    with run.told("the rendezvous host's machine loses its power"):
+        cluster.kill(number)  # it may be the store's, too
+        until(lambda: not cluster.ready(number), 60, "a node that is dead counts as ready")
+        dead = time.monotonic()
+        run.replaced(0, uid)
+        assert time.monotonic() - dead < 30
+        run.moves()
     cluster.start(number)
     until(lambda: cluster.ready(number), 120, "a node does not come back")
 
     index = next(index for index, pod in run.pods().items() if index)
     number, uid = run.node_of(index), run.pods()[index]["metadata"]["uid"]
-    cluster.cut(number)
-    run.replaced(index, uid)
-    run.moves()
-    cluster.join(number)
-    until(lambda: cluster.ready(number), 120, "a node does not come back")
-    run.whole()
-    run.moves()
+    with run.told("a machine is cut off the network"):
+        cluster.cut(number)
+        run.replaced(index, uid)
+        run.moves()
+    with run.told("it comes back"):
+        cluster.join(number)
+        until(lambda: cluster.ready(number), 120, "a node does not come back")
+        run.whole()
+        run.moves()
 
     name = cluster.nodes[run.node_of(2)]
     # Pods of tests before may hang at the job controller for minutes.
@@ -270,11 +348,14 @@ def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, l
     run.happens("a drain", lambda: kubectl(*drain), lambda: kubectl("uncordon", name))
 
     def scale(count):
-        return lambda: kubectl("-n", NAMESPACE, "scale", "deployment", "store", f"--replicas={count}")
+        return lambda: kubectl("-n", SYSTEM, "scale", "deployment", "store", f"--replicas={count}")
 
     run.happens("the store is away for 30 s", scale(0), lambda: time.sleep(30), scale(1))
     until(lambda: ended(kubectl, "attacked"), 400, trouble(kubectl, "attacked"))
-    print(run.seconds)
+    with capsys.disabled():
+        print("\n| what happens | largest gap between two saved steps, s |\n|---|---|")
+        for what, gap in run.gaps.items():
+            print(f"| {what} | {gap:.0f} |")
     assert ended(kubectl, "attacked") == "Complete"
     assert (run.folder / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
     model = Path("model", "model.safetensors")
@@ -437,10 +518,11 @@ def test_an_image_that_is_not_there_is_told(kubectl, launcher):
 
 
 def test_what_others_have_stays(kubectl, launcher):
-    before = kubectl("-n", NAMESPACE, "get", "service", "store", "-o", "jsonpath={.metadata.uid}")
-    text = torchx(*launcher, "launch/pretrain.py", "--name", "store", status=1)
-    assert "there is a Service store in namespace equiav that is none of ours" in text
-    assert kubectl("-n", NAMESPACE, "get", "service", "store", "-o", "jsonpath={.metadata.uid}") == before
+    kubectl("-n", NAMESPACE, "create", "service", "clusterip", "theirs", "--tcp=80")
+    before = kubectl("-n", NAMESPACE, "get", "service", "theirs", "-o", "jsonpath={.metadata.uid}")
+    text = torchx(*launcher, "launch/pretrain.py", "--name", "theirs", status=1)
+    assert "there is a Service theirs in namespace equiav that is none of ours" in text
+    assert kubectl("-n", NAMESPACE, "get", "service", "theirs", "-o", "jsonpath={.metadata.uid}") == before
 
 
 def test_of_many_that_submit_one_name_one_has_it_whole(kubectl, launcher):
@@ -521,9 +603,22 @@ def test_who_lacks_the_rights_is_told(kubectl, applied):
     may = ("-n", NAMESPACE, "auth", "can-i", "--as=somebody", "--as-group=equiav-launchers")
     assert kubectl(*may, "create", "jobs").strip() == "yes"
     assert kubectl(*may, "get", "secrets", check=False).strip() == "no"
+    there = ("-n", SYSTEM, *may[2:])
+    for what in ("get pods/log", "patch configmaps", "delete services", "create pods", "get secrets"):
+        verb, kind = what.split()
+        assert kubectl(*there, verb, *f"{kind} ".replace("/", " --subresource ").split(), check=False).strip() == "no"
 
 
-def test_the_policies_let_through_what_is_needed_and_nothing_else(kubectl, applied, image):
+OUTSIDE = [  # address, port, whether a job may go there
+    ("203.0.113.9", 443, True),
+    ("203.0.113.9", 53, False),
+    ("172.30.0.99", 443, False),
+    ("172.30.0.99", 53, False),
+    ("100.64.0.99", 443, False),
+]
+
+
+def test_the_policies_let_through_what_is_needed_and_nothing_else(kubectl, cluster, applied, image):
     def pod(name, namespace, **labels):
         container = {"name": "main", "image": image, "command": ["sleep", "3600"]}
         container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
@@ -570,8 +665,12 @@ def test_the_policies_let_through_what_is_needed_and_nothing_else(kubectl, appli
 
     try:
         until(lambda: reaches("worker", NAMESPACE, address, 40123), 60, "workers do not reach each other")
-        until(lambda: not reaches("stranger", NAMESPACE, "store", 9000), 60, "a stranger reaches the store")
-        assert reaches("worker", NAMESPACE, "store", 9000)
+        until(lambda: not reaches("stranger", NAMESPACE, f"store.{SYSTEM}", 9000), 60, "a stranger reaches the store")
+        assert reaches("worker", NAMESPACE, f"store.{SYSTEM}", 9000)
+        for host, port, may in OUTSIDE:
+            subprocess.run(["ip", "address", "replace", f"{host}/32", "dev", "lan"], check=True)
+            with socket.create_server((host, port)):
+                assert reaches("worker", NAMESPACE, host, port) == may, (host, port)
         assert reaches("prometheus", "watching", address, 9108)
         assert not reaches("prometheus", "watching", address, 40123)
         assert not reaches("curious", "watching", address, 9108)

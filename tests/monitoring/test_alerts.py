@@ -23,6 +23,14 @@ def rises(per_second, start=0.0):
     return f"{start}+{per_second * INTERVAL}x{COUNT}"
 
 
+BY_US = 'label_app_kubernetes_io_managed_by="equiav"'
+
+
+def failed(count):
+    """Of its pods, in the last half an hour."""
+    return {f'kube_pod_status_phase{{pod="r-{k}",phase="Failed"}}': f"0x260 1x{COUNT}" for k in range(4, 4 + count)}
+
+
 # A run of two ranks without a fault, at half of its steps.
 HEALTHY = {
     "last_step_time_seconds": rises(1),
@@ -53,6 +61,13 @@ HEALTHY = {
     "world_size_target": constant(4),
     'quarantined_samples{reason="image"}': constant(10),
     "quarantine_limit_samples": constant(100),
+    **{f'kube_pod_labels{{pod="r-{k}",label_app_kubernetes_io_instance="r",{BY_US}}}': constant(1) for k in range(9)},
+    **{f'kube_pod_labels{{pod="other-{k}",label_app_kubernetes_io_instance="r"}}': constant(1) for k in range(9)},
+    **{f'kube_pod_status_phase{{pod="other-{k}",phase="Failed"}}': f"0x300 1x{COUNT}" for k in range(9)},
+    **{f'kube_pod_status_phase{{pod="other-{k}",phase="Pending"}}': constant(1) for k in range(9)},
+    'kube_pod_status_phase{pod="r-0",phase="Running"}': constant(1),
+    'kube_pod_status_phase{pod="r-1",phase="Pending"}': constant(1),
+    **{f'kube_pod_status_phase{{pod="r-{k}",phase="Failed"}}': constant(1) for k in range(2, 4)},
 }
 RANKS, SIDES = range(4), ("audio", "image")
 
@@ -79,6 +94,8 @@ CASES = {
     "EquiavNotBegun": ({**dict.fromkeys(HEALTHY), "rounds_total": constant(0)}, {}),
     "EquiavStalled": ({"last_step_time_seconds": rises(1, -320)}, {"last_step_time_seconds": rises(1, -290)}),
     "EquiavAbsent": (GONE, {}),
+    "EquiavPending": ({'kube_pod_status_phase{pod="r-0",phase="Running"}': constant(0)}, {}),
+    "EquiavPodsFail": (failed(5), failed(4)),
     "EquiavNotFinite": ({"not_finite_steps_total": rises(1 / 600)}, {}),
     "EquiavNotLearning": (
         {'loss_over_chance_ratio{term="inter"}': constant(0.97), "step": constant(2100)},
@@ -121,6 +138,8 @@ MORE_THAT_FIRE = {
     ],
 }
 MORE_THAT_ARE_FINE = {
+    # It passes over sample after sample.
+    "EquiavStalled": [{**CASES["EquiavStalled"][0], 'quarantined_samples{reason="image"}': rises(1 / 200)}],
     "EquiavNotLearning": [{'loss_over_chance_ratio{term="inter"}': constant(0.94)}],
     "EquiavCollapsed": [
         {'effective_rank{modality="image"}': constant(1.9), "step": constant(450)},
@@ -142,6 +161,7 @@ MORE_THAT_ARE_FINE = {
 
 # In a collapse, what follows from it calls nobody beside it.
 COLLAPSED = {'effective_rank{modality="image"}': constant(1.9), "step": constant(5000), "batch_clips": constant(8)}
+BAD_DATA = CASES["EquiavQuarantine"][0]
 FEW_CLIPS = {'effective_rank{modality="image"}': constant(1.9), "batch_clips": constant(7)}  # cannot fill more
 NEARLY_COLLAPSED = {'effective_rank{modality="image"}': constant(2.1)}
 WITHIN_IT = ("EquiavNotLearning", "EquiavPredictorIdentity")
@@ -149,14 +169,16 @@ WITHIN_IT = ("EquiavNotLearning", "EquiavPredictorIdentity")
 
 def case(firing, changed, ended=False):
     """firing: names of the alerts that are expected to, at the end of the hour and a half."""
-    run = 'namespace="equiav",run="r"'
+    kept = {"equiav_": 'namespace="equiav",run="r"', "kube_": 'namespace="equiav"'}
     told = {**HEALTHY, **changed}
     if ended:
         told['run_ended_time_seconds{how="finished"}'] = constant(MINUTES * 60)
 
     def name(text):
         found, _, labels = text.partition("{")
-        return f"equiav_{found}{{{run}{',' if labels else ''}{labels.removesuffix('}')}}}"
+        found = found if found.startswith("kube_") else f"equiav_{found}"
+        of = kept[f"{found.split('_')[0]}_"]
+        return f"{found}{{{of}{',' if labels else ''}{labels.removesuffix('}')}}}"
 
     return {
         "interval": f"{INTERVAL}s",
@@ -176,7 +198,7 @@ ALONE = ("EquiavAbsent",)
 
 def of(alert):
     fires, fine = CASES[alert]
-    if alert in ("EquiavFailed", "EquiavNotBegun"):
+    if alert in ("EquiavFailed", "EquiavNotBegun", "EquiavPending"):
         return [case([alert], fires), case([], fine)]
     return [
         case([alert], fires),
@@ -184,6 +206,7 @@ def of(alert):
         case([], fine),
         *(case([alert], changed) for changed in MORE_THAT_FIRE.get(alert, ())),
         *(case([], changed) for changed in MORE_THAT_ARE_FINE.get(alert, ())),
+        *(case(["EquiavQuarantine"], fires | BAD_DATA) for _ in range(alert == "EquiavCollapsed")),
         *(case(["EquiavCollapsed"], fires | COLLAPSED) for _ in range(alert in WITHIN_IT)),
         *(case([alert], fires | other) for other in (NEARLY_COLLAPSED, FEW_CLIPS) if alert in WITHIN_IT),
     ]
