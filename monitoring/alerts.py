@@ -46,10 +46,11 @@ RECORDS = {
     "equiav:ended_time_seconds": past("equiav_run_ended_time_seconds"),
     "equiav:over": f"equiav:ended_time_seconds unless {ON} (equiav:moved_time_seconds > {ON} equiav:ended_time_seconds)",
     "equiav:live": f"equiav:moved_time_seconds unless {ON} equiav:over",
-    # Of Kubernetes, by kube-state-metrics: a pod that waits for a machine, or ends before its program begins, tells nothing itself.
+    # By kube-state-metrics: a pod that waits for a machine, or ends before its program begins, tells nothing itself.
     "equiav:pods": (
         "sum by (namespace, run, phase) (max by (namespace, pod, phase) (kube_pod_status_phase) * on (namespace, pod) "
-        'group_left (run) max by (namespace, pod, run) (label_replace(kube_pod_labels{label_app_kubernetes_io_managed_by="equiav"}, '
+        "group_left (run) max by (namespace, pod, run) (label_replace("
+        'kube_pod_labels{label_app_kubernetes_io_managed_by="equiav"}, '
         '"run", "$1", "label_app_kubernetes_io_instance", "(.+)")))'
     ),
     "equiav:progress_ratio": f"max {BY} ({lately('equiav_step')}) / max {BY} ({lately('equiav_steps_planned')})",
