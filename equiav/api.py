@@ -21,7 +21,7 @@ from equiav.augment import normalised_spectrogram, original_image, sampled_vecto
 from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
 from equiav.data.clips import LONGEST, OWN_FORMATS, BadClipError, central_square, check_audio, check_frame, open_image
-from equiav.data.sources import Shape, length_of, read_audio, read_frames
+from equiav.data.media import Shape, length_of, opened, picture_of
 from equiav.evaluate.localize import heat
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
@@ -156,21 +156,22 @@ class Reader:
             return Shape(count, self.settings.data.frame_size, 90, "wav", math.inf, True, self.data, hears, sees)
 
         try:
-            if length <= step * (1 + SHORTEST):
-                whole = read_frames(name, shape(length or step)) if sees else ([], [], 0.0)
-                heard = read_audio(name, shape(step)) if hears else None
-                yield 0.0, length or whole[2], heard, whole[0]
-                return
-            for k in range(int(length / step - SHORTEST) + 1):
-                begin, end = k * step, min((k + 1) * step, length)
-                try:
-                    heard = read_audio(name, shape(step), begin, end) if hears else None
-                    seen = read_frames(name, shape(end - begin), begin, end)[0] if sees else []
-                except BadSample as error:
-                    if k and error.reason in ENDED:
-                        return
-                    raise
-                yield begin, end, heard, seen
+            with opened(name) as media:
+                if length <= step * (1 + SHORTEST):
+                    whole = media.pictures(shape(length or step)) if sees else ([], [], 0.0)
+                    heard = media.sound(shape(step)) if hears else None
+                    yield 0.0, length or whole[2], heard, whole[0]
+                    return
+                for k in range(int(length / step - SHORTEST) + 1):
+                    begin, end = k * step, min((k + 1) * step, length)
+                    try:
+                        heard = media.sound(shape(step), begin, end) if hears else None
+                        seen = media.pictures(shape(end - begin), begin, end)[0] if sees else []
+                    except BadSample as error:
+                        if k and error.reason in ENDED:
+                            return
+                        raise
+                    yield begin, end, heard, seen
         except BadSample as error:
             raise BadClipError(str(path), f"{error.reason}: {error.detail}") from None
 
@@ -349,14 +350,10 @@ def _streams(path: str) -> tuple[bool, bool]:
     require_av()
     import av
     import av.error
-    from av.stream import Disposition
 
     try:
         with av.open(path) as file:
-            pictures = [
-                s for s in file.streams.video if not s.disposition & Disposition.attached_pic
-            ]  # no cover of a record
-            return bool(file.streams.audio), bool(pictures)
+            return bool(file.streams.audio), picture_of(file) is not None
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClipError(path, f"cannot be read: {error}") from None
 

@@ -206,7 +206,7 @@ def test_a_video_that_lies_on_its_side(folder, tmp_path):
     )
     rotate(lies, (0, 1, -1, 0))
     one, other = model.embed_video(upright).image, model.embed_video(lies).image
-    assert (one * other).sum() > 0.999
+    assert (one * other).sum() > 0.998  # a codec makes something else of it
 
 
 def test_a_recording_that_does_not_say_how_long_it_is(folder, tmp_path):

@@ -83,6 +83,8 @@ class PackConfig:
     """What is packed of each clip. audio: sound files are taken, too; image: videos need no sound. Pretraining needs both."""
     audio: Literal["wav", "flac"] = "wav"
     """flac takes about half the space, and ten times as long to decode."""
+    track: str = "default"
+    """Of a file's sound: the one that a player plays, a language as the file names it (eng), or a number from 1 on."""
     clip_seconds: float = 0.0
     """Cut longer videos into clips of this length. 0: a video is a clip."""
     clip_overlap: float = 0.0
@@ -183,6 +185,7 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         config.data,
         config.modality != "image",
         config.modality != "audio",
+        config.track,
     )
     items, encode, passed_over = open_source(config, shape)
     if not config.in_order:

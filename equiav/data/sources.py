@@ -8,16 +8,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from equiav.config import ConfigError, DataConfig
-from equiav.data.clips import ENCODE_AUDIO, BadClipError, check_audio, decode_frame, encode_frame
+from equiav.config import ConfigError
+from equiav.data.clips import ENCODE_AUDIO, BadClipError, decode_frame, encode_frame
+from equiav.data.media import Shape, length_of, opened
 from equiav.data.synthetic import World
 from streaming import BadSample
 
@@ -29,28 +28,10 @@ SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wm
 STILL, BLOCK = 8, 8  # of 255; pixels
 TWICE = "it is listed more than once, and was taken once"
 PASSED_OVER = "passed-over.jsonl"  # of a dataset: files that are no videos
-AV_TIME_BASE = 1_000_000  # of a seek, a second
-WIDEST = 20  # a picture's longer side over its shorter
-GAP = 0.1  # seconds of sound that may be missing without being filled
 APART = 0.8  # picture and sound belong together if the shorter is so much of the longer, or within a second
 
 Found = list[tuple[str, Any]]  # key, and what a clip is made of
 Span = tuple[str, float, float]  # of a video: path, seconds from its beginning at which the clip begins and ends
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What clips are packed as."""
-
-    frames: int
-    short_side: int
-    quality: int
-    audio: str
-    max_seconds: float
-    keep_frozen: bool
-    data: DataConfig
-    hears: bool = True
-    sees: bool = True
 
 
 def list_videos(source: Path, endings: Sequence[str] = VIDEOS) -> tuple[Found, dict[str, str]]:
@@ -144,71 +125,6 @@ def absolute(path: Path) -> str:
     return str(path.absolute())
 
 
-def length_of(path: str) -> float:
-    """Seconds; 0: not known."""
-    import av.error
-
-    if not os.path.isfile(path):  # a pipe would be waited for
-        return 0.0
-    try:
-        with av.open(path) as file:
-            if file.duration:
-                return file.duration / AV_TIME_BASE
-            # A recording of something live does not say: its last packet does.
-            stream = (*file.streams.video, *file.streams.audio)[0]
-            ends = [float(p.pts * p.time_base) for p in file.demux(stream) if p.pts is not None]
-            return max(ends) - min(ends) if ends else 0.0
-    except (av.error.FFmpegError, OSError, ValueError, IndexError):
-        return 0.0
-
-
-def origin_of(file: Any) -> float:
-    """The time at which a file begins, on the clock of its streams: of its picture, where it has one."""
-    for stream in (*file.streams.video, *file.streams.audio):
-        if stream.start_time is not None:
-            return float(stream.start_time * stream.time_base)
-    return 0.0
-
-
-def frames_from(file: Any, stream: Any, at: float) -> Iterator[Any]:
-    """Decoded frames, of which the first is not later than `at`. Not every container finds its way there at once, nor back to its
-    beginning: then it is opened anew."""
-    for begin in (at, at - 2.0, at - 10.0):
-        if begin <= origin_of(file):
-            break
-        file.seek(int(begin * AV_TIME_BASE))
-        decoded = _decoded(file, stream)
-        first = next(decoded, None)
-        if first is not None and first.time is not None and first.time <= at:
-            yield first
-            yield from decoded
-            return
-    yield from all_frames(file.name, stream.index)
-
-
-def all_frames(path: str, index: int) -> Iterator[Any]:
-    import av
-
-    with av.open(path) as file:
-        yield from file.decode(file.streams[index])
-
-
-def _decoded(file: Any, stream: Any) -> Iterator[Any]:
-    """From where the file stands: what comes before the first whole frame there is passed over."""
-    import av.error
-
-    whole = False
-    for packet in file.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            if whole:
-                raise
-            continue
-        whole = whole or bool(frames)
-        yield from frames
-
-
 def list_frames(source: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
     """A CAV-MAE or EquiAV list: {"data": [{"video_id", "wav", "video_path", "labels"}]} -> (key, entry), and video_id -> why, of
     entries that are none of it."""
@@ -291,7 +207,10 @@ class EncodeFrames:
         except BadClipError as error:
             raise BadSample("corrupt", str(error)) from None
         _check_motion(frames, self.shape)
-        audio = read_audio(entry["wav"], self.shape) if self.shape.hears else None
+        audio = None
+        if self.shape.hears:
+            with opened(entry["wav"]) as media:
+                audio = media.sound(self.shape)
         return _members(contents, audio, {"video_id": entry["video_id"], "labels": entry["labels"]}, self.shape)
 
 
@@ -308,8 +227,9 @@ class EncodeVideo:
     def _encode(self, path: str, *span: float) -> dict[str, bytes]:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise BadSample("missing", f"{path} is no file")
-        audio = read_audio(path, self.shape, *span) if self.shape.hears else None
-        frames, times, length = read_frames(path, self.shape, *span) if self.shape.sees else ([], [], math.inf)
+        with opened(path, self.shape.track) as media:
+            audio = media.sound(self.shape, *span) if self.shape.hears else None
+            frames, times, length = media.pictures(self.shape, *span) if self.shape.sees else ([], [], math.inf)
         seconds = length if audio is None else len(audio) / self.shape.data.sample_rate
         if (
             self.shape.hears
@@ -319,133 +239,10 @@ class EncodeVideo:
             raise BadSample("lengths differ", f"{path} has {length:.1f} s of picture and {seconds:.1f} s of sound")
         _check_motion(frames, self.shape)
         about: dict[str, Any] = {"source": Path(path).name, "seconds": round(seconds, 3), "frame_seconds": times}
+        about |= media.about
         if span:
             about["begin_seconds"] = round(span[0], 3)
         return _members([encode_frame(frame, self.shape.quality) for frame in frames], audio, about, self.shape)
-
-
-def read_audio(path: str, shape: Shape, begin: float = 0.0, end: float = math.inf) -> np.ndarray:
-    """The first sound stream of a file, or what it has from begin to end -> (L,) int16, mono, at data.sample_rate; checked."""
-    import av.error
-
-    try:
-        with av.open(path) as file:
-            if not file.streams.audio:
-                raise BadSample("no sound", f"{path} has no audio stream")
-            stream, rate, origin = file.streams.audio[0], shape.data.sample_rate, origin_of(file)
-            to_mono = av.AudioResampler(format="s16", layout="mono", rate=rate)
-            parts, told = [], 0  # samples so far
-            first: Any = None  # seconds
-            for frame in frames_from(file, stream, origin + begin) if begin else file.decode(stream):
-                time = None if frame.time is None else frame.time - origin
-                if time is not None and time > end:
-                    break
-                first = (time or 0.0) if first is None else first
-                missing = 0 if time is None else round((time - first) * rate) - told
-                if missing > GAP * rate:  # what is not there is silence, or all that follows would be early
-                    if end == math.inf and told + missing > shape.max_seconds * rate:
-                        raise BadSample("too long", f"{path} has a pause of {missing / rate:,.0f} s in its sound")
-                    parts.append(np.zeros(missing, np.int16))
-                    told += missing
-                for part in to_mono.resample(frame):
-                    parts.append(part.to_ndarray()[0])
-                    told += len(parts[-1])
-            parts += [part.to_ndarray()[0] for part in to_mono.resample(None)]
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, BadSample):
-            raise
-        raise BadSample("missing" if isinstance(error, FileNotFoundError) else "corrupt", f"{path}: {error}") from None
-    audio = np.concatenate(parts) if parts else np.empty(0, np.int16)
-    lead = round(
-        (begin - (first or 0.0)) * shape.data.sample_rate
-    )  # of what was decoded before it begins; negative: it lacks
-    if lead > 0:
-        audio = audio[lead:]
-    elif -lead > GAP * shape.data.sample_rate:
-        audio = np.concatenate([np.zeros(-lead, np.int16), audio])
-    if end < math.inf:
-        audio = audio[: round((end - begin) * shape.data.sample_rate)]
-    seconds = len(audio) / shape.data.sample_rate
-    if seconds < shape.data.min_seconds:
-        raise BadSample("too short", f"{path} has {seconds:.2f} s of sound, data.min_seconds={shape.data.min_seconds}")
-    if seconds > shape.max_seconds:
-        raise BadSample(
-            "too long",
-            f"{path} has {seconds:.1f} s of sound, max_seconds={shape.max_seconds}; --clip_seconds 10 cuts it",
-        )
-    try:
-        return check_audio(audio, shape.data.sample_rate, path, shape.data)
-    except BadClipError as error:
-        raise BadSample("silent", str(error)) from None
-
-
-def read_frames(
-    path: str, shape: Shape, begin: float = 0.0, end: float = math.inf
-) -> tuple[list[np.ndarray], list[float], float]:
-    """Frames from the middles of equal parts of a video, or of what it has from begin to end -> (H, W, 3) uint8 each, their times
-    in seconds from begin, and the length in seconds."""
-    import av.error
-
-    try:
-        with av.open(path) as file:
-            if not file.streams.video:
-                raise BadSample("no picture", f"{path} has no video stream")
-            stream = file.streams.video[0]
-            aspect = stream.sample_aspect_ratio
-            if end < math.inf:
-                first = origin_of(file) + begin
-                length = min(end, float((stream.duration or 0) * (stream.time_base or 0)) or end) - begin
-            else:
-                times = [
-                    float(packet.pts * packet.time_base)
-                    for packet in file.demux(stream)
-                    if packet.pts is not None and not packet.is_discard  # before what an edit of the file shows
-                ]
-                if not times:
-                    raise BadSample("corrupt", f"{path}: the video stream is empty")
-                first, length = min(times), max(times) - min(times)
-            if length <= 0 and end < math.inf:
-                raise BadSample("lengths differ", f"{path} has no picture from {begin:.1f} s on")
-            wanted = [first + length * (k + 0.5) / shape.frames for k in range(shape.frames)]
-            nearest: list[Any] = [None] * shape.frames
-            last = first
-            for frame in frames_from(file, stream, first) if begin else all_frames(path, stream.index):
-                if frame.time is None:
-                    continue
-                last = max(last, frame.time)
-                for k, at in enumerate(wanted):
-                    if nearest[k] is None or abs(frame.time - at) < abs(nearest[k].time - at):
-                        nearest[k] = frame
-                if frame.time > first + length + 1:
-                    break
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, BadSample):
-            raise
-        raise BadSample("corrupt", f"{path}: {error}") from None
-    for frame, at in zip(nearest, wanted, strict=True):
-        if frame is None or abs(frame.time - at) > max(length / shape.frames, 0.5):
-            if end < math.inf and last < at:
-                raise BadSample("lengths differ", f"{path}: its picture ends at {last - first + begin:.1f} s")
-            raise BadSample("corrupt", f"{path}: nothing can be decoded near {at - first + begin:.2f} s")
-    seconds = [round(frame.time - first, 3) for frame in nearest]
-    return [_picture(frame, aspect, shape.short_side) for frame in nearest], seconds, length
-
-
-def _picture(frame: Any, aspect: Any, short_side: int) -> np.ndarray:
-    """As a player shows it: upright, with square pixels."""
-    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    width, height = picture.size
-    if aspect:
-        width = max(1, round(width * float(aspect)))
-    if frame.rotation:
-        picture = picture.rotate(frame.rotation, expand=True)
-        width, height = (height, width) if frame.rotation % 180 else (width, height)
-    if max(width, height) > WIDEST * min(width, height):
-        raise BadSample(
-            "odd shape", f"its picture is {width} x {height} pixels, expected at most {WIDEST} times as long as wide"
-        )
-    scale = short_side / min(width, height)
-    return np.asarray(picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
 
 
 def _check_motion(frames: Sequence[np.ndarray], shape: Shape) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from equiav.config import ConfigError, DataConfig
 from equiav.data.clips import decode_frame, decode_wav, encode_frame, encode_wav
-from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos, read_audio
+from equiav.data.media import opened
+from equiav.data.sources import EncodeFrames, EncodeSynthetic, EncodeVideo, Shape, list_frames, list_videos
 from equiav.data.synthetic import World
 from streaming import BadSample
 from tests.videos import peaks, photo, ramp, rotate, speck, still, time_of, tones, write_video
@@ -159,10 +160,13 @@ def test_frames_at_uneven_times_are_chosen_by_time_and_not_by_number(tmp_path):
     times = [*np.arange(0, 1.0, 0.02), *np.arange(1.0, 4.0, 0.25), 3.99]
     path = write_video(tmp_path / "a.mkv", seconds=4.0, times=times, video="libx264")
     members = EncodeVideo(SHAPE)(str(path))
-    check_times(frames_of(members), 4.0, 0.125)
-    wanted = (np.arange(10) + 0.5) * 0.399
-    nearest = [min(times, key=lambda t: abs(t - at)) for at in wanted]
-    assert np.abs(np.array(json.loads(members["json"])["frame_seconds"]) - nearest).max() < 0.01
+    check_times(frames_of(members), 4.0, 0.25)
+    length = 4.0  # the last picture stands for 0.01 s or more, which not every container says
+    shown = [
+        [max(t for t in times if t <= (k + 0.5) * more / 10) for k in range(10)] for more in (length, length + 0.1)
+    ]
+    found = np.array(json.loads(members["json"])["frame_seconds"])
+    assert np.minimum(np.abs(found - shown[0]), np.abs(found - shown[1])).max() < 0.011
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_frames_at_uneven_times_are_chosen_by_time_and_not_by_number(tmp_path):
         (
             {"audio": tones(1.5, 44100, (440, 1000)), "seconds": 12.0},
             "lengths differ",
-            "has 11.9 s of picture and 1.5 s of sound",
+            "has 12.0 s of picture and 1.5 s of sound",
         ),
         ({"picture": still, "video": "libx264"}, "frozen", "all 10 frames show the same picture; --keep"),
         ({"picture": still}, "frozen", "all 10 frames show the same picture; --keep"),
@@ -194,10 +198,12 @@ def test_what_cannot_be_used_is_rejected_by_name(tmp_path, settings, reason, det
 def test_sound_that_begins_later_is_heard_later(tmp_path, name):
     """Two seconds of silence, then the tone: whole, and in clips."""
     path = str(write_video(tmp_path / name, seconds=8.0, audio=tones(6.0, 44100, (440, 440)), late=2.0))
-    whole = read_audio(path, SHAPE)
+    with opened(path) as media:
+        whole = media.sound(SHAPE)
     assert np.abs(whole[: int(1.9 * 16000)]).max() < 50
     assert np.abs(whole[int(2.1 * 16000) : int(2.3 * 16000)]).max() > 5000
-    second = read_audio(path, SHAPE, 1.0, 5.0)
+    with opened(path) as media:
+        second = media.sound(SHAPE, 1.0, 5.0)
     assert np.abs(second[: int(0.9 * 16000)]).max() < 50
     assert np.abs(second[int(1.1 * 16000) : int(1.3 * 16000)]).max() > 5000
     assert abs(len(second) - 4 * 16000) <= 1
