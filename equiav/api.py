@@ -5,35 +5,30 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import soundfile
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchaudio.functional import resample
 
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
-from equiav.data.clips import LONGEST, OWN_FORMATS, BadClipError, central_square, check_audio, check_frame, open_image
+from equiav.data.clips import BadClipError, central_square, check_audio
 from equiav.data.media import Shape, length_of, opened, picture_of
 from equiav.evaluate.localize import heat
+from equiav.inputs import Picture, Samples, Sound, pictures_of, sounds_of
+from equiav.known import model_folder
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
-from equiav.weights import CLASSES, Classes, download, load_classifier, load_model, model_folder
+from equiav.weights import CLASSES, Classes, download, load_classifier, load_model
 from streaming import BadSample
 
-Sound = np.ndarray | Tensor | str | Path
-"""(L,), or (L, channels) or (channels, L): int16, or floating point in [-1, 1]; or a file."""
-Picture = Image.Image | np.ndarray | Tensor | str | Path
-"""A PIL image, (H, W, 3) uint8, or a file."""
 BATCH = 16  # clips that are computed together
-CHANNELS = 32  # of one sound, at most
 ODDEST = 2000  # samples of the one rate, after which both rates' samples meet again
 ENDED = ("lengths differ", "too short")  # why a later part cannot be read: the sound or the picture is shorter
 SHORTEST = 0.5  # of a window, below which the rest of a video is left out
@@ -48,11 +43,10 @@ class Windows(NamedTuple):
     image: np.ndarray | None  # (n, d); None: no picture
 
 
-def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
+def load(where: str | Path, device: str | torch.device = "cpu") -> Embedder | Labeller:
     """A model folder (of `equiav import`, or of a run, or the run's folder or store): s3://..., any that fsspec reads, or a path.
     A pretrained model embeds; a fine-tuned one names classes."""
-    if device != "cpu" and not torch.cuda.is_available():
-        raise NotHere(f"device is {device}, expected cpu: this torch sees no GPU")
+    device = device_of(device)
     if isinstance(where, Path) and re.match(r"[a-z0-9]+:/", str(where)):
         raise ConfigError(f"{where} is a Path, which takes a slash from an address; give it as text")
     with tempfile.TemporaryDirectory(prefix="equiav-") as temporary:
@@ -64,50 +58,75 @@ def load(where: str | Path, device: str = "cpu") -> Embedder | Labeller:
         return Embedder(*load_model(path), device)
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device is {device!r}, expected a device of torch, such as cpu or cuda:0") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device}, expected cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise NotHere(f"device is {device}, expected cpu: this torch sees no GPU")
+    return found
+
+
 class Reader:
     """Sounds and pictures become what the model was trained on."""
 
-    def __init__(self, settings: ModelSettings, device: str):
+    network: Any
+
+    def __init__(self, settings: ModelSettings, device: str | torch.device):
         self.settings, self.device = settings, torch.device(device)
         window, hop = window_and_hop(settings.data.sample_rate)
         self.length = (settings.model.spectrogram_frames - 1) * hop + window  # samples that the model hears
         self.data = replace(settings.data, min_seconds=0.025, silence=0.0)
+
+    def to(self, device: str | torch.device) -> Self:
+        self.device = device_of(device)
+        self.network.to(self.device)
+        return self
+
+    @property
+    def sample_rate(self) -> int:
+        """Of sounds, as the model hears them; others are resampled."""
+        return self.settings.data.sample_rate
 
     @property
     def seconds(self) -> float:
         """That the model hears of a sound; the rest is not heard."""
         return self.length / self.settings.data.sample_rate
 
-    def spectrograms(self, sounds: Sequence[Sound], rate: float | None) -> Tensor:
+    def spectrograms(self, sounds: Sequence[Callable[[], Samples]]) -> Tensor:
         """-> (b, T, F)"""
         waveform = torch.zeros(len(sounds), self.length, dtype=torch.int16)
         lengths = torch.zeros(len(sounds), dtype=torch.int64)
         for k, sound in enumerate(sounds):
-            wave = self._wave(sound, rate, f"sound {k}")[: self.length].copy()
+            wave = self._wave(sound())[: self.length].copy()
             waveform[k, : len(wave)], lengths[k] = torch.from_numpy(wave), len(wave)
         inputs = waveform.to(self.device), lengths.to(self.device)
         return normalised_spectrogram(*inputs, self.settings.model, self.settings.data)
 
-    def pictures(self, pictures: Sequence[Picture]) -> Tensor:
+    def pictures(self, frames: Sequence[Callable[[], np.ndarray]]) -> Tensor:
         """-> (b, 3, H, W)"""
-        side = self.settings.data.frame_size
-        frames = [central_square(_frame(picture, f"picture {k}"), side) for k, picture in enumerate(pictures)]
-        stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        squares = [central_square(frame(), self.settings.data.frame_size) for frame in frames]
+        stacked = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         return original_image(stacked.to(self.device), self.settings.model.image_size)
 
-    def _wave(self, sound: Sound, rate: float | None, name: str) -> np.ndarray:
+    def preprocess(self, picture: Picture) -> Tensor:
+        """A picture -> (3, H, W), or several -> (b, 3, H, W): what `encode_image` takes."""
+        frames, several = pictures_of(picture)
+        found = self.pictures(frames)
+        return found if several else found[0]
+
+    def preprocess_audio(self, sound: Sound, rate: float | None = None, channels: str | None = None) -> Tensor:
+        """A sound -> (T, F), or several -> (b, T, F): what `encode_audio` takes."""
+        sounds, several = sounds_of(sound, rate, channels)
+        found = self.spectrograms(sounds)
+        return found if several else found[0]
+
+    def _wave(self, sound: Samples) -> np.ndarray:
         """-> (L,) int16, mono, at the model's rate."""
-        if isinstance(sound, str | Path):
-            name = str(sound)
-            try:
-                with soundfile.SoundFile(name) as file:
-                    floats = file.subtype in ("FLOAT", "DOUBLE")  # which are not scaled to whole numbers
-                    if file.frames > LONGEST * file.samplerate:
-                        raise ValueError(f"it has {file.frames} samples, expected {LONGEST} s of sound at most")
-                    rate, sound = file.samplerate, file.read(dtype="float32" if floats else "int16", always_2d=True)
-                    sound = sound.clip(-1, 1) if floats else sound
-            except Exception as error:  # whatever libsndfile has to say of a file that may be anything
-                raise BadClipError(name, f"{error}; embed_video reads what FFmpeg does") from None
+        wave, rate, name = sound
         if not isinstance(rate, int | float | np.integer | np.floating) or not 1 <= rate < 1e6 or rate != int(rate):
             raise BadClipError(name, f"its rate is {rate}, expected samples a second, a whole number")
         ours, theirs = self.data.sample_rate, int(rate)
@@ -115,19 +134,12 @@ class Reader:
             raise BadClipError(
                 name, f"its rate is {theirs}, which {ours} has too little in common with; resample it before"
             )
-        if isinstance(sound, Tensor):
-            sound = sound.detach().cpu()
-            sound = (sound.float() if sound.is_floating_point() else sound).numpy()
-        wave = np.asarray(sound)
         whole = wave.dtype.kind == "i" and wave.dtype.itemsize == 2
         if not whole and wave.dtype.kind != "f":
             raise BadClipError(name, f"audio is {wave.dtype}, expected int16 or floating point in [-1, 1]")
         wave = wave.astype(np.int16 if whole else np.float32)  # of any order of bytes
         if wave.ndim == 2:
-            channels = 0 if wave.shape[0] < wave.shape[1] else 1
-            if wave.shape[channels] > CHANNELS:
-                raise BadClipError(name, f"has shape {wave.shape}, expected one sound; give several as a list")
-            wave = wave.mean(axis=channels, dtype=np.float32)
+            wave = wave.mean(axis=0, dtype=np.float32)
             wave = np.round(wave).astype(np.int16) if whole else wave
         checked = check_audio(wave, theirs, name, replace(self.data, sample_rate=theirs))
         if theirs == ours:
@@ -179,7 +191,7 @@ class Reader:
 class Embedder(Reader):
     """A pretrained model."""
 
-    def __init__(self, network: EquiAV, settings: ModelSettings, device: str = "cpu"):
+    def __init__(self, network: EquiAV, settings: ModelSettings, device: str | torch.device = "cpu"):
         super().__init__(settings, device)
         self.network = network.to(self.device).eval()
         count = settings.objective.sampled_in_evaluation
@@ -187,26 +199,45 @@ class Embedder(Reader):
         # The centroid's vectors: the same for every clip, as in retrieval with seed 0.
         self.vectors = sampled_vectors(settings, 0, 0, one, count) if count else (None, None)
 
-    @torch.no_grad()
-    def embed_audio(self, sound: Sound | list[Sound], rate: float | None = None) -> np.ndarray:
-        """A sound, or a list of them -> (d,), or (b, d): L2-normalised. rate: samples a second of arrays. What comes after
-        `seconds` is not heard; `embed_video` cuts."""
-        sounds = sound if isinstance(sound, list | tuple) else [sound]
-        parts = [
-            self.network.embed_audio(self.spectrograms(some, rate), self.vectors[0]).float().cpu().numpy()
-            for some in _batches(sounds)
-        ]
-        return np.concatenate(parts) if isinstance(sound, list | tuple) else parts[0][0]
+    def to(self, device: str | torch.device) -> Self:
+        super().to(device)
+        audio, image = (None if one is None else one.to(self.device) for one in self.vectors)
+        self.vectors = audio, image
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"Embedder({self.settings.model.size}, dim={self.dim}, hears {self.seconds:.2f} s at {self.sample_rate} Hz, "
+            f"sees {self.settings.model.image_size} x {self.settings.model.image_size}, on {self.device})"
+        )
+
+    @property
+    def dim(self) -> int:
+        """Numbers of an embedding."""
+        return self.settings.model.head_width
+
+    def encode_audio(self, spectrograms: Tensor) -> Tensor:
+        """(b, T, F) of `preprocess_audio` -> (b, d), L2-normalised, with gradients where they are on."""
+        return self.network.embed_audio(spectrograms.to(self.device), self.vectors[0])
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """(b, 3, H, W) of `preprocess` -> (b, d), L2-normalised, with gradients where they are on."""
+        return self.network.embed_image(pictures.to(self.device), self.vectors[1])
+
+    def embed_audio(self, sound: Sound, rate: float | None = None, channels: str | None = None) -> np.ndarray:
+        """A sound, or several -> (d,), or (b, d): L2-normalised. rate: samples a second of arrays. Samples (B, L) are B sounds;
+        channels: "first" for (channels, L), "last" for (L, channels). What comes after `seconds` is not heard: `embed_video`
+        cuts."""
+        return self._embed(*sounds_of(sound, rate, channels), lambda some: self.encode_audio(self.spectrograms(some)))
+
+    def embed_image(self, picture: Picture) -> np.ndarray:
+        """A picture, or several -> (d,), or (b, d): L2-normalised. Its central square is seen."""
+        return self._embed(*pictures_of(picture), lambda some: self.encode_image(self.pictures(some)))
 
     @torch.no_grad()
-    def embed_image(self, picture: Picture | list[Picture]) -> np.ndarray:
-        """A picture, or a list of them -> (d,), or (b, d): L2-normalised. Its central square is seen."""
-        pictures = picture if isinstance(picture, list | tuple) else [picture]
-        parts = [
-            self.network.embed_image(self.pictures(some), self.vectors[1]).float().cpu().numpy()
-            for some in _batches(pictures)
-        ]
-        return np.concatenate(parts) if isinstance(picture, list | tuple) else parts[0][0]
+    def _embed(self, items: Sequence[Any], several: bool, embed: Callable[[Sequence[Any]], Tensor]) -> np.ndarray:
+        found = np.concatenate([embed(some).float().cpu().numpy() for some in _batches(items)])
+        return found if several else found[0]
 
     def embed_video(self, path: str | Path, frames: int = 1) -> Windows:
         """A video or sound file, in parts as long as the model hears; a rest that is shorter than half of that is left out.
@@ -222,18 +253,13 @@ class Embedder(Reader):
 
     @torch.no_grad()
     def localize(
-        self,
-        sound: Sound | list[Sound],
-        picture: Picture | list[Picture],
-        rate: float | None = None,
-        others: np.ndarray | None = None,
+        self, sound: Sound, picture: Picture, rate: float | None = None, others: np.ndarray | None = None
     ) -> np.ndarray:
         """What of a picture belongs to a sound -> (rows, columns), of a list of pictures (b, rows, columns), with a sound for all
         or as many: what each patch of the central square adds to the score. All together add, within some percent, what the
         picture's score is above that of its mean colour. others (n, d): embeddings of other sounds, such as those of a dataset;
         what the sound has of its own beside them is looked for, which points better (docs/downstream.md)."""
-        listed = isinstance(picture, list | tuple)
-        pictures: Any = picture if listed else [picture]
+        pictures, listed = pictures_of(picture)
         own = torch.from_numpy(self.embed_audio(sound, rate))
         own = own.expand(len(pictures), -1) if own.dim() == 1 else own
         if len(own) != len(pictures):
@@ -247,33 +273,53 @@ class Embedder(Reader):
         ]
         return np.concatenate(parts) if listed else parts[0][0]
 
-    def score(self, sound: Sound, picture: Picture, rate: float | None = None) -> float:
-        """How well a sound and a picture belong together: the cosine of their embeddings, -1 to 1. What is high is a matter of
-        the model; compare with pairs that do not belong together."""
-        return float(self.embed_audio(sound, rate) @ self.embed_image(picture))
+    def score(self, sound: Sound, picture: Picture, rate: float | None = None) -> Any:
+        """How well a sound and a picture belong together: the cosine of their embeddings, -1 to 1, or (b,) of as many of both.
+        What is high is a matter of the model; compare with pairs that do not belong together."""
+        audio, image = self.embed_audio(sound, rate), self.embed_image(picture)
+        if audio.shape != image.shape:
+            raise ConfigError(f"{_count(audio)} and {_count(image, 'picture')}, expected as many")
+        found = (audio * image).sum(axis=-1)
+        return found if found.ndim else float(found)
 
 
 class Labeller(Reader):
     """A fine-tuned model."""
 
-    def __init__(self, network: Classifier, settings: ModelSettings, classes: Classes, device: str = "cpu"):
+    def __init__(
+        self, network: Classifier, settings: ModelSettings, classes: Classes, device: str | torch.device = "cpu"
+    ):
         super().__init__(settings, device)
         self.network, self.classes, self.one = network.to(self.device).eval(), classes.names, classes.one
 
-    @torch.no_grad()
+    def __repr__(self) -> str:
+        names = ", ".join(self.classes[:3]) + ", ..." * (len(self.classes) > 3)
+        return f"Labeller({self.settings.model.size}, {len(self.classes)} classes: {names}, on {self.device})"
+
     def probabilities(
-        self,
-        sound: Sound | list[Sound] | None = None,
-        picture: Picture | list[Picture] | None = None,
-        rate: float | None = None,
+        self, sound: Sound | None = None, picture: Picture | None = None, rate: float | None = None
     ) -> np.ndarray:
-        """-> (classes,), of lists (b, classes)."""
+        """-> (classes,), of several (b, classes)."""
+
+        def compute(audio: Tensor | None, image: Tensor | None) -> Tensor:
+            z = self.network(audio, image).double()
+            return z.softmax(dim=1) if self.one else z.sigmoid()
+
+        return self._each(sound, picture, rate, compute)
+
+    def features(
+        self, sound: Sound | None = None, picture: Picture | None = None, rate: float | None = None
+    ) -> np.ndarray:
+        """What the classes are told from -> (D,), of several (b, D)."""
+        return self._each(sound, picture, rate, self.network.pooled)
+
+    @torch.no_grad()
+    def _each(self, sound: Any, picture: Any, rate: Any, compute: Callable[..., Tensor]) -> np.ndarray:
         for what, given, needed in (("sound", sound, self.network.audio), ("picture", picture, self.network.image)):
             if (given is None) != (needed is None):
                 raise ConfigError(f"{what}: this model {'needs one' if given is None else 'was trained without'}")
-        listed = isinstance(sound if sound is not None else picture, list | tuple)
-        sounds: list[Any] | None = sound if sound is None or isinstance(sound, list | tuple) else [sound]
-        pictures: list[Any] | None = picture if picture is None or isinstance(picture, list | tuple) else [picture]
+        sounds, several = (None, False) if sound is None else sounds_of(sound, rate, None)
+        pictures, several = (None, several) if picture is None else pictures_of(picture)
         count = len(sounds if sounds is not None else pictures or [])
         if sounds is not None and pictures is not None and len(sounds) != len(pictures):
             raise ConfigError(f"{len(sounds)} sounds and {len(pictures)} pictures, expected as many")
@@ -281,19 +327,21 @@ class Labeller(Reader):
             raise ConfigError("nothing was given to name")
         parts = []
         for k in range(0, count, BATCH):
-            audio = None if sounds is None else self.spectrograms(sounds[k : k + BATCH], rate)
+            audio = None if sounds is None else self.spectrograms(sounds[k : k + BATCH])
             image = None if pictures is None else self.pictures(pictures[k : k + BATCH])
-            z = self.network(audio, image).double()
-            parts.append((z.softmax(dim=1) if self.one else z.sigmoid()).cpu().numpy())
+            parts.append(compute(audio, image).cpu().numpy())
         found = np.concatenate(parts)
-        return found if listed else found[0]
+        return found if several else found[0]
 
     def predict(
         self, sound: Sound | None = None, picture: Picture | None = None, rate: float | None = None, top: int = 5
-    ) -> list[tuple[str, float]]:
-        """The likeliest classes, with their probabilities."""
+    ) -> Any:
+        """The likeliest classes, with their probabilities: [(class, probability), ...]; of several a list of such lists."""
         found = self.probabilities(sound, picture, rate)
-        return [(self.classes[k], float(found[k])) for k in np.argsort(-found, kind="stable")[:top]]
+        return self._named(found, top) if found.ndim == 1 else [self._named(one, top) for one in found]
+
+    def _named(self, probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:
+        return [(self.classes[k], float(probabilities[k])) for k in np.argsort(-probabilities, kind="stable")[:top]]
 
     def predict_video(self, path: str | Path, frames: int = 1, top: int = 5) -> list[tuple[str, float]]:
         """Of a file: the mean of the probabilities over its parts, and `frames` frames of each."""
@@ -307,8 +355,7 @@ class Labeller(Reader):
             count = max(1, len(pictures))
             sounds: list[Any] | None = [sound] * count if hears else None
             found.append(self.probabilities(sounds, pictures if sees else None, self.data.sample_rate).mean(axis=0))
-        mean = np.mean(found, axis=0)
-        return [(self.classes[k], float(mean[k])) for k in np.argsort(-mean, kind="stable")[:top]]
+        return self._named(np.mean(found, axis=0), top)
 
 
 def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -318,24 +365,8 @@ def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield items[k : k + BATCH]
 
 
-def _frame(picture: Picture, name: str) -> np.ndarray:
-    """-> (H, W, 3) uint8"""
-    if isinstance(picture, str | Path):
-        name = str(picture)
-    try:
-        if isinstance(picture, str | Path):
-            picture = open_image(name, OWN_FORMATS)
-        if isinstance(picture, Image.Image):
-            if picture.mode[0] in "IF":
-                raise BadClipError(name, f"picture has mode {picture.mode}, expected 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except BadClipError:
-        raise
-    except UnidentifiedImageError:
-        raise BadClipError(name, f"no picture: none of {', '.join(OWN_FORMATS)}") from None
-    except Exception as error:  # whatever a decoder has to say of a file that may be anything
-        raise BadClipError(name, f"no picture: {error}") from None
-    return check_frame(picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture), name)
+def _count(embeddings: np.ndarray, what: str = "sound") -> str:
+    return f"{len(embeddings)} {what}s" if embeddings.ndim == 2 else f"one {what}"
 
 
 def require_av() -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
@@ -198,6 +198,7 @@ def _tell_agent(text: str, remedy: str) -> None:
 def _run(name: str, argv: list[str]) -> int:
     """-> the status with which to end."""
     from equiav.config import ConfigError, load, to_yaml
+    from equiav.terminal import masked
 
     command = COMMANDS[name]
     try:
@@ -207,7 +208,23 @@ def _run(name: str, argv: list[str]) -> int:
             raise
         raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
     recipe = "smoke" if name == "smoke" else None
-    config, show = load(getattr(module, command.settings), name, argv, recipe)
+    theirs: dict[str, dict[str, Any]] = {}
+
+    def known(source: str) -> dict[str, dict[str, Any]]:
+        from equiav.known import model_knows
+
+        theirs.update(model_knows(source))
+        return dict(theirs)
+
+    begins = name in ("finetune", "probe")  # `pretrain` begins with weights that others made otherwise
+    config, show = load(getattr(module, command.settings), name, argv, recipe, known if begins else None)
+    taken = [
+        f"{section}.{field} {theirs[section][field]}"
+        for section, field in (("model", "size"), *(("data", field) for field in theirs.get("data", {})))
+        if section in theirs and getattr(getattr(config, section), field) == theirs[section][field]
+    ]
+    if taken and os.environ.get("RANK", "0") == "0":
+        print(f"equiav {name}: as the model at {masked(config.init)} has them: {', '.join(taken)}", file=sys.stderr)
     # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.
     gc.freeze()
     gc.enable()

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from equiav.config import ConfigError, ModelSettings, from_dict, require, to_dict
+from equiav.config import ConfigError, ModelSettings, require, to_dict
+from equiav.known import SETTINGS, model_folder, model_store, read_settings
 from equiav.model import EquiAV
 from equiav.model.classifier import Classifier
 from equiav.model.importers import CheckpointError, Format, Imported, detect, import_state, own_state, strip
 from streaming import Store
 from streaming.store import Missing
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 CLASSES = "classes.json"  # of a fine-tuned model
 
 
@@ -86,13 +87,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelSettings]:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} there; expected a model folder as `equiav import` writes it")
     source = str(folder / SETTINGS)
-    try:
-        values = json.loads((folder / SETTINGS).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected settings, found {type(values).__name__}")
-    settings = from_dict(ModelSettings, values, source)
+    settings = read_settings((folder / SETTINGS).read_bytes(), source)
     try:
         return safetensors.torch.load_file(folder / WEIGHTS), settings
     except safetensors.SafetensorError as error:
@@ -160,12 +155,6 @@ def trim(state: dict[str, Tensor], theirs: ModelSettings, settings: ModelSetting
             state[name] = state[name].view(R, C, -1)[:rows, :columns].reshape(rows * columns, -1)
 
 
-def model_folder(path: Path) -> Path:
-    """Of a model, of a run, or of what a run on a cluster has left."""
-    places = (path / inner for inner in ("", "model", "checkpoints/model"))
-    return next((place for place in places if (place / SETTINGS).is_file()), path)
-
-
 def download(url: str, folder: Path, patience: float = 600.0, moved: Callable[[], None] = lambda: None) -> Path:
     """From a store to this machine -> the file, or the folder that has a model's files."""
     if url.endswith((".pth", ".pt")):
@@ -174,9 +163,8 @@ def download(url: str, folder: Path, patience: float = 600.0, moved: Callable[[]
     else:
         where, names = url, [SETTINGS, WEIGHTS]
     store = Store(where, patience)
-    if names[0] == SETTINGS:  # a model, a run's checkpoints, or a run on a cluster, which leaves its model beside those
-        places = (Store(f"{where}{inner}", patience) for inner in ("", "/model", "/checkpoints/model"))
-        store = next((place for place in places if place.exists(SETTINGS)), Store(f"{where}/model", patience))
+    if names[0] == SETTINGS:
+        store = model_store(where, patience)
     for name in names:
         try:
             store.download(name, folder / name, moved)

@@ -35,7 +35,7 @@ def checked(module: str, settings: str, command: str, argv: Sequence[str], recip
 
     kind = getattr(importlib.import_module(module), settings)
     try:
-        config, show = load(kind, command, list(argv), recipe)
+        config, show = load(kind, command, list(argv), recipe, knows if command == "finetune" else None)
     except ConfigError as error:
         refuse(str(error))
     except SystemExit as error:  # of the parser, which has said why
@@ -50,6 +50,25 @@ def checked(module: str, settings: str, command: str, argv: Sequence[str], recip
             where = PASSWORD.sub("://***@", str(value)).partition("?")[0] if "://" in str(value) else "a setting"
             refuse(f"{where}: {what} would be seen by whoever may look at the job; put it into a Secret (--secret)")
     return config
+
+
+def knows(source: str) -> dict[str, dict[str, Any]]:
+    """Of the model with which a run begins, if it can be read from here."""
+    from equiav.config import ConfigError
+    from equiav.known import model_knows
+    from streaming import StoreError
+
+    try:
+        found = model_knows(source, patience=10)
+        why = "is no model folder here"
+    except (StoreError, OSError) as error:
+        found, why = {}, f"cannot be read from here ({error})"
+    if not found and not source.endswith((".pth", ".pt")):
+        raise ConfigError(
+            f"init: {source} {why}, so that nothing says of what size that model is and what its inputs were: give "
+            "--model.size, --data.audio_mean and --data.audio_std, or a recipe that has them (--config)"
+        )
+    return found
 
 
 def flat(config: Any) -> list[Any]:

@@ -1,5 +1,7 @@
 """`equiav.load`: what others' programs and the commands embed, score and predict do with files as they come."""
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -71,6 +73,38 @@ def test_they_are_those_of_the_evaluation_whatever_the_batch(folder):
     assert score == pytest.approx(float(together[0][2] @ together[1][2]), abs=1e-5)
 
 
+def test_as_users_of_open_clip_know_it(folder, tuned):
+    model = equiav.load(folder, torch.device("cpu")).to("cpu:0")
+    wave, frame = tones(2.56, 16000, [440])[0], np.ascontiguousarray(CLIPS[0].frames[0])
+    pictures = torch.stack([model.preprocess(frame), model.preprocess(Image.fromarray(frame))])
+    sounds = model.preprocess_audio(np.stack([wave, wave]), 16000)
+    with torch.enable_grad():
+        z_i, z_a = model.encode_image(pictures), model.encode_audio(sounds)
+    assert z_i.requires_grad
+    assert z_a.requires_grad
+    assert np.abs(z_i.detach().numpy() - model.embed_image(frame)).max() < 1e-5
+    assert np.abs(z_a.detach().numpy() - model.embed_audio(wave, 16000)).max() < 1e-5
+    assert (model.dim, model.sample_rate) == (64, 16000)
+    assert repr(model) == "Embedder(tiny, dim=64, hears 2.58 s at 16000 Hz, sees 64 x 64, on cpu:0)"
+    score = model.score([wave, wave], [frame, frame], 16000)
+    assert score.shape == (2,)
+    assert abs(score[0] - model.score(wave, frame, 16000)) < 1e-5
+    with pytest.raises(ConfigError, match="2 sounds and one picture, expected as many"):
+        model.score([wave, wave], frame, 16000)
+    for wrong in ("gpu", "mps", 3.5):
+        with pytest.raises(ConfigError, match="device is"):
+            model.to(wrong)
+    assert dir(equiav) == ["__version__", "load"]
+    assert (Path(equiav.__file__).parent / "py.typed").exists()
+    assert np.abs(copy.deepcopy(model).embed_image(frame) - model.embed_image(frame)).max() == 0
+    labeller = equiav.load(tuned("both"))
+    assert repr(labeller) == "Labeller(tiny, 3 classes: a, b, c, on cpu)"
+    assert labeller.features(wave, frame, 16000).shape[0] > 3
+    named = labeller.predict([wave, wave], [frame, frame], 16000, top=2)
+    assert [len(one) for one in named] == [2, 2]
+    assert named[0] == labeller.predict(wave, frame, 16000, top=2)
+
+
 def test_sounds_of_all_kinds(folder, tmp_path):
     model = equiav.load(folder)
     wave = tones(2.56, 16000, [440])[0]
@@ -80,8 +114,13 @@ def test_sounds_of_all_kinds(folder, tmp_path):
     same = [
         (wave.astype(np.float32) / 32767, 16000),
         (torch.from_numpy(wave.copy()), 16000),
-        (np.stack([wave, wave]), 16000),
-        (np.stack([wave, wave], axis=1), 16000),
+        ((torch.from_numpy(np.stack([wave, wave])), 16000), None),  # as torchaudio gives it
+        ((wave, 16000), None),
+        ({"array": wave.astype(np.float64) / 32767, "sampling_rate": 16000, "path": None}, None),  # as datasets does
+        ({"bytes": (tmp_path / "a.wav").read_bytes(), "path": "a.wav"}, None),
+        ((tmp_path / "a.wav").read_bytes(), None),
+        ((tmp_path / "a.wav").open("rb"), None),
+        (f"file://{tmp_path / 'a.wav'}", None),
         (wave.astype(">i2"), 16000),
         (torch.from_numpy(wave / 32767).float().requires_grad_(), 16000),
         (str(tmp_path / "a.wav"), None),
@@ -90,6 +129,13 @@ def test_sounds_of_all_kinds(folder, tmp_path):
     ]
     for sound, rate in same:
         assert np.abs(model.embed_audio(sound, rate) - reference).max() < 1e-4
+    stereo = np.stack([wave, wave])
+    for given, channels in ((stereo, "first"), (stereo.T, "last")):
+        assert np.abs(model.embed_audio(given, 16000, channels) - reference).max() < 1e-4
+    batch = model.embed_audio(np.stack([wave, wave // 2, wave]), 16000)  # (B, L) are B sounds
+    assert batch.shape == (3, 64)
+    assert np.abs(batch[[0, 2]] - reference).max() < 1e-4
+    assert np.abs(model.embed_audio(np.stack([stereo, stereo]), 16000, "first") - reference).max() < 1e-4
     half = (wave / wave.max()).astype(np.float16)  # up to 1, which has no place in 16 bits if it is scaled in these
     assert np.abs(model.embed_audio(half, 16000) - model.embed_audio(half.astype(np.float32), 16000)).max() == 0
     other = tones(2.56, 16000, [1000])[0]
@@ -108,9 +154,14 @@ def test_sounds_of_all_kinds(folder, tmp_path):
     [
         (np.zeros(16000, np.int16), None, "sound 0: its rate is None, expected samples a second"),
         (np.zeros(16000, np.int32), 16000, "sound 0: audio is int32, expected int16"),
-        (np.zeros((16000, 2), np.int32), 16000, "sound 0: audio is int32, expected int16"),
-        (np.zeros((16000, 2), bool), 16000, "sound 0: audio is bool, expected int16"),
-        (np.zeros((64, 16000), np.int16), 16000, "expected one sound; give several as a list"),
+        (np.zeros((2, 16000), bool), 16000, "sound 0: audio is bool, expected int16"),
+        ((torch.zeros(64, 16000), 16000), None, "has 64 channels, expected 32 at most; several sounds are"),
+        ([np.zeros((2, 16000), np.int16)], 16000, "has shape .2, 16000.; channels='first' or 'last' says which"),
+        (np.zeros((2, 2, 2), np.int16), 16000, "has shape .2, 2, 2.; expected a file, bytes, samples"),
+        (object(), 16000, "sound 0: is object, expected a file, bytes, samples .L,., .waveform, rate., or a dict"),
+        ({"x": 1}, 16000, "sound 0: is a dict of x, expected a file, bytes"),
+        (b"no sound", None, "sound 0: "),
+        ("zz://a/b", None, "zz://a/b: cannot be read: ValueError: Protocol not known: zz"),
         (np.zeros(16000, np.int16), 22050.5, "its rate is 22050.5, expected samples a second"),
         (np.zeros(16000, np.int16), float("nan"), "its rate is nan, expected samples a second"),
         (np.zeros(16000, np.int16), "16000", "its rate is 16000, expected samples a second"),
@@ -141,6 +192,12 @@ def test_pictures_of_all_kinds(folder, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-300])
     for picture in (upright, tmp_path / "a.png", str(tmp_path / "alpha.png"), tmp_path / "turned.png"):
         assert np.abs(model.embed_image(picture) - reference).max() < 1e-5
+    blob = (tmp_path / "a.png").read_bytes()
+    chw = torch.from_numpy(frame.transpose(2, 0, 1).copy())
+    for picture in (blob, io.BytesIO(blob), {"bytes": blob, "path": None}, {"path": str(tmp_path / "a.png")}, chw,
+                    f"file://{tmp_path / 'a.png'}", torch.from_numpy(frame)):  # fmt: skip
+        assert np.abs(model.embed_image(picture) - reference).max() < 1e-5
+    assert np.abs(model.embed_image(np.stack([frame, frame])) - reference).max() < 1e-5
     wide = np.concatenate([frame, frame[:, ::-1], frame], axis=1)
     assert np.abs(model.embed_image(wide) - model.embed_image(central_square(wide, 64))).max() < 1e-5
     assert model.embed_image(upright.convert("L")).shape == reference.shape

@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from equiav import cli
+from equiav.config import ModelSettings, from_dict
+from equiav.model import EquiAV
+from equiav.weights import save_model
 from tests.forks import APART
 
 
@@ -161,3 +164,28 @@ def test_whose_peer_is_gone_says_so_in_a_line(status, monkeypatch, capsys):
     else:
         assert cli.main(["pretrain"]) == status
         assert capsys.readouterr().err == f"equiav pretrain: another process of the run is gone: {text}\n"
+
+
+def test_what_a_model_folder_knows_is_taken_and_told(tmp_path, capsys, monkeypatch):
+    """Its size and its inputs, for fine-tuning and probes; another is given on purpose."""
+    settings = from_dict(
+        ModelSettings, {"model": {"size": "tiny"}, "data": {"audio_mean": -10.3, "audio_std": 3.9}}, "test"
+    )
+    model = EquiAV(settings.model, settings.objective)
+    model.init_weights(1)
+    save_model(tmp_path / "run" / "model", model.state_dict(), settings)
+    for command in ("finetune", "probe"):
+        assert cli.main([command, "--init", str(tmp_path / "run"), "--print-config"]) == 0
+        out, err = capsys.readouterr()
+        values = yaml.safe_load(out)
+        assert (values["model"]["size"], values["model"]["heads"]) == ("tiny", settings.model.heads)
+        assert (values["data"]["audio_mean"], values["data"]["audio_std"]) == (-10.3, 3.9)
+        assert f"as the model at {tmp_path / 'run'} has them: model.size tiny, data.sample_rate 16000" in err
+        other = ["--data.audio_mean", "-3", "--model.size", "vit_b16"]
+        assert cli.main([command, "--init", str(tmp_path / "run"), *other, "--print-config"]) == 0
+        values = yaml.safe_load(capsys.readouterr().out)
+        assert (values["model"]["size"], values["model"]["heads"]) == ("vit_b16", 12)
+        assert (values["data"]["audio_mean"], values["data"]["audio_std"]) == (-3.0, 3.9)
+    (tmp_path / "run" / "model" / "config.json").write_text('{"model": 3}')
+    assert cli.main(["probe", "--init", str(tmp_path / "run"), "--print-config"]) == 2
+    assert "config.json: model: found 3" in capsys.readouterr().err

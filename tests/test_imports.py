@@ -12,7 +12,15 @@ OURS = {"equiav", "streaming", "launch", "monitoring"}
 MAY_IMPORT = {
     "streaming": set(),
     "monitoring": set(),
-    "launch": {"equiav.config", "equiav.commands", "equiav.evaluate.settings", "streaming", "monitoring"},
+    "launch": {
+        "equiav.config",
+        "equiav.commands",
+        "equiav.evaluate.settings",
+        "equiav.known",
+        "streaming",
+        "monitoring",
+    },
+    "equiav.known": {"equiav.config", "equiav.terminal", "streaming"},
     "equiav": OURS,
     "equiav.config": set(),
     "equiav.data": {"equiav.config", "equiav.augment", "streaming"},

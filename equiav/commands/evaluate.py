@@ -19,10 +19,11 @@ from equiav.data.sources import key_of, list_frames
 from equiav.data.stream import require_modalities
 from equiav.evaluate.evaluations import EVALUATIONS, Looker
 from equiav.evaluate.settings import EvalConfig
+from equiav.known import model_folder
 from equiav.parallel import Ranks
 from equiav.terminal import masked
 from equiav.train.run import launched
-from equiav.weights import download, load_model, model_folder
+from equiav.weights import download, load_model
 from streaming import Dataset, DatasetError, Store
 
 

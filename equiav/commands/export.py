@@ -15,9 +15,10 @@ import yaml
 
 from equiav.api import Embedder, Labeller, load
 from equiav.config import ConfigError, require, to_yaml
+from equiav.known import SETTINGS, model_folder
 from equiav.programs import programs, require_onnx, write
 from equiav.terminal import masked, plain, say
-from equiav.weights import CLASSES, SETTINGS, WEIGHTS, download, model_folder
+from equiav.weights import CLASSES, WEIGHTS, download
 
 CARD = "README.md"  # where model hubs look for it
 

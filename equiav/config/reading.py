@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,18 @@ from equiav.config.settings import ROUNDING, SIZES, WITHOUT_EFFECT, ConfigError
 T = typing.TypeVar("T")
 
 
-def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None) -> tuple[T, bool]:
-    """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML."""
+EXPLICIT = {"model": ("size",), "data": ("audio_mean", "audio_std")}  # with these given, nothing is asked of a model
+
+
+def load(
+    cls: type[T],
+    command: str,
+    argv: list[str],
+    recipe: str | None = None,
+    known: Callable[[str], dict[str, dict[str, Any]]] | None = None,
+) -> tuple[T, bool]:
+    """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML. `known`: what
+    the model that `init` names was made and trained with, section by section, which is taken where nothing else is given."""
     given = read_line(cls, argv)
     name, show = given.pop("config", recipe), bool(given.pop("print_config", False))
     values, source = read_yaml(name, cls) if name else ({}, "defaults")
@@ -43,6 +53,14 @@ def load(cls: type[T], command: str, argv: list[str], recipe: str | None = None)
                 break  # `from_dict` will say so
         else:
             place[field] = value
+    if known and isinstance(init := values.get("init"), str) and init:
+        sections = {name: values.get(name) or {} for name in EXPLICIT}
+        asked = [name in of for section, of in sections.items() if isinstance(of, dict) for name in EXPLICIT[section]]
+        theirs = {} if all(asked) else known(init)
+        if sections["model"].get("size") not in (None, theirs.get("model", {}).get("size")):
+            theirs.pop("model", None)  # another size, on purpose
+        for section, of in theirs.items():
+            values[section] = {**of, **(values.get(section) or {})}
     return from_dict(cls, values, source, given), show
 
 

@@ -505,6 +505,7 @@ KUBELET = {
     "clusterDomain": "cluster.local",
     "resolvConf": "",
     "nodeStatusUpdateFrequency": "2s",
+    "volumeStatsAggPeriod": "5s",  # by which a volume is found to be too full
     "cgroupDriver": "cgroupfs",
     "failCgroupV1": False,
     "enforceNodeAllocatable": [],

@@ -30,7 +30,7 @@ PACKS, DEMO = (
     one["metadata"]["name"] for one in yaml.safe_load_all(Path("k8s/80-demo.yaml").read_text()) if one["kind"] == "Job"
 )
 TORCHX = str(Path(sys.executable).parent / "torchx")
-STEPS = 240
+STEPS = 300
 RUN = ["--train.micro_batch", "8", "--train.steps", str(STEPS), "--checkpoint.every_steps", "10"]
 
 
@@ -266,7 +266,7 @@ class Attacked:
 
     def fill(self, index):
         uid = self.pods()[index]["metadata"]["uid"]
-        self.exec(index, "import os; os.posix_fallocate(open('/tmp/full', 'wb').fileno(), 0, 5 << 30)")
+        self.exec(index, "import os; os.posix_fallocate(open('/tmp/full', 'wb').fileno(), 0, 3 << 30)")
         self.replaced(index, uid)
 
     def replaced(self, index, uid):
@@ -279,44 +279,72 @@ class Attacked:
         until(there, 120, trouble(self.kubectl, self.name))
 
 
-def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, launcher, tmp_path, capsys):
-    data = store_folder(kubectl) / "clips"
+@pytest.fixture(scope="module")
+def undisturbed(kubectl, applied, tmp_path_factory):
+    """The same run on this machine -> its folder. Then the cluster is the attacked runs' alone."""
     until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))  # two cores
     # A machine here has two processors, and a pod of the run asks for one: with a machine less there is no room for others.
-    kubectl("-n", SYSTEM, "scale", "deployment", "prometheus", "grafana", "--replicas=0")
-    out = tmp_path / "whole"
+    kubectl("-n", SYSTEM, "scale", "deployment", "prometheus", "grafana", "state", "--replicas=0")
+    out = tmp_path_factory.mktemp("whole")
     command = [sys.executable, "-m", "launch.node", "--run", "whole", "--workers", "2", "--", "pretrain"]
-    command += ["--config", "smoke", "--stream.url", str(data), "--out", str(out), *RUN]
-    reference = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    assert reference.wait(400) == 0
+    command += ["--config", "smoke", "--stream.url", str(store_folder(kubectl) / "clips"), "--out", str(out), *RUN]
+    assert subprocess.Popen(command, stdout=subprocess.DEVNULL).wait(400) == 0
+    return out
 
-    handle = torchx(*launcher, "launch/pretrain.py", "--nodes", "1:3", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi",
-                    "--data", "s3://equiav/clips", "--out", "s3://equiav/attacked", "--secret", "equiav-store",
-                    "--", *RUN)  # fmt: skip
-    assert f"kubernetes://torchx/{NAMESPACE}:attacked" in handle
-    run = Attacked(kubectl, cluster, "attacked")
-    run.whole()
-    run.happens("nothing")
+
+@pytest.fixture
+def attack(kubectl, cluster, launcher, undisturbed, capsys):
+    """-> starts a run of up to three nodes. When it has ended, what it has is what the undisturbed one has."""
+    runs = []
+
+    def start(name):
+        handle = torchx(*launcher, "launch/pretrain.py", "--nodes", "1:3", "--cpu", "1", "--memory", "3Gi", "--scratch", "2Gi",
+                        "--data", "s3://equiav/clips", "--out", f"s3://equiav/{name}", "--secret", "equiav-store",
+                        "--", *RUN)  # fmt: skip
+        assert f"kubernetes://torchx/{NAMESPACE}:{name}" in handle
+        runs.append(Attacked(kubectl, cluster, name))
+        runs[0].whole()
+        runs[0].happens("nothing")
+        return runs[0]
+
+    yield start
+    (run,) = runs
+    until(lambda: ended(kubectl, run.name), 400, trouble(kubectl, run.name))
+    with capsys.disabled():
+        print("\n| what happens | largest gap between two saved steps, s |\n|---|---|")
+        for what, gap in run.gaps.items():
+            print(f"| {what} | {gap:.0f} |")
+    assert ended(kubectl, run.name) == "Complete"
+    assert (run.folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    model = Path("model", "model.safetensors")
+    assert (run.folder / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+def test_whatever_happens_within_the_machines_the_run_is_the_same(cluster, attack):
+    run = attack("within")
+    run.happens("a worker is killed", lambda: os.kill(run.worker(1), signal.SIGKILL))
+    run.happens("a worker is killed for its memory", lambda: run.exhaust(1))
+    run.happens("an agent is killed", lambda: os.kill(run.agent(2), signal.SIGKILL))
+    run.happens("the rendezvous host's agent is killed", lambda: os.kill(run.agent(0), signal.SIGKILL))
+    run.happens("a pod's scratch is full: it is evicted", lambda: run.fill(2))
+    run.happens("a kubelet is killed", lambda: cluster.send(run.node_of(1), "kubelet", signal.SIGKILL))
+    run.happens("a containerd is killed", lambda: cluster.send(run.node_of(1), "containerd", signal.SIGKILL))
+    for what, program in (("the API server", "kube-apiserver"), ("the server of names", "coredns")):
+        away = [
+            lambda program=program: cluster.send("control", program, signal.SIGSTOP),
+            lambda: time.sleep(15),
+            lambda program=program: cluster.send("control", program, signal.SIGCONT),
+        ]
+        run.happens(f"{what} is away for 15 s", *away)
+
+
+def test_whatever_happens_to_the_machines_the_run_is_the_same(kubectl, cluster, attack):
+    run = attack("attacked")
     others = {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
     run.happens(
         "a pod is deleted", lambda: kubectl("-n", NAMESPACE, "delete", "pod", run.pods()[1]["metadata"]["name"])
     )
     assert others == {index: pod["metadata"]["uid"] for index, pod in run.pods().items() if index != 1}
-
-    run.happens("a worker is killed", lambda: os.kill(run.worker(1), signal.SIGKILL))
-    run.happens("an agent is killed", lambda: os.kill(run.agent(2), signal.SIGKILL))
-    run.happens("the rendezvous host's agent is killed", lambda: os.kill(run.agent(0), signal.SIGKILL))
-    run.happens("a worker is killed for its memory", lambda: run.exhaust(1))
-    run.happens("a pod's scratch is full: it is evicted", lambda: run.fill(2))
-    run.happens("a kubelet is killed", lambda: cluster.send(run.node_of(1), "kubelet", signal.SIGKILL))
-    run.happens("a containerd is killed", lambda: cluster.send(run.node_of(1), "containerd", signal.SIGKILL))
-    for what, program in (("the API server", "kube-apiserver"), ("DNS", "coredns")):
-        away = [
-            lambda program=program: cluster.send("control", program, signal.SIGSTOP),
-            lambda: time.sleep(20),
-            lambda program=program: cluster.send("control", program, signal.SIGCONT),
-        ]
-        run.happens(f"{what} is away for 20 s", *away)
 
     number, uid = run.node_of(0), run.pods()[0]["metadata"]["uid"]
     with run.told("the rendezvous host's machine loses its power"):
@@ -345,21 +373,12 @@ def test_whatever_happens_to_the_cluster_the_run_is_the_same(kubectl, cluster, l
     # Pods of tests before may hang at the job controller for minutes.
     others = "--pod-selector=batch.kubernetes.io/job-name!=job"
     drain = ("drain", name, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s", others)
-    run.happens("a drain", lambda: kubectl(*drain), lambda: kubectl("uncordon", name))
+    run.happens("a machine is drained", lambda: kubectl(*drain), lambda: kubectl("uncordon", name))
 
     def scale(count):
         return lambda: kubectl("-n", SYSTEM, "scale", "deployment", "store", f"--replicas={count}")
 
     run.happens("the store is away for 30 s", scale(0), lambda: time.sleep(30), scale(1))
-    until(lambda: ended(kubectl, "attacked"), 400, trouble(kubectl, "attacked"))
-    with capsys.disabled():
-        print("\n| what happens | largest gap between two saved steps, s |\n|---|---|")
-        for what, gap in run.gaps.items():
-            print(f"| {what} | {gap:.0f} |")
-    assert ended(kubectl, "attacked") == "Complete"
-    assert (run.folder / "metrics.jsonl").read_bytes() == (out / "metrics.jsonl").read_bytes()
-    model = Path("model", "model.safetensors")
-    assert (run.folder / model).read_bytes() == (out / model).read_bytes()
 
 
 def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
