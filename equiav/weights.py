@@ -49,6 +49,10 @@ def save_model(folder: Path, weights: Mapping[str, Tensor], settings: ModelSetti
 
 
 def load_model(folder: Path) -> tuple[EquiAV, ModelSettings]:
+    if (folder / CLASSES).is_file():
+        raise ConfigError(
+            f"{folder} was fine-tuned: it names classes, and has no heads that embed; `equiav predict` and `equiav probe` use it"
+        )
     state, settings = read_folder(folder)
     with torch.device("meta"):
         model = EquiAV(settings.model, settings.objective)

@@ -172,7 +172,10 @@ def pack(
     rejected = [line for k in sorted(records) for line in records[k].rejected]
     store.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected).encode())
     if not shards:
-        raise DatasetError(f"{store.url}: all of {len(items)} items were rejected; {REJECTED} there says why")
+        first = f", such as {rejected[0]['key']}: {rejected[0]['reason']}: {rejected[0]['detail']}" if rejected else ""
+        raise DatasetError(
+            f"{store.url}: all of {len(items)} items were rejected{first}; {REJECTED} there says why of each"
+        )
     wanted = {name for shard in shards for name in (shard.name, shard.offsets_name)}
     for name in store.list():
         if re.match(r"\d{6}-\d{2,}\.tar", name) and name not in wanted:  # of a part that was killed, or packed again

@@ -59,6 +59,21 @@ class NoStore(StoreError):  # noqa: N818
     """The address is none."""
 
 
+# Of libraries by which file systems reach their stores: their other errors are trouble on the way.
+NETWORK = (
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "asyncio",
+    "fsspec",
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "requests",
+    "urllib3",
+)
+
+
 class NoAnswer(StoreError):  # noqa: N818
     """Nothing but trouble that may pass, for as long as patience lasts."""
 
@@ -99,6 +114,8 @@ class Store:
         self._said = float("-inf")  # when a store that does not answer was told of
         if re.fullmatch(r"[\w+.-]+:/*", url):
             raise NoStore(f"{url} names no bucket, expected {url.rstrip('/')}//BUCKET/NAME")
+        if re.match(r"[A-Za-z][\w+.-]+:/(?!/)", url):
+            raise NoStore(f"{url} is neither a path nor an address, expected {url.replace(':/', '://', 1)}")
         if "::" in url:
             raise NoStore(f"{self.url}: a chain of file systems (::) is not supported, expected one URL or folder")
         protocol = get_protocol(url)
@@ -494,8 +511,11 @@ class Store:
             raise StoreError(f"{url}: the client of the store refuses its settings: {said}") from None
         if isinstance(error, ValueError) and "endpoint" in said.lower():
             raise NoStore(f"{url}: {said}; AWS_ENDPOINT_URL is http://HOST:PORT or https://HOST") from None
-        if not isinstance(error, OSError) and kind not in ("botocore", "aiobotocore", "aiohttp", "asyncio", "fsspec"):
+        if isinstance(error, OSError) or kind in NETWORK:
+            return
+        if kind == "builtins":  # a mistake of ours, or of a file system
             raise error
+        raise StoreError(f"{url}: {type(error).__name__}: {said}") from None
 
 
 def _sync(path: str) -> None:

@@ -80,6 +80,7 @@ def embedder(config: UseConfig) -> Embedder:
 def run_embed(config: EmbedConfig) -> None:
     require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
     require(not config.out.is_dir(), "out", config.out, "a file; there is a folder of that name")
+    require(config.out.suffix == ".npz", "out", config.out, "a name that ends in .npz, which is what is written")
     model = embedder(config)
     width = model.settings.model.head_width
     columns: dict[str, list[np.ndarray]] = {"name": [], "begin": [], "end": [], "audio": [], "image": []}
@@ -117,16 +118,25 @@ def run_embed(config: EmbedConfig) -> None:
 
 
 def run_score(config: ScoreConfig) -> None:
-    model = embedder(config)
+    model, problems = embedder(config), []
     for name in config.files:
-        found = model.embed_video(name, config.frames)
-        if found.audio is None or found.image is None:
-            raise ConfigError(
-                f"files: {name} has no {'sound' if found.audio is None else 'picture'}, and a score needs both"
-            )
+        try:
+            found = model.embed_video(name, config.frames)
+            if found.audio is None or found.image is None:
+                raise BadClipError(
+                    name, f"has no {'sound' if found.audio is None else 'picture'}, and a score needs both"
+                )
+        except BadClipError as error:  # the others' scores are not to be lost
+            problems.append(str(error))
+            say(str(error))
+            continue
         scores = (found.audio * found.image).sum(axis=1)
         for begin, end, score in zip(found.begin, found.end, scores, strict=True):
             say(f"{score:7.4f}  {name}  {begin:.1f} to {end:.1f} s")
+    if len(problems) == len(config.files):
+        raise ConfigError(f"files: none of {len(problems)} could be scored, such as {problems[0]}")
+    if problems:
+        raise BadClipError(f"{len(problems)} of {len(config.files)} files", "could not be scored; they are named above")
 
 
 def run_predict(config: PredictConfig) -> None:

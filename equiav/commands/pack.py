@@ -35,8 +35,10 @@ from equiav.data.sources import (
     EncodeSynthetic,
     EncodeVideo,
     Shape,
+    absolute,
     cut,
     files_of,
+    key_of,
     list_frames,
     list_videos,
 )
@@ -70,7 +72,7 @@ class PackConfig:
     """Packs clips into shards. Killed and started again with the same settings, it goes on where it was."""
 
     source: tyro.conf.Positional[str] = ""
-    """A folder of videos, a text file with a video's path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
+    """A folder of videos, a video, a text file with a video's path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
     to: str = ""
     """Folder for the dataset: s3://bucket/name, or any other that fsspec writes."""
     frames: int = 10
@@ -274,7 +276,11 @@ def open_source(
         import av  # noqa: F401
     except ModuleNotFoundError:
         raise ConfigError("av is not installed; `pip install 'equiav[prep]'` brings it") from None
-    videos, other = list_videos(source, (*VIDEOS, *SOUNDS) if config.modality == "audio" else VIDEOS)
+    endings = (*VIDEOS, *SOUNDS) if config.modality == "audio" else VIDEOS
+    if source.is_file() and source.suffix.lower() in (*VIDEOS, *SOUNDS):
+        videos, other = [(key_of(source.stem), absolute(source))], {}
+    else:
+        videos, other = list_videos(source, endings)
     return (
         cut(videos, config.clip_seconds, config.clip_overlap) if config.clip_seconds else videos,
         EncodeVideo(shape),

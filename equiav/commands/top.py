@@ -27,7 +27,8 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class TopConfig:
-    """Shows a run: whether it is well, whether it learns, how fast it is, what is saved. Ends with Ctrl-C."""
+    """Shows a run: whether it is well, whether it learns, how fast it is, what is saved. Ends with the run, or with
+    Ctrl-C."""
 
     where: tyro.conf.Positional[tuple[str, ...]] = ()
     """A run's folder (--out), or what its nodes serve: HOST:PORT, one for each node that is to be looked at."""
@@ -112,7 +113,8 @@ def shown(seen: Seen) -> Text:
     waits = f"{sum(spent) / every:.1%} of the time" if every else "?"
     row(text, "data", f"waits {waits}, {sum(seen.all(m.QUARANTINED).values()):.0f} in quarantine, "
         f"{sum(seen.all(m.RETRIES).values()):.0f} retries")  # fmt: skip
-    row(text, "saved", f"step {seen.get(m.SAVED_STEP):.0f}, due for {seen.get(m.UNSAVED):.0f} s, "
+    saved = step if how in ("finished", "asked") else seen.get(m.SAVED_STEP)  # it ends when its last save is durable
+    row(text, "saved", f"step {saved:.0f}, due for {seen.get(m.UNSAVED):.0f} s, "
         f"{seen.get(m.FAILED):.0f} failed")  # fmt: skip
     text.rstrip()
     return text
@@ -154,5 +156,8 @@ def run_top(config: TopConfig) -> None:
         return
     with Live(shown(source.look()), auto_refresh=False) as live:
         while True:
+            seen = source.look()
+            live.update(shown(seen), refresh=True)
+            if over(seen):
+                return
             time.sleep(config.seconds)
-            live.update(shown(source.look()), refresh=True)

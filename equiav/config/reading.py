@@ -102,13 +102,16 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
         off = field.startswith("no_") and options.get(positive) is bool
         name = positive if off else name
         if name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            near = [one for one in options if one.endswith(f".{name}")]  # without its section
+            near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
             raise ConfigError(f"there is no --{name}; {hint}")
         kind = options[name]
         if kind is bool:
             if equals and value.lower() not in ("true", "false"):
                 raise ConfigError(f"--{name}: found {value!r}, expected true or false")
+            if not equals and words and words[0].lower() in ("true", "false"):
+                equals, value = "=", words.pop(0)
             given[name] = (value.lower() == "true" if equals else True) != off
             continue
         kinds = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)

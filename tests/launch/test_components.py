@@ -76,6 +76,9 @@ def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
         "--nodes",
         "1:2",
     ]
+    text = torchx("run", "-s", "kubernetes", "--dryrun", "launch/finetune.py", *given, cwd=tmp_path, status=1)
+    assert "init: s3://b/run cannot be read from here" in text  # its size would be a guess
+    given += ["--config", "smoke"]  # which says the size and the normalisation
     made = dryrun("launch/finetune.py", *given, "--", "--tune.loss", "one", "--tune.epochs", "3", cwd=tmp_path)
     assert command(made)[-2:] == ["--", "finetune"]
     settings = yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])

@@ -390,7 +390,10 @@ def test_keys_may_have_folders_with_dots_long_names_and_any_script(tmp_path):
 
 def test_nothing_but_rejections_is_an_error_that_says_where_the_reasons_are(tmp_path):
     for _ in range(2):
-        with pytest.raises(DatasetError, match=r"all of 60 items were rejected; rejected\.jsonl there says why"):
+        with pytest.raises(
+            DatasetError,
+            match=r"all of 60 items were rejected, such as clips/s000: no good: 0; rejected\.jsonl there says why",
+        ):
             packed(tmp_path, encode=pack_children.encode_or_refuse)
         assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == COUNT
         assert not (tmp_path / "index").exists()
