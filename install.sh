@@ -27,7 +27,7 @@ show_progress() { # one line that overwrites itself on a terminal, one line per 
         fi
     done
 }
-if ! .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[prep,k8s,smoke,export,dev]' 2>&1 \
+if ! .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[prep,k8s,smoke,search,export,dev]' 2>&1 \
         | tee "$log" | show_progress; then
     echo; tail -n 20 "$log" >&2
     echo "The installation failed; the whole log is in $log" >&2

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchaudio.functional import resample
+from xxhash import xxh3_64
 
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
@@ -242,7 +243,10 @@ class Embedder(Reader):
     def embed_video(self, path: str | Path, frames: int = 1) -> Windows:
         """A video or sound file, in parts as long as the model hears; a rest that is shorter than half of that is left out.
         frames: of each part, whose mean embedding, normalised, is the part's."""
-        parts = list(self.windows(path, frames))
+        return self.of_windows(list(self.windows(path, frames)), frames)
+
+    def of_windows(self, parts: Sequence[tuple[float, float, np.ndarray | None, list[Any]]], frames: int) -> Windows:
+        """Of what `windows` has read."""
         begin, end, sounds, pictures = (list(of) for of in zip(*parts, strict=True))
         audio = None if sounds[0] is None else self.embed_audio(sounds, self.data.sample_rate)
         image = None
@@ -250,6 +254,15 @@ class Embedder(Reader):
             each = self.embed_image([one for of in pictures for one in of]).reshape(len(parts), frames, -1).mean(axis=1)
             image = each / np.linalg.norm(each, axis=1, keepdims=True)
         return Windows(np.array(begin), np.array(end), audio, image)
+
+    def digest(self) -> str:
+        """Of all that embeddings depend on."""
+        found = xxh3_64()
+        for name, value in sorted(self.network.state_dict().items()):
+            found.update(name.encode())
+            found.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        found.update(repr(self.settings).encode())
+        return found.hexdigest()
 
     @torch.no_grad()
     def localize(

@@ -328,7 +328,7 @@ def test_one_file_that_cannot_be_read_does_not_cost_the_others(folder, tmp_path,
     assert np.load(out)["name"].tolist() == [good]
     out.unlink()
     assert cli.main(["embed", bad, "--model", str(folder), "--out", str(out)]) == 2
-    assert "none of 1 could be embedded" in capsys.readouterr().err
+    assert "none of 1 file(s) could be embedded" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(ConfigError, match="is a Path, which takes a slash from an address"):
         equiav.load(Path("s3://bucket/run"))
@@ -462,7 +462,7 @@ def test_the_commands(folder, tuned, tmp_path, capsys):
         (["predict", "MUTE", "--model", "TUNED"], "has no sound, which this model needs"),
         (["predict", "MUTE", "--model", "MODEL"], "knows no classes; `equiav finetune` teaches it some"),
         (["embed", "MUTE", "--model", "TUNED"], "was fine-tuned and has no embeddings to compare"),
-        (["embed", "nowhere.mp4", "--model", "MODEL"], "files is nowhere.mp4, expected a file that exists"),
+        (["embed", "nowhere.mp4", "--model", "MODEL"], "files is nowhere.mp4, expected a file or a folder that exists"),
         (["embed", "MUTE"], "model is not set"),
         (["embed", "--model", "MODEL"], "files is not given"),
         (["embed", "MUTE", "--model", "nowhere"], "nowhere: no config.json there"),

@@ -49,6 +49,8 @@ def test_print_config_shows_what_would_run(capsys, command):
         assert (settings["model"], settings["formats"]) == ("", ["torch", "onnx"])
     elif command == "report":
         assert (settings["runs"], settings["title"]) == ([], "")
+    elif command == "search":
+        assert (settings["file"], settings["top"]) == ("", 10)
     elif command == "localize":
         assert (settings["file"], settings["out"]) == ("", "heat.mp4")
     elif command in ("embed", "score", "predict"):

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 from equiav.api import Embedder, Labeller, load
-from equiav.config import ConfigError, NotHere, require
+from equiav.augment import Clips, normalised_spectrogram, original_image
+from equiav.config import Config, ConfigError, StreamConfig, TrainConfig, require
 from equiav.data.clips import BadClipError
-from equiav.files import beside
+from equiav.data.labels import keys_of
+from equiav.data.sources import SOUNDS, VIDEOS, list_videos
+from equiav.data.stream import modalities
+from equiav.evaluate.evaluations import Pictures
+from equiav.evaluate.look import look
+from equiav.parallel import Ranks
+from equiav.progress import bar
 from equiav.terminal import say
+from equiav.vectors import Vectors, check_ending, read, together
+from streaming import Dataset, Store
+from streaming.dataset import INDEX
+
+CORES = len(os.sched_getaffinity(0))
+FILES, CLIPS = 64, 8192  # that are kept together, while it goes on
+FEW = 20  # problems that are named
 
 
 @dataclass(frozen=True)
@@ -25,8 +46,8 @@ class UseConfig:
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     frames: int = 1
     """Pictures of each part of a video, over which is averaged."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    device: str = "cpu"
+    """Where it computes: cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         require(1 <= self.frames <= 1000, "frames", self.frames, "1 to 1000")
@@ -34,11 +55,21 @@ class UseConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig(UseConfig):
-    """Writes the embeddings of files: each in parts as long as the model hears."""
+    """Writes the embeddings of files, each in parts as long as the model hears, or of the clips of a dataset. Killed and started
+    again, it goes on where it was."""
 
+    files: tyro.conf.Positional[tuple[str, ...]] = field(default=())
+    """Videos and sound files, folders of them, lists (.txt, a path a line), or one dataset (of `equiav pack`; s3://...)."""
     out: Path = Path("embeddings.npz")
     """File to write: name, begin and end (seconds) of each part, its audio and its image (rows that are not a number where it has
-    none)."""
+    none). .npz, .parquet, .safetensors, .npy, .faiss."""
+    batch: int = 32
+    """Clips that are computed together."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch >= 1, "batch", self.batch, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -63,13 +94,10 @@ def opened(config: UseConfig) -> Embedder | Labeller:
     require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
     for name in config.files:
         require(Path(name).is_file(), "files", name, "a file that exists")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     return load(config.model, config.device)
 
 
-def embedder(config: UseConfig) -> Embedder:
-    model = opened(config)
+def embedder(config: UseConfig, model: Embedder | Labeller) -> Embedder:
     if not isinstance(model, Embedder):
         raise ConfigError(
             f"model: {config.model} was fine-tuned and has no embeddings to compare; `equiav predict` uses it"
@@ -78,47 +106,152 @@ def embedder(config: UseConfig) -> Embedder:
 
 
 def run_embed(config: EmbedConfig) -> None:
+    require(bool(config.files), "files", "not given", "videos, sound files, a folder, a list, or a dataset")
+    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
     require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
     require(not config.out.is_dir(), "out", config.out, "a file; there is a folder of that name")
-    require(config.out.suffix == ".npz", "out", config.out, "a name that ends in .npz, which is what is written")
-    model = embedder(config)
-    width = model.settings.model.head_width
-    columns: dict[str, list[np.ndarray]] = {"name": [], "begin": [], "end": [], "audio": [], "image": []}
-    problems = []
-    for name in config.files:
-        try:
-            found = model.embed_video(name, config.frames)
-        except BadClipError as error:  # the others' embeddings are not to be lost
-            problems.append(str(error))
-            say(f"{error}")
-            continue
-        parts = len(found.begin)
-        nothing = np.full((parts, width), np.nan, np.float32)
-        columns["name"].append(np.array([name] * parts))
-        columns["begin"].append(found.begin)
-        columns["end"].append(found.end)
-        columns["audio"].append(nothing if found.audio is None else found.audio)
-        columns["image"].append(nothing if found.image is None else found.image)
-        lacks = " without sound" * (found.audio is None) + " without picture" * (found.image is None)
-        say(f"{name}: {parts} part(s), {found.end[-1]:.1f} s{lacks}")
-    if len(problems) == len(config.files):
-        raise ConfigError(f"files: none of {len(problems)} could be embedded, such as {problems[0]}")
-    part = beside(config.out.with_suffix(".npz"))
-    try:
-        np.savez(part, **{name: np.concatenate(rows) for name, rows in columns.items()})  # type: ignore[arg-type]
-        part.replace(config.out)
-    finally:
-        part.unlink(missing_ok=True)
-    done = len(config.files) - len(problems)
-    say(f"{config.out}: {sum(map(len, columns['begin']))} parts of {done} file(s), {width} numbers each")
+    check_ending(config.out)
+    dataset = dataset_of(config)
+    names = [] if dataset else listed(config.files)
+    model = embedder(config, load(config.model, config.device))
+    whole = dataset.samples if dataset else len(names)
+    of = sha256(dataset.fingerprint.encode() if dataset else "\0".join(names).encode())
+    of.update(f"{config.frames} {model.digest()}".encode())
+    parts = config.out.absolute().parent / f".{config.out.name}.{of.hexdigest()[:16]}.parts"
+    parts.mkdir(exist_ok=True)
+    piece = CLIPS if dataset else FILES
+    found, problems = [], []
+    with bar() as progress:
+        shown = progress.add_task("embedding", total=whole, note=f"{'clips' if dataset else 'files'}")
+        for begin in range(0, whole, piece):
+            end = min(begin + piece, whole)
+            path = parts / f"{begin:09d}.npz"
+            if not path.exists():
+                some, bad = (
+                    of_dataset(config, model, dataset, begin, end)
+                    if dataset
+                    else of_files(config, model, names[begin:end])
+                )
+                some.write(path)
+                (parts / f"{begin:09d}.txt").write_text("\n".join(bad))
+            found.append(read(path))
+            problems += (parts / f"{begin:09d}.txt").read_text().splitlines()
+            progress.update(shown, completed=end)
+    rows = together(found)
+    for problem in problems if len(problems) <= FEW else problems[:FEW]:
+        say(problem)
+    what = "clip" if dataset else "file"
+    if not len(rows.name):
+        raise ConfigError(f"files: none of {whole} {what}(s) could be embedded, such as {problems[0]}")
+    rows.write(config.out)
+    shutil.rmtree(parts)
+    lacks = "".join(
+        f", {count:,} without {what_is}"
+        for what_is, of_side in (("sound", rows.audio), ("picture", rows.image))
+        if (count := int(np.isnan(of_side).all(axis=1).sum()))
+    )
+    done = whole - len(problems)
+    say(f"{config.out}: {len(rows.name):,} parts of {done:,} {what}(s), {model.dim} numbers each{lacks}")
     if problems:
         raise BadClipError(
-            f"{len(problems)} of {len(config.files)} files", "could not be embedded; they are named above"
+            f"{len(problems)} of {whole} {what}s",
+            "could not be embedded" + "; they are named above" * (len(problems) <= FEW),
         )
 
 
+def dataset_of(config: EmbedConfig) -> Dataset | None:
+    """If that is what is named."""
+    (first, *others) = config.files
+    if "://" in first or (Path(first).is_dir() and (Path(first) / INDEX).is_file()):
+        require(not others, "files", f"{first} and {len(others)} more", "one dataset, or files")
+        return Dataset(Store(first, config.stream.patience))
+    return None
+
+
+def listed(files: tuple[str, ...]) -> list[str]:
+    names: list[str] = []
+    for name in files:
+        path = Path(name).expanduser()
+        require(path.exists(), "files", name, "a file or a folder that exists")
+        if path.is_dir() or path.suffix == ".txt":
+            names += [one for _, one in list_videos(path, (*VIDEOS, *SOUNDS))[0]]
+        else:
+            names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def of_files(config: EmbedConfig, model: Embedder, names: list[str]) -> tuple[Vectors, list[str]]:
+    """-> their parts, and why some could not be embedded. Files are decoded while others are computed."""
+
+    def decoded(name: str) -> list[tuple[float, float, Any, list[Any]]] | BadClipError:
+        try:
+            return list(model.windows(name, config.frames))
+        except BadClipError as error:  # the others' embeddings are not to be lost
+            return error
+
+    parts, problems = [nothing(model.dim)], []
+    with ThreadPoolExecutor(CORES) as pool:
+        waiting = deque[tuple[str, Future[Any]]]()
+        for name in (*names, *[None] * CORES):  # as many ahead as there are cores
+            if name is not None:
+                waiting.append((name, pool.submit(decoded, name)))
+            if waiting and (name is None or len(waiting) > CORES):
+                done, future = waiting.popleft()
+                windows = future.result()
+                if isinstance(windows, BadClipError):
+                    problems.append(" ".join(str(windows).split()))
+                    continue
+                found = model.of_windows(windows, config.frames)
+                count = len(found.begin)
+                none = np.full((count, model.dim), np.nan, np.float32)
+                audio = none if found.audio is None else found.audio
+                image = none if found.image is None else found.image
+                parts.append(Vectors(np.array([done] * count), found.begin, found.end, audio, image))
+    return together(parts), problems
+
+
+def of_dataset(
+    config: EmbedConfig, model: Embedder, dataset: Dataset, begin: int, end: int
+) -> tuple[Vectors, list[str]]:
+    chosen = np.zeros(dataset.samples, bool)
+    chosen[begin:end] = True
+    hears, sees = modalities(dataset)
+    kind = "both" if hears and sees else "audio" if hears else "image"
+    train = TrainConfig(batch_size=2 * config.batch, micro_batch=config.batch, precision="float32")
+    own = {name: getattr(model.settings, name) for name in ("model", "augment", "objective", "data")}
+    run = Config(**own, device="cuda" if model.device.type == "cuda" else "cpu", stream=config.stream, train=train)
+    t_a, t_v = model.vectors
+
+    def compute(clips: Clips, computes: torch.autocast) -> Tensor:
+        found = []
+        with computes:
+            if hears:
+                spectrogram = normalised_spectrogram(clips.waveform, clips.lengths, run.model, run.data)
+                found.append(model.network.embed_audio(spectrogram, t_a))
+            if sees:
+                found.append(model.network.embed_image(original_image(clips.frames, run.model.image_size), t_v))
+        return torch.cat(found, dim=1).double()
+
+    looked = look(run, Pictures(modality=kind, test_frames=config.frames), dataset, Ranks(run.device), chosen, compute)
+    keys = list(islice(keys_of(dataset), begin, end))
+    n, d = len(looked.samples), model.dim
+    none = np.full((n, d), np.nan, np.float32)
+    values = looked.values.reshape(n, -1, d)
+    values = (values / np.linalg.norm(values, axis=2, keepdims=True)).astype(np.float32)
+    audio, image = values[:, 0] if hears else none, values[:, -1] if sees else none
+    name = np.array([keys[k - begin] for k in looked.samples])
+    lost = sorted(set(range(begin, end)) - set(looked.samples.tolist()))
+    reasons = ", ".join(f"{count} {why}" for why, count in looked.bad.most_common(3))
+    problems = [f"{keys[k - begin]}: nothing of it can be used (of all: {reasons})" for k in lost]
+    return Vectors(name, np.zeros(n), np.full(n, np.nan), audio, image), problems
+
+
+def nothing(width: int) -> Vectors:
+    return Vectors(np.array([], "U1"), np.zeros(0), np.zeros(0), *(np.zeros((0, width), np.float32) for _ in range(2)))
+
+
 def run_score(config: ScoreConfig) -> None:
-    model, problems = embedder(config), []
+    model, problems = embedder(config, opened(config)), []
     for name in config.files:
         try:
             found = model.embed_video(name, config.frames)

@@ -12,17 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.decoder import ClipDecoder
@@ -44,6 +33,7 @@ from equiav.data.sources import (
 )
 from equiav.data.stream import modalities
 from equiav.data.synthetic import Rules, World
+from equiav.progress import bar
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import (
@@ -72,7 +62,7 @@ class PackConfig:
     """Packs clips into shards. Killed and started again with the same settings, it goes on where it was."""
 
     source: tyro.conf.Positional[str] = ""
-    """A folder of videos, a video, a text file with a video's path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
+    """A folder of videos, a video, a text file with a path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
     to: str = ""
     """Folder for the dataset: s3://bucket/name, or any other that fsspec writes."""
     frames: int = 10
@@ -199,12 +189,12 @@ def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
         except OSError as error:
             raise ConfigError(f"to: {config.to} cannot be made ({error}); name a folder that can be written") from None
     finished = store.exists(INDEX)
-    with _bar() as progress:
-        bar = progress.add_task("packing", total=len(items), note="")
+    with bar() as progress:
+        shown = progress.add_task("packing", total=len(items), note="")
 
         def report(packed: Packed) -> None:
             note = f"{packed.shards} shards, {packed.bytes / 2**20:,.0f} MiB, {packed.rejected.total()} rejected"
-            progress.update(bar, completed=packed.items, note=note)
+            progress.update(shown, completed=packed.items, note=note)
 
         done = pack(
             items,
@@ -365,27 +355,9 @@ def say_what_is_unusable(
 
 
 def _each(what: str, items: list[Any], call: Callable[[Any], Any], threads: int) -> list[Any]:
-    with _bar() as progress, ThreadPoolExecutor(threads) as pool:
-        bar, results = progress.add_task(what, total=len(items), note="shards"), []
+    with bar() as progress, ThreadPoolExecutor(threads) as pool:
+        shown, results = progress.add_task(what, total=len(items), note="shards"), []
         for result in pool.map(call, items):
             results.append(result)
-            progress.update(bar, advance=1)
+            progress.update(shown, advance=1)
     return results
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f}/s")
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description:9s}"),
-        BarColumn(16),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
