@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from monitoring.metrics import brief
 from streaming import Store
 from streaming.processes import keep_freed_memory
 
+SAY = 10.0  # seconds between two lines of progress, where there is no terminal
 Then = Callable[[Ranks, Done, Callable[[str], None]], dict[str, str]]
 """What all processes do when the steps are done -> files to leave beside the model, on rank 0."""
 
@@ -105,7 +108,13 @@ def upload_leavings(config: RunConfig, beside: list[str]) -> str:
 
 @contextmanager
 def showing(steps: int) -> Iterator[Show]:
-    """A bar on a terminal, a JSON line a step elsewhere."""
+    """A bar on a terminal; elsewhere a line at the first and the last step, and now and then between. What each step says is in
+    metrics.jsonl and timing.jsonl."""
+    begun, first, said = (
+        0.0,
+        0,
+        -math.inf,
+    )  # when this start showed its first step, which that was, when a line was last said
     console = Console()
     columns = [
         TextColumn("training"),
@@ -118,9 +127,18 @@ def showing(steps: int) -> Iterator[Show]:
         bar = progress.add_task("", total=steps, note="")
 
         def show(step: int, metrics: dict[str, float], timing: dict[str, Any]) -> None:
+            nonlocal begun, first, said
+            now, note = time.monotonic(), brief({**metrics, **timing})
             if console.is_terminal:
-                progress.update(bar, completed=step + 1, note=brief({**metrics, **timing}))
-            else:
-                print(json.dumps({"step": step, **metrics, **timing}), flush=True)
+                progress.update(bar, completed=step + 1, note=note)
+                return
+            if said == -math.inf:
+                begun, first = now, step
+            elif now < said + SAY and step + 1 < steps:
+                return
+            said = now
+            rate = (step - first) / (now - begun) if step > first else 0.0
+            left = f", {timedelta(seconds=round((steps - step - 1) / rate))} left" if rate else ""
+            print(f"{step + 1:,} of {steps:,} steps ({(step + 1) / steps:.0%}){left}: {note}", flush=True)
 
         yield show
