@@ -266,7 +266,7 @@ class Attacked:
 
     def fill(self, index):
         uid = self.pods()[index]["metadata"]["uid"]
-        self.exec(index, "import os; os.posix_fallocate(open('/tmp/full', 'wb').fileno(), 0, 3 << 30)")
+        self.exec(index, "import os; f = open('/tmp/full', 'wb'); os.posix_fallocate(f.fileno(), 0, 3 << 30)")
         self.replaced(index, uid)
 
     def replaced(self, index, uid):
