@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from equiav.config import require
-from equiav.data.labels import FOLDERS, Said, from_folders, give, read_classes, read_label_file
+from equiav.data.labels import FOLDERS, Said, columns_of, from_folders, give, read_classes, read_label_file
 from equiav.terminal import say
 from streaming import Dataset, Store
 from streaming.labels import write_labels
@@ -26,6 +26,13 @@ class LabelConfig:
     labels: tyro.conf.Positional[tuple[str, ...]] = field(default=())
     """Files of labels: AudioSet's, VGGSound's, ESC-50's, FSD50K's, Kinetics' or UCF101's, CAV-MAE's lists (.json), or
     path,label[;label] a line. And `folders`: a clip's class is the folder that it lay in."""
+    columns: str = ""
+    """Of a table of yours: name=COLUMN,label=COLUMN[,split=COLUMN]. label=*: each other column is a class, with 1 where a clip
+    has it. Without it: what the file looks like."""
+    separator: str = ""
+    """Of the table's columns. Empty: a tab, a semicolon or a comma, by what its head has."""
+    between: str = ";"
+    """Of the labels in one cell of the table."""
     classes: Path | None = None
     """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those
     that occur."""
@@ -35,6 +42,7 @@ class LabelConfig:
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
 
     def __post_init__(self) -> None:
+        require(bool(self.between), "between", self.between, "what separates labels")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
 
 
@@ -42,12 +50,13 @@ def run_label(config: LabelConfig) -> None:
     require(bool(config.url), "url", "not given", "the folder of a dataset")
     require(bool(config.labels), "labels", "not given", f"files of labels, or {FOLDERS}")
     dataset = Dataset(Store(config.url, config.patience))
+    columns = columns_of(config.columns, config.separator, config.between)
     classes = read_classes(config.classes.expanduser()) if config.classes else []
     found = from_folders(dataset) if FOLDERS in config.labels else {}
     stems = Counter(Path(name).stem for name in config.labels)
     for name in config.labels:
         require(stems[Path(name).stem] == 1, "labels", name, "files of different names: a file's name may be a part's")
-        for clip, said in read_label_file(Path(name).expanduser()).items() if name != FOLDERS else ():
+        for clip, said in read_label_file(Path(name).expanduser(), columns).items() if name != FOLDERS else ():
             found.setdefault(clip, Said([], [])).add(*said)
     given = give(dataset, found, classes, config.other)
     write_labels(dataset.store, dataset.fingerprint, given.labels)

@@ -37,8 +37,28 @@ class Said(NamedTuple):
 Found = dict[str, Said]  # by a clip's name
 
 
-def read_label_file(path: Path) -> Found:
-    """By what the file looks like:
+class Columns(NamedTuple):
+    """Of a table with a head: which says what."""
+
+    name: str
+    label: str  # "*": every other column is a class, and a clip is of those that have 1, true, yes or x
+    split: str = ""
+    separator: str = ""  # of columns; empty: a tab, a semicolon or a comma, by what the head has
+    between: str = ";"  # of a cell's labels
+
+
+def columns_of(text: str, separator: str, between: str) -> Columns | None:
+    """name=COLUMN,label=COLUMN[,split=COLUMN]"""
+    if not text:
+        return None
+    given = {name: column for name, _, column in (one.partition("=") for one in text.split(","))}
+    if not {"name", "label"} <= given.keys() <= {"name", "label", "split"} or not all(given.values()):
+        raise ConfigError(f"columns is {text!r}, expected name=COLUMN,label=COLUMN[,split=COLUMN]")
+    return Columns(given["name"], given["label"], given.get("split", ""), separator.replace("\\t", "\t"), between)
+
+
+def read_label_file(path: Path, columns: Columns | None = None) -> Found:
+    """By its columns, or by what the file looks like:
 
     - AudioSet's (# comments; YTID, start, end, "labels" in quotes)
     - VGGSound's (id, start, label, split; no head): clips are id_start, as they are usually fetched
@@ -62,7 +82,8 @@ def read_label_file(path: Path) -> Found:
             pairs = list(_json(text))
         else:
             lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# ")]
-            pairs = list(_rows(path, lines)) if lines else []
+            read = _rows(path, lines) if columns is None else _by_columns(path, lines, columns)
+            pairs = list(read) if lines else []
     except (csv.Error, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -70,6 +91,8 @@ def read_label_file(path: Path) -> Found:
             f"{path} is no file of labels ({type(error).__name__}: {error}); docs/downstream.md lists them"
         ) from None
     for name, labels, part in pairs:
+        if columns and name and not labels:  # a table may have rows without
+            continue
         if not name or not labels:
             raise ConfigError(f"{path}: {name or 'a line'} has no {'label' if name else 'name'}")
         of = (path.stem if part is None else part).strip()
@@ -95,6 +118,28 @@ def _json(text: str) -> Iterator[Row]:
         if not isinstance(entry["video_id"], str):
             raise TypeError(f"video_id is {entry['video_id']!r}, expected text")
         yield entry["video_id"], labels_of_entry(entry["labels"]), None
+
+
+YES, NO = ("1", "1.0", "true", "yes", "x"), ("", "0", "0.0", "false", "no")
+
+
+def _by_columns(path: Path, lines: list[str], columns: Columns) -> Iterator[Row]:
+    separator = columns.separator or next((one for one in "\t;," if one in lines[0]), ",")
+    head, *rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    head = [name.strip() for name in head]
+    for wanted in filter(None, (columns.name, columns.label.replace("*", ""), columns.split)):
+        if head.count(wanted) != 1:
+            raise ConfigError(f"{path}: {head.count(wanted)} columns are called {wanted!r}, of {', '.join(head)}")
+    classes = [name for name in head if name not in (columns.name, columns.split)] if columns.label == "*" else []
+    for number, row in enumerate(rows, 2):
+        _require(path, number, len(row) == len(head), row, f"{len(head)} columns, as in its head")
+        cells = dict(zip(head, map(str.strip, row), strict=True))
+        for name in classes:
+            good = cells[name].lower() in (*YES, *NO)
+            _require(path, number, good, f"{cells[name]!r} for {name}", "1 or 0, true or false, yes or no")
+        labels = [name for name in classes if cells[name].lower() in YES]
+        labels = labels or (_split(cells[columns.label], columns.between) if columns.label != "*" else [])
+        yield _stem(cells[columns.name]), labels, cells[columns.split] if columns.split else None
 
 
 def _rows(path: Path, lines: list[str]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import webdataset
 from equiav import cli
 from equiav.commands.pack import IndexConfig, run_index
 from equiav.config import ConfigError
-from equiav.data.labels import give, read_classes, read_label_file
+from equiav.data.labels import columns_of, give, read_classes, read_label_file
 from streaming import Dataset, DatasetError, Store
 from streaming.dataset import NoDataset
 from streaming.labels import Labels, Sets, read_labels, write_labels
@@ -73,6 +73,47 @@ def test_each_dataset_is_read_in_its_own_format(tmp_path, name):
     parts = PARTS.get(name, {name.partition(".")[0]})  # else those of the file's own name
     assert {part for of_clip in said.values() for part in of_clip.parts} == parts
     assert all(len(of_clip.parts) == 1 for of_clip in said.values())
+
+
+TABLES = {  # columns, separator, between, table -> labels and parts by name
+    "tabs": ("name=clip,label=what,split=fold", "", ";", "clip\tfold\twhat\na.wav\ttest\tdog;cat\nb\ttrain\tcow\nc\ttest\t\n",
+             {"a": (["dog", "cat"], ["test"]), "b": (["cow"], ["train"])}),
+    "semicolons": ("name=id,label=l", "", ",", 'id;l\na;"dog, cat"\n', {"a": (["dog", "cat"], ["table"])}),
+    "one-hot": ("name=file,label=*,split=part", "", ";", "file,dog,cat,part\na.mp4,1,0,x\nb.mp4,true,yes,y\nc.mp4,0,,x\n",
+                {"a": (["dog"], ["x"]), "b": (["dog", "cat"], ["y"])}),
+    "bars": ("name=file,label=l", "|", "/", "file|l\nsome, name.wav|a/b\n", {"some, name": (["a", "b"], ["table"])}),
+    "written as \\t": ("name=f,label=l", "\\t", ";", "f\tl\nx,y.wav\tdog\n", {"x,y": (["dog"], ["table"])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_by_its_columns(tmp_path, name):
+    columns, separator, between, text, expected = TABLES[name]
+    (tmp_path / "table.csv").write_text(text)
+    found = read_label_file(tmp_path / "table.csv", columns_of(columns, separator, between))
+    assert {key: tuple(said) for key, said in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "told"),
+    [
+        ("name=a", "a,b\n1,2\n", r"columns is 'name=a', expected name=COLUMN,label=COLUMN"),
+        ("name=a,label=b,fold=c", "a,b\n1,2\n", r"columns is .* expected name=COLUMN"),
+        ("name=a,label=c", "a,b\n1,2\n", r"table.csv: 0 columns are called 'c', of a, b"),
+        ("name=a,label=b", "a,b,b\n1,2,3\n", r"table.csv: 2 columns are called 'b', of a, b, b"),
+        ("name=a,label=b", "a,b\n1,2,3\n", r"table.csv, row 2: found .* expected 2 columns, as in its head"),
+        (
+            "name=a,label=*",
+            "a,b\n1,7\n",
+            r"table.csv, row 2: found '7' for b, expected 1 or 0, true or false, yes or no",
+        ),
+        ("name=a,label=b", "a,b\n1,\n", r"table.csv: has no labels"),
+    ],
+)
+def test_a_table_that_is_not_as_was_said(tmp_path, columns, text, told):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        read_label_file(tmp_path / "table.csv", columns_of(columns, "", ";"))
 
 
 def test_hmdb51s_numbers_are_splits(tmp_path):
