@@ -1,4 +1,5 @@
-"""The data of `equiav report` as one HTML page: no script, nothing fetched, readable on a phone, in the dark and on paper."""
+"""The data of `equiav report` as one HTML page: nothing fetched, readable on a phone, in the dark and on paper. A little script
+of our own shows values, smooths, and draws logarithms; without it the page says the same."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ TITLES = {  # metric -> what is written above its chart
     "loss": "Loss",
     "accuracy_ratio": "Accuracy",
     "similarity_ratio": "Predictor similarity",
+    "loss_over_chance_ratio": "Loss over chance",
+    "gradient_norm": "Norm of the gradient",
     "gain_ratio": "Gain over no prediction",
     "sensitivity_ratio": "Sensitivity to another vector",
     "effective_rank": "Effective rank of embeddings",
@@ -63,6 +66,65 @@ pre { background: var(--card); padding: 0.7rem; border-radius: 8px; overflow-x: 
 """
 
 
+SCRIPT = """
+"use strict";
+const charts = [...document.querySelectorAll("svg[data-y]")].map(svg => {
+  const [x0, x1] = svg.dataset.x.split(" ").map(Number), [y0, y1] = svg.dataset.y.split(" ").map(Number);
+  const [left, right, top, bottom] = svg.dataset.at.split(" ").map(Number);
+  const lines = [...svg.querySelectorAll("polyline")].map(line => ({line, points: line.getAttribute("points").split(" ").filter(Boolean)
+    .map(p => p.split(",").map(Number)).map(([u, v]) => [x0 + (u - left) / (right - left) * (x1 - x0), y1 - (v - top) / (bottom - top) * (y1 - y0)])}));
+  return {svg, x0, x1, y0, y1, left, right, top, bottom, lines, legend: svg.parentElement.querySelectorAll(".legend b")};
+});
+let share = 0, powers = false;
+const smooth = points => { let mean; return points.map(([x, y]) => [x, mean = mean === undefined ? y : share * mean + (1 - share) * y]); };
+function draw(c) {
+  const least = Math.min(...c.lines.flatMap(l => l.points.map(p => p[1])).filter(y => y > 0)), log = powers && isFinite(least);
+  const low = log ? Math.log(least) : c.y0, high = log ? Math.log(Math.max(c.y1, least * 1.001)) : c.y1;
+  c.u = x => c.left + (x - c.x0) / (c.x1 - c.x0) * (c.right - c.left);
+  c.v = y => c.top + (high - (log ? Math.log(y) : y)) / (high - low) * (c.bottom - c.top);
+  for (const l of c.lines) {
+    l.shown = smooth(l.points).filter(p => !log || p[1] > 0);
+    l.line.setAttribute("points", l.shown.map(([x, y]) => `${c.u(x).toFixed(1)},${c.v(y).toFixed(1)}`).join(" "));
+  }
+  for (const mark of c.svg.querySelectorAll("[data-of]")) {
+    const y = Number(mark.dataset.of), v = log && y < least ? NaN : c.v(y);
+    mark.style.display = isNaN(v) ? "none" : "";
+    if (!isNaN(v)) for (const name of mark.tagName === "text" ? ["y"] : ["y1", "y2"]) mark.setAttribute(name, mark.tagName === "text" ? v + 3 : v);
+  }
+}
+for (const c of charts) {
+  draw(c);
+  const cursor = c.svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "line"));
+  cursor.setAttribute("class", "mark"); cursor.style.display = "none"; cursor.setAttribute("y1", c.top); cursor.setAttribute("y2", c.bottom);
+  c.svg.addEventListener("pointermove", event => {
+    const box = c.svg.getBoundingClientRect(), u = (event.clientX - box.left) / box.width * c.svg.viewBox.baseVal.width;
+    let at;
+    c.lines.forEach((l, k) => {
+      const near = l.shown.reduce((a, b) => Math.abs(c.u(b[0]) - u) < Math.abs(c.u(a[0]) - u) ? b : a, l.shown[0]);
+      if (near) { c.legend[k].textContent = " " + near[1].toPrecision(4); at = at ?? near[0]; }
+    });
+    if (at !== undefined) {
+      cursor.style.display = ""; cursor.setAttribute("x1", c.u(at)); cursor.setAttribute("x2", c.u(at));
+      c.svg.parentElement.querySelector(".at").textContent = `${c.svg.dataset.name} ${Math.round(at).toLocaleString()}`;
+    }
+  });
+  c.svg.addEventListener("pointerleave", () => {
+    cursor.style.display = "none"; c.legend.forEach(b => b.textContent = ""); c.svg.parentElement.querySelector(".at").textContent = "";
+  });
+}
+const tools = document.querySelector(".tools");
+if (tools) {
+  tools.hidden = false;
+  tools.querySelector("[type=range]").addEventListener("input", event => { share = Number(event.target.value); charts.forEach(draw); });
+  tools.querySelector("[type=checkbox]").addEventListener("change", event => { powers = event.target.checked; charts.forEach(draw); });
+}
+"""
+TOOLS = (
+    '<p class="tools soft" hidden><label>smoothing <input type="range" min="0" max="0.98" step="0.02" value="0"></label> '
+    '<label><input type="checkbox"> logarithmic</label></p>'
+)
+
+
 class Line(NamedTuple):
     name: str
     colour: int
@@ -94,7 +156,9 @@ def page(runs: Sequence[Mapping[str, Any]], title: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
 
 
@@ -169,7 +233,7 @@ def learning(runs: Sequence[Mapping[str, Any]]) -> str:
         return ""
     restarts = any(len(run["starts"]) > 1 for run in runs) and len(runs) == 1
     note = '<p class="soft">Dotted: the run was started again there.</p>' if restarts else ""
-    return f'<h2>Learning</h2><div class="charts">{"".join(figures)}</div>{note}'
+    return f'<h2>Learning</h2>{TOOLS}<div class="charts">{"".join(figures)}</div>{note}'
 
 
 def retrieval(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -462,7 +526,8 @@ def chart(
     for y in y_ticks:
         _, v = at(x0, y)
         drawn.append(
-            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - 10}" y1="{v:.1f}" y2="{v:.1f}"/><text x="{LEFT - 4}" y="{v + 3:.1f}" text-anchor="end">{short(y)}</text>'
+            f'<line class="axis" data-of="{y}" x1="{LEFT}" x2="{WIDTH - 10}" y1="{v:.1f}" y2="{v:.1f}"/>'
+            f'<text data-of="{y}" x="{LEFT - 4}" y="{v + 3:.1f}" text-anchor="end">{short(y)}</text>'
         )
     for x in x_ticks:
         u, _ = at(x, y0)
@@ -480,11 +545,13 @@ def chart(
             f'<polyline points="{points}" stroke="var(--c{line.colour % COLOURS})"><title>{text(line.name)}</title></polyline>'
         )
     legend = "".join(
-        f'<span><i style="background:var(--c{line.colour % COLOURS})"></i>{text(line.name)}</span>' for line in lines
+        f'<span><i style="background:var(--c{line.colour % COLOURS})"></i>{text(line.name) if len(lines) > 1 else ""}<b></b></span>'
+        for line in lines
     )
+    where = f'data-x="{x0} {x1}" data-y="{y0} {y1}" data-at="{LEFT} {WIDTH - 10} {TOP} {HEIGHT - BOTTOM}" data-name="{text(x_name)}"'
     return (
-        f'<figure><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">'
-        f'{"".join(drawn)}</svg><div class="legend">{legend if len(lines) > 1 else ""}</div></figure>'
+        f'<figure><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}" '
+        f'{"" if powers else where}>{"".join(drawn)}</svg><div class="legend">{legend}<span class="at"></span></div></figure>'
     )
 
 

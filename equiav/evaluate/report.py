@@ -24,7 +24,18 @@ POINTS = 200  # of a curve
 STARTS = "starts.jsonl"
 PLACES = ("", "model/", "checkpoints/", "checkpoints/model/")  # where a run, or one on a cluster, leaves what
 EVALUATED = ("retrieval", "similarity", "centroid", "localize", "attention", "examples")
-CURVES = (m.LOSS, m.ACCURACY, m.SIMILARITY, m.GAIN, m.SENSITIVITY, m.EFFECTIVE_RANK, m.RATE, m.THROUGHPUT)
+CURVES = (
+    m.LOSS,
+    m.CHANCE,
+    m.GRADIENT,
+    m.ACCURACY,
+    m.SIMILARITY,
+    m.GAIN,
+    m.SENSITIVITY,
+    m.EFFECTIVE_RANK,
+    m.RATE,
+    m.THROUGHPUT,
+)
 
 
 def gather(where: str, patience: float = 600.0) -> dict[str, Any]:
