@@ -71,8 +71,8 @@ SCRIPT = """
 const charts = [...document.querySelectorAll("svg[data-y]")].map(svg => {
   const [x0, x1] = svg.dataset.x.split(" ").map(Number), [y0, y1] = svg.dataset.y.split(" ").map(Number);
   const [left, right, top, bottom] = svg.dataset.at.split(" ").map(Number);
-  const lines = [...svg.querySelectorAll("polyline")].map(line => ({line, points: line.getAttribute("points").split(" ").filter(Boolean)
-    .map(p => p.split(",").map(Number)).map(([u, v]) => [x0 + (u - left) / (right - left) * (x1 - x0), y1 - (v - top) / (bottom - top) * (y1 - y0)])}));
+  const lines = [...svg.querySelectorAll("polyline")].map(line => ({line,
+    points: line.dataset.p.split(" ").filter(Boolean).map(p => p.split(",").map(Number))}));
   return {svg, x0, x1, y0, y1, left, right, top, bottom, lines, legend: svg.parentElement.querySelectorAll(".legend b")};
 });
 let share = 0, powers = false;
@@ -541,8 +541,9 @@ def chart(
             drawn.append(f'<line class="mark" x1="{u:.1f}" x2="{u:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for line in lines:
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line.points if math.isfinite(y))
+        values = "" if powers else " ".join(f"{x:.6g},{y:.6g}" for x, y in line.points if math.isfinite(y))
         drawn.append(
-            f'<polyline points="{points}" stroke="var(--c{line.colour % COLOURS})"><title>{text(line.name)}</title></polyline>'
+            f'<polyline points="{points}" data-p="{values}" stroke="var(--c{line.colour % COLOURS})"><title>{text(line.name)}</title></polyline>'
         )
     legend = "".join(
         f'<span><i style="background:var(--c{line.colour % COLOURS})"></i>{text(line.name) if len(lines) > 1 else ""}<b></b></span>'
