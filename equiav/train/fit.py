@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from equiav.config import Config, ConfigError, from_dict, to_dict
+from equiav.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from equiav.data.stream import batches, open_stream
 from equiav.data.survey import survey
 from equiav.parallel import Ranks
@@ -24,6 +24,8 @@ EPOCHS, WARM_UP = 20, 2  # the paper's, on AudioSet-2M
 HEARD = 200  # clips
 FIRST, MEASURED = 3, 20  # steps: those that start things, those that are timed
 ENOUGH = 20.0  # seconds of timed steps
+RATES = {"tiny": (2e-3, 1e-5)}  # of learning, at the peak and at the start; the defaults are the paper's, of ViT-B
+BUSY = 0.3  # share of the cores that others may use without being told of
 ROOM = 0.7  # share of the memory that activations may take
 
 
@@ -41,11 +43,21 @@ def fit(config: C, dataset: Dataset, activation_bytes: int) -> C:
     if not heard.bins:
         raise ConfigError(f"stream.url: none of {heard.clips} clips of {config.stream.url} can be heard")
     cores = len(os.sched_getaffinity(0)) // (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
+    given = t.lr, t.lr_start
+    lr, lr_start = RATES.get(config.model.size, given) if given == (TrainConfig.lr, TrainConfig.lr_start) else given
     return replace(
         config,
         data=replace(config.data, audio_mean=round(heard.mean, 3), audio_std=round(heard.deviation, 3)),
         stream=replace(config.stream, workers=min(8, max(1, cores - 1))),
-        train=replace(t, batch_size=G, micro_batch=p, steps=EPOCHS * per_epoch, warmup_steps=WARM_UP * per_epoch),
+        train=replace(
+            t,
+            batch_size=G,
+            micro_batch=p,
+            steps=EPOCHS * per_epoch,
+            warmup_steps=WARM_UP * per_epoch,
+            lr=lr,
+            lr_start=lr_start,
+        ),
     )
 
 
@@ -61,6 +73,7 @@ class Pace(NamedTuple):
 
     start: float  # seconds until it goes at its pace
     step: float  # seconds
+    others: float = 0.0  # cores that other programs used when it was measured
 
     def seconds(self, steps: int) -> float:
         return self.start + steps * self.step
@@ -68,7 +81,7 @@ class Pace(NamedTuple):
 
 def measure(config: Config) -> Pace:
     """Some steps, with the dataset's own clips."""
-    begun = time.perf_counter()
+    begun, others = time.perf_counter(), os.getloadavg()[0]
     few = replace(config, train=replace(config.train, steps=max(config.train.steps, FIRST + MEASURED)))
     ranks = Ranks(config.device)
     task = Pretraining(few)
@@ -83,7 +96,7 @@ def measure(config: Config) -> Pace:
             next(running).read()
             done += 1
         step = (time.perf_counter() - first) / done
-    return Pace(max(0.0, first - begun - FIRST * step), step)
+    return Pace(max(0.0, first - begun - FIRST * step), step, others)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -109,10 +122,15 @@ def words(config: Config, dataset: Dataset, pace: Pace, price: float) -> Iterato
     epochs = t.steps / -(-dataset.samples // t.batch_size)
     yield (
         f"{dataset.samples:,} clips: batches of {t.batch_size}, {t.steps:,} steps ({epochs:.3g} epochs), of which "
-        f"{t.warmup_steps:,} to warm up; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
+        f"{t.warmup_steps:,} to warm up; learning rate {t.lr:g}; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
     )
     yield f"a step takes {pace.step:.2f} s here, in one process: the run would take {took}" + (
         f", and cost {hours * price:,.2f} at {price:g} an hour" if price else ""
     )
+    cores = len(os.sched_getaffinity(0))
+    if pace.others > BUSY * cores:
+        yield (
+            f"other programs used {pace.others:.1f} of {cores} cores in the minute before: a step takes less where it is alone"
+        )
     if t.batch_size < 64:
         yield "a batch this small has little to compare with: expect a weaker model, or gather more clips"

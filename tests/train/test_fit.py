@@ -27,7 +27,10 @@ def test_settings_that_fit_a_small_dataset(run_config, tmp_path, capsys):
     ]
     assert cli.main(typed) == 0
     told = capsys.readouterr().out
-    assert "26 clips: batches of 4, 140 steps (20 epochs), of which 14 to warm up; micro-batches of 4" in told
+    assert (
+        "26 clips: batches of 4, 140 steps (20 epochs), of which 14 to warm up; learning rate 0.002; micro-batches of 4"
+        in told
+    )
     assert "s here, in one process: the run would take" in told
     assert "at 3 an hour" in told
     assert "a batch this small has little to compare with" in told
