@@ -122,7 +122,8 @@ def words(config: Config, dataset: Dataset, pace: Pace, price: float) -> Iterato
     epochs = t.steps / -(-dataset.samples // t.batch_size)
     yield (
         f"{dataset.samples:,} clips: batches of {t.batch_size}, {t.steps:,} steps ({epochs:.3g} epochs), of which "
-        f"{t.warmup_steps:,} to warm up; learning rate {t.lr:g}; micro-batches of {t.micro_batch}; {config.stream.workers} decoding process(es)"
+        f"{t.warmup_steps:,} to warm up; learning rate {t.lr:g}; micro-batches of {t.micro_batch}; "
+        f"{config.stream.workers} decoding process(es)"
     )
     yield f"a step takes {pace.step:.2f} s here, in one process: the run would take {took}" + (
         f", and cost {hours * price:,.2f} at {price:g} an hour" if price else ""
