@@ -191,3 +191,19 @@ def test_what_a_model_folder_knows_is_taken_and_told(tmp_path, capsys, monkeypat
     (tmp_path / "run" / "model" / "config.json").write_text('{"model": 3}')
     assert cli.main(["probe", "--init", str(tmp_path / "run"), "--print-config"]) == 2
     assert "config.json: model: found 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["report", "top", "stats", "localize", "diff", "pack", "index", "export", "label", "show", "embed", "search"],
+)
+def test_what_is_given_by_its_place_has_a_name(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert not [
+        word
+        for word in usage.replace("--", " --").split()
+        if word.strip("[]") in ("STR", "PATH") and f"[{word}" in usage
+    ]
+    assert any(word.isupper() and word.isalpha() for word in usage.split()[3:5])

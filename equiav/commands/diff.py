@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 import yaml
@@ -23,9 +23,9 @@ ENVIRONMENT = ("equiav", "code", "torch", "python", "threads", "gpu")  # beside 
 class DiffConfig:
     """Compares two runs: settings, what every step reported, the digests of the weights. Ends with 1 where they differ."""
 
-    one: tyro.conf.Positional[str] = ""
+    one: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
     """A run's folder (--out), or where it keeps its checkpoints (--checkpoint.url)."""
-    two: tyro.conf.Positional[str] = ""
+    two: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
     """Another."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ FEW = 20  # problems that are named
 
 @dataclass(frozen=True)
 class UseConfig:
-    files: tyro.conf.Positional[tuple[str, ...]] = field(default=())
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
     """Videos or sound files."""
     model: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
@@ -58,7 +58,7 @@ class EmbedConfig(UseConfig):
     """Writes the embeddings of files, each in parts as long as the model hears, or of the clips of a dataset. Killed and started
     again, it goes on where it was."""
 
-    files: tyro.conf.Positional[tuple[str, ...]] = field(default=())
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
     """Videos and sound files, folders of them, lists (.txt, a path a line), or one dataset (of `equiav pack`; s3://...)."""
     out: Path = Path("embeddings.npz")
     """File to write: name, begin and end (seconds) of each part, its audio and its image (rows that are not a number where it has

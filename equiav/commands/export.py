@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -28,7 +28,7 @@ class ExportConfig:
     """Writes a model for others: its weights and settings, programs from samples and pixels to embeddings (or classes), each
     reloaded and compared, and a model card."""
 
-    model: tyro.conf.Positional[str] = ""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     out: Path = Path("exported")
     """Folder to write: a new one, or an empty one."""

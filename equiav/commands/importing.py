@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -19,7 +19,7 @@ from equiav.weights import from_checkpoint, save_model, settings_of
 class ImportConfig(ModelSettings):
     """Turns a published checkpoint into a model folder: released EquiAV, CAV-MAE or MAE."""
 
-    checkpoint: tyro.conf.Positional[Path | None] = None
+    checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """The .pth file."""
     out: Path = Path("imported")
     """Folder to write; must not exist yet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,9 +22,9 @@ NAMED = 5
 class LabelConfig:
     """Gives the clips of a dataset their labels, by their names; the shards stay as they are. The labels it had are replaced."""
 
-    url: tyro.conf.Positional[str] = ""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the dataset; it must be writable."""
-    labels: tyro.conf.Positional[tuple[str, ...]] = field(default=())
+    labels: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
     """Files of labels: AudioSet's, VGGSound's, ESC-50's, FSD50K's, Kinetics' or UCF101's, CAV-MAE's lists (.json), or
     path,label[;label] a line. And `folders`: a clip's class is the folder that it lay in."""
     columns: str = ""

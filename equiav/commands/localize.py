@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ CLOCK, RATE = 90_000, 48_000  # of a film: ticks a second, samples a second
 class LocalizeConfig:
     """Draws what of a video's pictures belongs to its sound: bright is what adds to the score of the two."""
 
-    file: tyro.conf.Positional[str] = field(default="")
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default="")
     """A video with sound."""
     model: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""

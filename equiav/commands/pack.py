@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -61,7 +61,7 @@ CORES = len(os.sched_getaffinity(0))
 class PackConfig:
     """Packs clips into shards. Killed and started again with the same settings, it goes on where it was."""
 
-    source: tyro.conf.Positional[str] = ""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = ""
     """A folder of videos, a video, a text file with a path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
     to: str = ""
     """Folder for the dataset: s3://bucket/name, or any other that fsspec writes."""
@@ -131,7 +131,7 @@ class PackConfig:
 class IndexConfig:
     """Makes the index of shards (*.tar) that somebody else packed, and the offsets file of each."""
 
-    url: tyro.conf.Positional[str] = ""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the shards; it must be writable."""
     processes: int = CORES
     """Shards that are read at a time."""
@@ -151,7 +151,7 @@ class IndexConfig:
 class VerifyConfig:
     """Reads every byte of a dataset and compares it with its index."""
 
-    url: tyro.conf.Positional[str] = ""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the dataset."""
     processes: int = CORES
     """Shards that are read at a time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ class ReportConfig:
     """Writes one page about a run, or about several beside each other: verdict, curves, what evaluations and fine-tuning have
     found, examples to look at and listen to. It reads what `equiav eval` left in the runs' folders."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
     """Folders of runs: paths, s3://..., or any others that fsspec reads."""
     out: Path = Path()
     """File to write, .html; its data are beside it, .data.json. By default report.html in the first run's folder, or here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -23,7 +23,7 @@ PICTURES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in OWN_FORMATS), ".ti
 class SearchConfig:
     """Prints what of an index (`equiav embed --out`) is nearest to a file: pictures by a sound, sounds by a picture."""
 
-    file: tyro.conf.Positional[str] = ""
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""
     """A sound, a picture, or a video, whose first part is taken."""
     model: str = ""
     """The model by which the index was made: its folder, or a run's."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -41,9 +42,9 @@ class ShowConfig(Config):
     """Shows a dataset: how many clips, how long, of which labels, what packing rejected, and some of them. With a clip's key: its
     frames, its spectrogram, and the views that training makes of it."""
 
-    url: tyro.conf.Positional[str] = ""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the dataset."""
-    key: tyro.conf.Positional[str] = ""
+    key: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KEY")] = ""
     """Of a clip."""
     png: Path | None = None
     """File for the picture. Without it, a terminal shows it."""

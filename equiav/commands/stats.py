@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -21,7 +22,7 @@ from streaming.labels import LABELS, read_labels
 class StatsConfig:
     """Says how long clips are, how many frames they have, and the mean and deviation of their spectrograms."""
 
-    url: tyro.conf.Positional[str] = ""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the dataset."""
     samples: int = 1000
     """Clips that are heard, of as many shards as there are; 0: all."""

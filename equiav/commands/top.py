@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,7 +31,7 @@ class TopConfig:
     """Shows a run: whether it is well, whether it learns, how fast it is, what is saved. Ends with the run, or with
     Ctrl-C."""
 
-    where: tyro.conf.Positional[tuple[str, ...]] = ()
+    where: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
     """A run's folder (--out), or what its nodes serve: HOST:PORT, one for each node that is to be looked at."""
     seconds: float = 2.0
     """Between two looks."""
