@@ -72,7 +72,7 @@ def typed(line):
 def test_every_command_of_the_guide_is_one():
     found = [line.split()[1] for line in commands()]
     assert found == ["pack", "show", "show", "verify", "plan", "pretrain", "eval", "eval", "report", "finetune", "embed",
-                     "score", "localize", "predict", "export"]  # fmt: skip
+                     "search", "score", "localize", "predict", "export"]  # fmt: skip
 
 
 @pytest.mark.slow

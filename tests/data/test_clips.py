@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from equiav import api
 from equiav.config import DataConfig
 from equiav.data.clips import (
     DECODE_AUDIO,
@@ -23,6 +22,7 @@ from equiav.data.clips import (
     encode_frame,
     encode_wav,
 )
+from equiav.inputs import pictures_of
 
 DATA = DataConfig()
 RATE = 16000
@@ -192,7 +192,7 @@ def test_no_program_of_this_machine_runs_on_bytes_from_a_bucket(tmp_path, monkey
         decode_frame(POSTSCRIPT, "s")
     (tmp_path / "one.jpg").write_bytes(POSTSCRIPT)
     with pytest.raises(BadClipError, match="no picture"):
-        api._frame(tmp_path / "one.jpg", "one")
+        pictures_of(tmp_path / "one.jpg")[0][0]()
     assert not (tmp_path / "ran").exists()
 
 

@@ -142,7 +142,7 @@ def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3,
     dataset = Dataset(Store(url, options=options), tmp_path)
     epoch = Epoch(Order(dataset.fingerprint, 1, 8, lanes=2, window=2), dataset.sizes, 0)
     proxy = FaultProxy(s3.port)
-    needed = 0
+    needed = hedged = 0
     for rank in range(W):
         slots = share(8, rank, W)
         needed += sum(len(places) for w in range(epoch.windows) for places in epoch.needs(w, *slots).values())
@@ -158,6 +158,7 @@ def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3,
             while last and last.files is None:
                 loader._receive()
             assert (1, 0) not in loader._windows
+            hedged += loader.stats().fetch["hedged"]  # asked for again where a busy machine was slow
             batches.close()
     proxy.close()
     reads = {}
@@ -166,8 +167,10 @@ def test_each_byte_is_fetched_at_most_once_an_epoch_by_the_whole_job(remote, s3,
             reads.setdefault(request.path, []).append((request.start, request.stop))
     assert needed == 103
     assert len(reads) == 11
+    twice = sum(len(ranges) - len(set(ranges)) for ranges in reads.values())
+    assert twice <= hedged
     for ranges in reads.values():
-        assert all(later[0] >= earlier[1] for earlier, later in pairwise(sorted(ranges)))
+        assert all(later[0] >= earlier[1] for earlier, later in pairwise(sorted(set(ranges))))
 
 
 def test_a_second_epoch_comes_from_the_cache(remote, tmp_path):
