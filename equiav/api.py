@@ -140,7 +140,9 @@ class Reader:
             raise BadClipError(name, f"audio is {wave.dtype}, expected int16 or floating point in [-1, 1]")
         wave = wave.astype(np.int16 if whole else np.float32)  # of any order of bytes
         if wave.ndim == 2:
-            wave = wave.mean(axis=0, dtype=np.float32)
+            channels, wave = wave, wave.mean(axis=0, dtype=np.float32)
+            if wave.size and np.ptp(wave) <= 1e-4 * np.ptp(channels) and np.ptp(channels[0]) > 0:
+                raise BadClipError(name, "its channels cancel each other when they become one; give one of them")
             wave = np.round(wave).astype(np.int16) if whole else wave
         checked = check_audio(wave, theirs, name, replace(self.data, sample_rate=theirs))
         if theirs == ours:
@@ -155,6 +157,10 @@ class Reader:
         """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
         as long as the model hears, as far as it has all that is wanted: hears, sees.
         per_second: pictures, in place of `frames` of each part."""
+        if not isinstance(frames, int) or frames < 1:
+            raise ConfigError(f"frames is {frames!r}, expected 1 or more")
+        if not isinstance(path, str | Path):
+            raise BadClipError("video", f"is {type(path).__name__}, expected a path")
         name = str(Path(path).absolute())
         sound, picture = _streams(name)
         hears, sees = hears and sound, sees and picture
@@ -219,10 +225,12 @@ class Embedder(Reader):
 
     def encode_audio(self, spectrograms: Tensor) -> Tensor:
         """(b, T, F) of `preprocess_audio` -> (b, d), L2-normalised, with gradients where they are on."""
+        _tensors(spectrograms, 3, "(b, T, F) of preprocess_audio")
         return self.network.embed_audio(spectrograms.to(self.device), self.vectors[0])
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         """(b, 3, H, W) of `preprocess` -> (b, d), L2-normalised, with gradients where they are on."""
+        _tensors(pictures, 4, "(b, 3, H, W) of preprocess")
         return self.network.embed_image(pictures.to(self.device), self.vectors[1])
 
     def embed_audio(self, sound: Sound, rate: float | None = None, channels: str | None = None) -> np.ndarray:
@@ -376,6 +384,12 @@ def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
         raise ConfigError("nothing was given to embed")
     for k in range(0, len(items), BATCH):
         yield items[k : k + BATCH]
+
+
+def _tensors(given: Any, dimensions: int, expected: str) -> None:
+    if not isinstance(given, Tensor) or given.dim() != dimensions or given.dtype != torch.float32:
+        found = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ConfigError(f"{found} was given, expected float32 {expected}")
 
 
 def _count(embeddings: np.ndarray, what: str = "sound") -> str:

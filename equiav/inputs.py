@@ -57,6 +57,7 @@ def _is_array(given: Any) -> TypeGuard[Any]:
 
 
 def _sound(given: Any, rate: Any, channels: str | None, name: str) -> Samples:
+    asked = rate
     if isinstance(given, tuple) and _with_rate(given):
         given, rate, channels = given[0], given[1], channels or ("first" if given[0].ndim == 2 else None)
     elif reads := getattr(given, "get_all_samples", None):  # torchcodec's, which the datasets library gives
@@ -68,6 +69,8 @@ def _sound(given: Any, rate: Any, channels: str | None, name: str) -> Samples:
             channels = "first" if given.ndim == 2 else None
         else:
             given = _of_dict(given, name, SOUNDS)
+    if asked is not None and rate is not asked and rate != asked:
+        raise BadClipError(name, f"its rate is {rate}, and {asked} was given as well; leave one out")
     if _is_array(given):
         values = _numpy(given)
         if values.ndim != (1 if channels is None else 2):
@@ -76,7 +79,8 @@ def _sound(given: Any, rate: Any, channels: str | None, name: str) -> Samples:
         values = values.T if channels == "last" else values
         if values.ndim == 2 and len(values) > CHANNELS:
             raise BadClipError(
-                name, f"has {len(values)} channels, expected {CHANNELS} at most; several sounds are (B, L)"
+                name,
+                f"has {len(values)} channels, expected {CHANNELS} at most; several sounds are (B, L); channels='last'?",
             )
         return Samples(values, rate, name)
     file, name = _file(given, name, SOUNDS)
@@ -86,9 +90,12 @@ def _sound(given: Any, rate: Any, channels: str | None, name: str) -> Samples:
             if opened.frames > LONGEST * opened.samplerate:
                 raise ValueError(f"it has {opened.frames} samples, expected {LONGEST} s of sound at most")
             values = opened.read(dtype="float32" if floats else "int16", always_2d=True)
-            return Samples((values.clip(-1, 1) if floats else values).T, opened.samplerate, name)
+            found = Samples((values.clip(-1, 1) if floats else values).T, opened.samplerate, name)
     except Exception as error:  # whatever libsndfile has to say of a file that may be anything
         raise BadClipError(name, f"{error}; embed_video reads what FFmpeg does") from None
+    if asked is not None and found.rate != asked:
+        raise BadClipError(name, f"its rate is {found.rate}, and {asked} was given as well; leave that out")
+    return found
 
 
 def pictures_of(given: Picture) -> tuple[list[Callable[[], np.ndarray]], bool]:
@@ -140,8 +147,12 @@ def _file(given: Any, name: str, expected: str) -> tuple[Any, str]:
         except Exception as error:  # whatever a file system has to say
             raise BadClipError(masked(given), f"cannot be read: {type(error).__name__}: {masked(str(error))}") from None
     if isinstance(given, str | Path):
+        if not Path(given).expanduser().is_file():
+            raise BadClipError(str(given), "is no file that exists")
         return str(Path(given).expanduser()), str(given)
     if hasattr(given, "read"):
+        if getattr(given, "seekable", lambda: False)():
+            given.seek(0)
         return given, str(getattr(given, "name", name))
     raise BadClipError(name, f"is {type(given).__name__}, expected {expected}")
 

@@ -25,6 +25,7 @@ class Vectors(NamedTuple):
     end: np.ndarray  # (n,)
     audio: np.ndarray  # (n, d) float32, L2-normalised
     image: np.ndarray  # (n, d)
+    model: str = ""  # digest of the model that made them
 
     def write(self, out: Path) -> None:
         """All of it, or nothing."""
@@ -37,7 +38,8 @@ class Vectors(NamedTuple):
 
 
 def together(parts: Sequence[Vectors]) -> Vectors:
-    return Vectors(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    columns = (np.concatenate(column) for column in zip(*(part[:-1] for part in parts), strict=True))
+    return Vectors(*columns, model=parts[0].model)
 
 
 def check_ending(out: Path) -> None:
@@ -53,7 +55,7 @@ def check_ending(out: Path) -> None:
 
 
 def _npz(of: Vectors, part: Path, out: Path) -> None:
-    np.savez(part, **of._asdict())
+    np.savez(part, **{**of._asdict(), "model": np.array(of.model)})
 
 
 def _parquet(of: Vectors, part: Path, out: Path) -> None:
@@ -64,41 +66,47 @@ def _parquet(of: Vectors, part: Path, out: Path) -> None:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
     columns = {"name": pa.array(of.name.tolist()), "begin": pa.array(of.begin), "end": pa.array(of.end)}
-    write_table(pa.table({**columns, "audio": rows(of.audio), "image": rows(of.image)}), part)
+    table = pa.table({**columns, "audio": rows(of.audio), "image": rows(of.image)})
+    write_table(table.replace_schema_metadata({"model": of.model}), part)
 
 
 def _safetensors(of: Vectors, part: Path, out: Path) -> None:
     from safetensors.numpy import save_file
 
-    numbers = {name: np.ascontiguousarray(value) for name, value in of._asdict().items() if name != "name"}
-    save_file(numbers, part, metadata={"name": json.dumps(of.name.tolist())})
+    numbers = {name: np.ascontiguousarray(getattr(of, name)) for name in ("begin", "end", "audio", "image")}
+    save_file(numbers, part, metadata={"name": json.dumps(of.name.tolist()), "model": of.model})
 
 
 def _npy(of: Vectors, part: Path, out: Path) -> None:
-    """(n, 2, d): the sound's and the picture's. NAME.csv says of what."""
-    _table(of, out.with_suffix(".csv"))
+    """(n, 2, d): the sound's and the picture's. NAME.npy.csv says of what."""
+    _table(of, _beside(out))
     with part.open("wb") as file:
         np.save(file, np.stack([of.audio, of.image], axis=1))
 
 
 def _faiss(of: Vectors, part: Path, out: Path) -> None:
-    """2 n vectors, compared by their inner product: number 2 k is the sound of row k of NAME.csv, 2 k + 1 its picture. What a row
-    lacks is a vector of zeros, which is near nothing."""
+    """2 n vectors, compared by their inner product: number 2 k is the sound of row k of NAME.faiss.csv, 2 k + 1 its picture. What
+    a row lacks is a vector of zeros, which is near nothing."""
     import faiss
 
-    _table(of, out.with_suffix(".csv"))
+    _table(of, _beside(out))
     both = np.nan_to_num(np.stack([of.audio, of.image], axis=1)).reshape(-1, of.audio.shape[1])
     index = faiss.IndexFlatIP(both.shape[1])
     index.add(np.ascontiguousarray(both, np.float32))  # type: ignore[call-arg]
     faiss.write_index(index, str(part))
 
 
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.csv")
+
+
 def _table(of: Vectors, path: Path) -> None:
     part = beside(path)
     with part.open("w", newline="") as file:
         written = csv.writer(file)
-        written.writerow(("name", "begin", "end"))
-        written.writerows(zip(of.name.tolist(), of.begin.tolist(), of.end.tolist(), strict=True))
+        written.writerow(("name", "begin", "end", "model"))
+        rows = zip(of.name.tolist(), of.begin.tolist(), of.end.tolist(), strict=True)
+        written.writerows((*row, of.model) for row in rows)
     part.replace(path)
 
 
@@ -133,7 +141,7 @@ def checked(found: Vectors) -> Vectors:
 
 def _read_npz(path: Path) -> Vectors:
     with np.load(path, allow_pickle=False) as file:
-        return Vectors(*(file[name] for name in Vectors._fields))
+        return Vectors(*(file[name] for name in Vectors._fields[:-1]), model=str(file["model"]))
 
 
 def _read_parquet(path: Path) -> Vectors:
@@ -146,28 +154,30 @@ def _read_parquet(path: Path) -> Vectors:
         return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
 
     begin, end = (table[name].to_numpy() for name in ("begin", "end"))
-    return Vectors(np.array(table["name"].to_pylist()), begin, end, rows("audio"), rows("image"))
+    model = (table.schema.metadata or {})[b"model"].decode()
+    return Vectors(np.array(table["name"].to_pylist()), begin, end, rows("audio"), rows("image"), model)
 
 
 def _read_safetensors(path: Path) -> Vectors:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
-        name = np.array(json.loads((file.metadata() or {})["name"]))
-        return Vectors(name, *(file.get_tensor(of) for of in Vectors._fields[1:]))
+        about = file.metadata() or {}
+        numbers = (file.get_tensor(of) for of in Vectors._fields[1:-1])
+        return Vectors(np.array(json.loads(about["name"])), *numbers, model=about["model"])
 
 
-def _rows(path: Path) -> list[np.ndarray]:
-    with path.with_suffix(".csv").open(newline="") as file:
+def _rows(path: Path) -> tuple[np.ndarray, list[np.ndarray], str]:
+    with _beside(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     times = [np.array([float(row[of]) for row in rows]) for of in ("begin", "end")]
-    return [np.array([row["name"] for row in rows]), *times]
+    return np.array([row["name"] for row in rows]), times, rows[0]["model"] if rows else ""
 
 
 def _read_npy(path: Path) -> Vectors:
     both = np.load(path, allow_pickle=False)
-    name, begin, end = _rows(path)
-    return Vectors(name, begin, end, both[:, 0], both[:, 1])
+    name, (begin, end), model = _rows(path)
+    return Vectors(name, begin, end, both[:, 0], both[:, 1], model)
 
 
 def _read_faiss(path: Path) -> Vectors:
@@ -176,8 +186,8 @@ def _read_faiss(path: Path) -> Vectors:
     index = faiss.read_index(str(path))
     both = index.reconstruct_n(0, index.ntotal).reshape(-1, 2, index.d)
     both[(both == 0).all(axis=2)] = np.nan
-    name, begin, end = _rows(path)
-    return Vectors(name, begin, end, both[:, 0], both[:, 1])
+    name, (begin, end), model = _rows(path)
+    return Vectors(name, begin, end, both[:, 0], both[:, 1], model)
 
 
 READ = {

@@ -67,8 +67,16 @@ class Options(runopts):
         try:
             unknown = sorted(name for name in to_dict(cfg_str) if self.get(name) is None)
             given = super().cfg_from_str(cfg_str)
-        except (ValueError, IndexError) as error:
+        except IndexError:
+            refuse(
+                f"-cfg {cfg_str}: a value has no KEY:VALUE; `torchx runopts kubernetes` lists the options and their kinds"
+            )
+        except ValueError as error:
             refuse(f"-cfg {cfg_str}: {error}; `torchx runopts kubernetes` lists the options and their kinds")
+        for name, value in to_dict(cfg_str).items():  # TorchX takes whatever is not true for false
+            option = self.get(name)
+            if option and option.opt_type is bool and str(value).lower() not in ("true", "false"):
+                refuse(f"-cfg: {name} is {value}, expected true or false")
         if unknown:
             refuse(f"-cfg: there is no option {', '.join(unknown)}; `torchx runopts kubernetes` lists them")
         return given
@@ -285,7 +293,12 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
             kind, expected = ("bind", "a folder of the machine, /...") if bind else ("volume", "a claim's name")
             raise JobError(f"mounts: src of type={kind} is {source!r}, expected {expected}")
         volumes.append(Volume(source, mount.dst_path, mount.read_only))
-    resource = role.resource
+    resource, more = role.resource, counts_of(cfg.get("resources") or {})
+    gpu_resource = cfg.get("gpu_resource") or "nvidia.com/gpu"
+    if gpu_resource == "none" and resource.gpu > 0 and not cfg.get("claims"):
+        raise JobError("gpu_resource is none, and no claims bring the GPUs that --gpus says")
+    if gpu_resource in more:
+        raise JobError(f"resources: {gpu_resource} is what --gpus asks for")
     return Job(
         name=name,
         image=role.image,
@@ -295,8 +308,8 @@ def job_of(app: AppDef, cfg: Mapping[str, Any]) -> Job:
         cpu=str(resource.cpu),
         memory=f"{resource.memMB}Mi",
         gpus=resource.gpu,
-        gpu_resource="" if cfg.get("gpu_resource") == "none" else cfg.get("gpu_resource") or "nvidia.com/gpu",
-        devices={**resource.devices, **counts_of(cfg.get("resources") or {})},
+        gpu_resource="" if gpu_resource == "none" else gpu_resource,
+        devices={**resource.devices, **more},
         settings=env.pop(SETTINGS, ""),
         env=env,
         volumes=tuple(volumes),

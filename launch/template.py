@@ -35,8 +35,16 @@ KEYS = {
 }
 DIRECTIVES = ("$patch", "$retainKeys")
 # What the launcher relies on, of the pod and of the job's own container.
-POD = ("restartPolicy", "subdomain", "hostname", "activeDeadlineSeconds", "setHostnameAsFQDN")
+POD = (
+    "restartPolicy",
+    "subdomain",
+    "hostname",
+    "terminationGracePeriodSeconds",
+    "activeDeadlineSeconds",
+    "setHostnameAsFQDN",
+)
 CONTAINER = ("image", "command", "args", "envFrom", "terminationMessagePath", "terminationMessagePolicy", "workingDir")
+OPTION = re.compile(r"--?[\w-]*(password|passwd|token|secret|api-?key)[\w-]*[= ]\S+", re.IGNORECASE)
 MOUNTS = ("/tmp", "/dev/shm")
 
 
@@ -49,6 +57,9 @@ def patch_of(options: Mapping[str, Any], role: str) -> dict[str, Any]:
             raise JobError(
                 f"labels is {key}:{value}, expected a label's value: 63 of letters, digits, - _ and . at most"
             )
+    for one in add:
+        if not re.fullmatch(r"[A-Z][A-Z_]*", one) or one == "ALL" or one.startswith("CAP_"):
+            raise JobError(f"capabilities is {one}, expected a capability's name without CAP_, such as IPC_LOCK")
     container: dict[str, Any] = {"name": role}
     if add:
         container["securityContext"] = {"capabilities": {"add": add}}
@@ -82,19 +93,39 @@ def patch_from(path: str) -> dict[str, Any]:
 
 def patched(template: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """The pod template of a job -> the same with the patch; a JobError names what is unknown, or is not to be changed."""
-    made = merged(template, patch, "")
+    try:
+        made = merged(template, patch, "")
+    except RecursionError:
+        raise JobError("pod_patch: it refers to itself (& and *)") from None
     known(made, "V1PodTemplateSpec", "")
     unchanged(template, made)
-    for container in [*made["spec"].get("initContainers", ()), *made["spec"]["containers"]]:
-        own = container["name"] == template["spec"]["containers"][0]["name"]
-        for one in container.get("env", ()):
-            if (named(one["name"]) or secret_in(str(one.get("value", "")))) and "value" in one:
-                where = "--secret" if own else "valueFrom.secretKeyRef"
-                raise JobError(
-                    f"pod_patch: the value of {one['name']} in container {container['name']} would be seen by whoever "
-                    f"may look at the job; put it into a Secret ({where})"
-                )
+    no_secrets(made, "")
     return made
+
+
+def no_secrets(value: Any, where: str) -> None:
+    """Anywhere in a pod: by shape, and by name where names are anybody's."""
+    field = where.rpartition(".")[2]
+    if isinstance(value, dict):
+        free = field in ("labels", "annotations", "nodeSelector", "volumeAttributes", "options")
+        named_here = free or ("name" in value and "value" in value)
+        for name, item in value.items():
+            of = str(value["name"]) if named_here and not free and name == "value" else str(name)
+            if isinstance(item, str) and named_here and (free or name == "value") and named(of):
+                refuse_secret(f"{where}.{of}".lstrip("."))
+            no_secrets(item, f"{where}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            no_secrets(item, f"{where}[{number}]")
+    elif isinstance(value, str) and (secret_in(value) or OPTION.search(value)):
+        refuse_secret(where)
+
+
+def refuse_secret(where: str) -> None:
+    raise JobError(
+        f"{where} looks like a secret, which whoever may look at the job would see; put it into a Secret (--secret, or "
+        "valueFrom.secretKeyRef in a patch)"
+    )
 
 
 def merged(one: Any, patch: Any, where: str) -> Any:
@@ -213,9 +244,11 @@ def unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
     same(where, own["name"], found.get("name"))
     for name in CONTAINER:
         same(f"{where}.{name}", own.get(name), found.get(name))
-    for variable in OURS:
+    for variable in (*OURS, "HOME", "TORCHX_JOB_ID"):
         old, now = ([one for one in of.get("env", ()) if one.get("name") == variable] for of in (own, found))
         same(f"{where}.env[{variable}]", old, now)
+    ports = [one for one in own.get("ports", ()) if one not in found.get("ports", ())]
+    same(f"{where}.ports", ports, [])
     for path in MOUNTS:
         if not any(one.get("mountPath") == path and not one.get("readOnly") for one in found.get("volumeMounts", ())):
             raise JobError(f"pod_patch: {where} has nothing at {path} that can be written, which the program needs")

@@ -163,6 +163,12 @@ def test_sounds_of_all_kinds(folder, tmp_path):
         (object(), 16000, "sound 0: is object, expected a file, bytes, samples .L,., .waveform, rate., or a dict"),
         ({"x": 1}, 16000, "sound 0: is a dict of x, expected a file, bytes"),
         (b"no sound", None, "sound 0: "),
+        (
+            (torch.stack([torch.ones(16000), -torch.ones(16000)]) * torch.linspace(-0.5, 0.5, 16000), 16000),
+            None,
+            "channels cancel",
+        ),
+        ((np.zeros(16000, np.int16), 16000), 8000, "its rate is 16000, and 8000 was given as well"),
         ("zz://a/b", None, "zz://a/b: cannot be read: ValueError: Protocol not known: zz"),
         (np.zeros(16000, np.int16), 22050.5, "its rate is 22050.5, expected samples a second"),
         (np.zeros(16000, np.int16), float("nan"), "its rate is nan, expected samples a second"),

@@ -69,13 +69,14 @@ def write_video(
     bit_rate=2_000_000,
     audio=None,
     late=0.0,
+    options=None,
 ):
     """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without. late:
     seconds after the picture at which the sound begins."""
     with av.open(str(path), "w") as file:
         streams = []
         if video:
-            stream = file.add_stream(video, rate=fps)
+            stream = file.add_stream(video, rate=fps, options=options or {})
             stream.width, stream.height, stream.pix_fmt = *size, format
             stream.codec_context.time_base = Fraction(1, clock)
             stream.bit_rate = bit_rate

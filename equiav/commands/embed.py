@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections import deque
@@ -114,11 +115,20 @@ def run_embed(config: EmbedConfig) -> None:
     dataset = dataset_of(config)
     names = [] if dataset else listed(config.files)
     model = embedder(config, load(config.model, config.device))
-    whole = dataset.samples if dataset else len(names)
     of = sha256(dataset.fingerprint.encode() if dataset else "\0".join(names).encode())
     of.update(f"{config.frames} {model.digest()}".encode())
     parts = config.out.absolute().parent / f".{config.out.name}.{of.hexdigest()[:16]}.parts"
     parts.mkdir(exist_ok=True)
+    with (parts / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends, however it ends
+        except OSError:
+            raise ConfigError(f"out: another `equiav embed` is writing {config.out}") from None
+        _embed(config, model, dataset, names, parts)
+
+
+def _embed(config: EmbedConfig, model: Embedder, dataset: Dataset | None, names: list[str], parts: Path) -> None:
+    whole = dataset.samples if dataset else len(names)
     piece = CLIPS if dataset else FILES
     found, problems = [], []
     with bar() as progress:
@@ -143,8 +153,10 @@ def run_embed(config: EmbedConfig) -> None:
     what = "clip" if dataset else "file"
     if not len(rows.name):
         raise ConfigError(f"files: none of {whole} {what}(s) could be embedded, such as {problems[0]}")
-    rows.write(config.out)
-    shutil.rmtree(parts)
+    rows._replace(model=model.digest()).write(config.out)
+    for left in parts.parent.glob(f".{config.out.name}.*.parts"):  # of other inputs, too, which were given up
+        if left == parts or not locked(left):
+            shutil.rmtree(left)
     lacks = "".join(
         f", {count:,} without {what_is}"
         for what_is, of_side in (("sound", rows.audio), ("picture", rows.image))
@@ -157,6 +169,17 @@ def run_embed(config: EmbedConfig) -> None:
             f"{len(problems)} of {whole} {what}s",
             "could not be embedded" + "; they are named above" * (len(problems) <= FEW),
         )
+
+
+def locked(parts: Path) -> bool:
+    try:
+        with (parts / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def dataset_of(config: EmbedConfig) -> Dataset | None:
@@ -247,7 +270,8 @@ def of_dataset(
 
 
 def nothing(width: int) -> Vectors:
-    return Vectors(np.array([], "U1"), np.zeros(0), np.zeros(0), *(np.zeros((0, width), np.float32) for _ in range(2)))
+    none = np.zeros((0, width), np.float32)
+    return Vectors(np.array([], "U1"), np.zeros(0), np.zeros(0), none, none)
 
 
 def run_score(config: ScoreConfig) -> None:

@@ -10,7 +10,16 @@ from typing import Annotated
 import tyro
 
 from equiav.config import require
-from equiav.data.labels import FOLDERS, Said, columns_of, from_folders, give, read_classes, read_label_file
+from equiav.data.labels import (
+    FOLDERS,
+    Said,
+    classes_of_table,
+    columns_of,
+    from_folders,
+    give,
+    read_classes,
+    read_label_file,
+)
 from equiav.terminal import say
 from streaming import Dataset, Store
 from streaming.labels import write_labels
@@ -59,6 +68,9 @@ def run_label(config: LabelConfig) -> None:
         require(stems[Path(name).stem] == 1, "labels", name, "files of different names: a file's name may be a part's")
         for clip, said in read_label_file(Path(name).expanduser(), columns).items() if name != FOLDERS else ():
             found.setdefault(clip, Said([], [])).add(*said)
+    if columns and columns.label == "*" and not classes:
+        tables = (Path(name).expanduser() for name in config.labels if name != FOLDERS)
+        classes = sorted({one for table in tables for one in classes_of_table(table, columns)})
     given = give(dataset, found, classes, config.other)
     write_labels(dataset.store, dataset.fingerprint, given.labels)
     of, parts = given.labels.classes, given.labels.parts

@@ -116,6 +116,8 @@ class PackConfig:
             )
         most = 0.9 * self.clip_seconds
         require(0 <= self.clip_overlap <= most, "clip_overlap", self.clip_overlap, "0 to nine tenths of clip_seconds")
+        good = self.track.isalnum() and self.track != "0"
+        require(good, "track", self.track, "default, a language such as eng, or a number from 1 on")
         require(self.short_side >= 2, "short_side", self.short_side, "2 or more")
         require(self.frames <= 1000, "frames", self.frames, "at most 1000")
         require(self.patience >= 0, "patience", self.patience, "0 or more")

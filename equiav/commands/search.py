@@ -51,6 +51,8 @@ def run_search(config: SearchConfig) -> None:
     if not isinstance(model, Embedder):
         raise ConfigError(f"model: {config.model} was fine-tuned and has no embeddings to compare")
     ending = Path(config.file).suffix.lower()
+    if ending in PICTURES and config.by == "audio":
+        raise ConfigError(f"by: {config.file} is a picture, and has no sound")
     if ending in PICTURES:
         by, query = "image", model.embed_image(config.file)
     elif ending in SOUNDS and config.by != "image":
@@ -63,11 +65,11 @@ def run_search(config: SearchConfig) -> None:
             raise ConfigError(f"file: {config.file} has no {'sound' if by == 'audio' else 'picture'}")
         query = vectors[0]
     among = config.among if config.among != "auto" else {"audio": "image", "image": "audio"}[by]
-    candidates = getattr(index, among)
-    if candidates.shape[1] != len(query):
+    if index.model != model.digest():
         raise ConfigError(
-            f"index: {config.index} has {candidates.shape[1]} numbers a row, {config.model} makes {len(query)}"
+            f"index: {config.index} was made by another model than {config.model}, or another state of it"
         )
+    candidates = getattr(index, among)
     scores = candidates @ query
     there = np.flatnonzero(np.isfinite(scores))
     if not len(there):

@@ -54,7 +54,10 @@ def columns_of(text: str, separator: str, between: str) -> Columns | None:
     given = {name: column for name, _, column in (one.partition("=") for one in text.split(","))}
     if not {"name", "label"} <= given.keys() <= {"name", "label", "split"} or not all(given.values()):
         raise ConfigError(f"columns is {text!r}, expected name=COLUMN,label=COLUMN[,split=COLUMN]")
-    return Columns(given["name"], given["label"], given.get("split", ""), separator.replace("\\t", "\t"), between)
+    separator = separator.replace("\\t", "\t")
+    if len(separator) > 1:
+        raise ConfigError(f"separator is {separator!r}, expected one character, or \\t")
+    return Columns(given["name"], given["label"], given.get("split", ""), separator, between)
 
 
 def read_label_file(path: Path, columns: Columns | None = None) -> Found:
@@ -120,6 +123,14 @@ def _json(text: str) -> Iterator[Row]:
         yield entry["video_id"], labels_of_entry(entry["labels"]), None
 
 
+def classes_of_table(path: Path, columns: Columns) -> list[str]:
+    """Of a table with a column for each, those that no clip has included."""
+    lines = path.read_text("utf-8-sig").splitlines()[:1]
+    separator = columns.separator or next((one for one in "\t;," if one in lines[0]), ",")
+    head = next(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    return [name for one in head if (name := one.strip()) not in (columns.name, columns.split)]
+
+
 YES, NO = ("1", "1.0", "true", "yes", "x"), ("", "0", "0.0", "false", "no")
 
 
@@ -131,6 +142,8 @@ def _by_columns(path: Path, lines: list[str], columns: Columns) -> Iterator[Row]
         if head.count(wanted) != 1:
             raise ConfigError(f"{path}: {head.count(wanted)} columns are called {wanted!r}, of {', '.join(head)}")
     classes = [name for name in head if name not in (columns.name, columns.split)] if columns.label == "*" else []
+    if twice := sorted(name for name, count in Counter(classes).items() if count > 1):
+        raise ConfigError(f"{path}: {Counter(classes)[twice[0]]} columns are called {twice[0]!r}")
     for number, row in enumerate(rows, 2):
         _require(path, number, len(row) == len(head), row, f"{len(head)} columns, as in its head")
         cells = dict(zip(head, map(str.strip, row), strict=True))

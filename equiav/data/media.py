@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ PAPER = 203  # candela a square metre
 REINHARD = 1.3  # so that paper is light grey, not half as bright as white
 LUMINANCE = np.array([0.2627, 0.678, 0.0593], np.float32)  # of BT.2020
 TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
+SLIDE = 1.5  # times the longest that another picture stands
+PARTS = 3  # packets after a seek that may be parts of what began before
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 
 
@@ -118,7 +120,12 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
         for stream in streams:  # the head may say how long the last picture stands
             if stream.type == "video" and stream.duration and stream.time_base and shown:
                 until["video"] = max(until["video"], min(shown) + float(stream.duration * stream.time_base))
-    return Timeline(begin, np.unique(shown), until["video"], until["audio"], damage)
+    times = np.unique(shown)
+    # Of a slide show the last picture stands as long as others do, whatever its packet says.
+    rest = until["audio"] - times[-1] if len(times) > 1 else 0.0
+    if rest > 0 and rest <= SLIDE * np.diff(times).max():
+        until["video"] = max(until["video"], until["audio"])
+    return Timeline(begin, times, until["video"], until["audio"], damage)
 
 
 def picture_of(file: Any) -> Any:
@@ -184,18 +191,18 @@ class Media:
                 "too long",
                 f"{path} has {seconds:.1f} s of sound, max_seconds={shape.max_seconds}; --clip_seconds 10 cuts it",
             )
+        quiet = 2 * shape.data.silence * 32768 + 2
+        if self.track.codec_context.channels > 1 and np.ptp(audio) <= quiet:
+            left = self._samples("stereo", shape, begin, end)[0]
+            if np.ptp(left) > 10 * quiet:
+                raise BadSample(
+                    "antiphase",
+                    f"{path}: its channels cancel each other when they become one; `ffmpeg -i IN -af pan=mono|c0=c0 OUT` keeps "
+                    "the first",
+                )
         try:
             return check_audio(audio, rate, path, shape.data)
         except BadClipError as error:
-            if self.track.codec_context.channels > 1:
-                left = self._samples("stereo", shape, begin, end)[0]
-                with suppress(BadClipError):
-                    check_audio(left, rate, path, shape.data)
-                    raise BadSample(
-                        "antiphase",
-                        f"{path}: its channels cancel each other when they become one; `ffmpeg -i IN -af pan=mono|c0=c0 OUT` "
-                        "keeps the first",
-                    ) from None
             raise BadSample("silent", str(error)) from None
 
     def _samples(self, layout: str, shape: Shape, begin: float, end: float) -> np.ndarray:
@@ -292,7 +299,9 @@ class Media:
                 break
             decoded = _decoded(self.file, stream)
             first = next(decoded, None)
-            if first is not None and first.time is not None and first.time <= at:
+            # A file that refreshes its pictures bit by bit has packets that begin one, and no whole picture there.
+            whole = stream.type == "audio" or (first is not None and first.key_frame)
+            if first is not None and whole and first.time is not None and first.time <= at:
                 yield first
                 yield from decoded
                 return
@@ -317,15 +326,16 @@ def opened(path: str, track: str = "default") -> Iterator[Media]:
 
 
 def _decoded(file: Any, stream: Any) -> Iterator[Any]:
-    """From where the file stands: what comes before the first whole frame there is passed over."""
+    """From where the file stands: what comes before the first whole frame there is passed over, and the first packets may be
+    parts of such."""
     import av.error
 
     whole = False
-    for packet in file.demux(stream):
+    for number, packet in enumerate(file.demux(stream)):
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
-            if whole:
+            if whole and number > PARTS:
                 raise
             continue
         whole = whole or bool(frames)

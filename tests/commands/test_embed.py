@@ -60,11 +60,12 @@ def test_every_format_holds_the_same(tmp_path):
     rng = np.random.default_rng(0)
     audio, image = (rng.normal(size=(7, 16)).astype(np.float32) for _ in range(2))
     image[3] = np.nan
-    rows = Vectors(np.array([f"ä {k}" for k in range(7)]), np.arange(7.0), np.full(7, np.nan), audio, image)
+    rows = Vectors(np.array([f"ä {k}" for k in range(7)]), np.arange(7.0), np.full(7, np.nan), audio, image, "digest")
     for ending in ENDINGS:
         rows.write(tmp_path / f"x{ending}")
         found = read(tmp_path / f"x{ending}")
-        for one, other in zip(rows, found, strict=True):
+        assert found.model == "digest"
+        for one, other in zip(rows[:-1], found[:-1], strict=True):
             assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), ending
         (tmp_path / f"bad{ending}").write_bytes(b"nothing of the kind")
         with pytest.raises(ConfigError, match="cannot be read"):
@@ -73,7 +74,9 @@ def test_every_format_holds_the_same(tmp_path):
             read(tmp_path / f"absent{ending}")
     with pytest.raises(ConfigError, match=r"expected \.npz, \.parquet"):
         read(tmp_path / "x.csv")
-    np.savez(tmp_path / "evil.npz", name=np.array([{"a": 1}], dtype=object), begin=0, end=0, audio=0, image=0)
+    np.savez(
+        tmp_path / "evil.npz", name=np.array([{"a": 1}], dtype=object), begin=0, end=0, audio=0, image=0, model="x"
+    )
     with pytest.raises(ConfigError, match="cannot be read: ValueError"):  # nothing is unpickled
         read(tmp_path / "evil.npz")
 
@@ -134,7 +137,8 @@ def test_killed_it_goes_on_where_it_was(model, dataset, tmp_path):
     (whole,) = (read_after(program, tmp_path, kept),)
     shutil.rmtree(next(copy.glob(".x.npz.*.parts")))
     fresh = read_after(program, copy, {})
-    for one, other in zip(whole, fresh, strict=True):
+    assert whole.model == fresh.model
+    for one, other in zip(whole[:-1], fresh[:-1], strict=True):
         assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
@@ -169,6 +173,11 @@ def test_what_is_nearest_is_found(model, folder, tmp_path, capsys):
         first = capsys.readouterr().out.splitlines()[0]
         assert str(folder / "2.mp4") in first  # itself
         assert first.split()[0] == "1.0000"
+    other = EquiAV(SETTINGS.model, SETTINGS.objective)
+    other.init_weights(2)
+    save_model(tmp_path / "other", other.state_dict(), SETTINGS)
+    assert cli.main(["search", str(folder / "2.mp4"), "--model", str(tmp_path / "other"), "--index", str(index)]) == 2
+    assert "was made by another model" in capsys.readouterr().err
     Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(tmp_path / "a.png")
     assert cli.main(["search", str(tmp_path / "a.png"), "--model", str(model), "--index", str(index)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("candidates: audio by image")

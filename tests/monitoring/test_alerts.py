@@ -130,7 +130,10 @@ MORE_THAT_FIRE = {
     "EquiavStraggler": [phase("views", 0.014, 0.014, 0.014, 0.022)],
     "EquiavRestartStorm": [{"run_began_time_seconds": began(6)}],
     # Rank 0 is away for a moment, again and again.
-    "EquiavCollapsed": [{'effective_rank{modality="image"}': " ".join(["1.9x46 _x6"] * 7)}],
+    "EquiavCollapsed": [
+        {'effective_rank{modality="image"}': " ".join(["1.9x46 _x6"] * 7)},
+        {**CASES["EquiavCollapsed"][0], 'quarantined_samples{reason="image"}': constant(49)},
+    ],
     # How sensitive the predictor is cannot be told of every objective.
     "EquiavPredictorIdentity": [
         {'gain_ratio{modality="audio"}': constant(0.0048)}
