@@ -33,6 +33,7 @@ TORCHX = str(Path(sys.executable).parent / "torchx")
 STEPS = 240
 ATTACKED = 450  # steps: as long as all that is done to a run takes
 ALIKE = 60  # first steps that are compared with an undisturbed run
+LONG = ["--train.micro_batch", "8", "--train.steps", str(ATTACKED), "--checkpoint.every_steps", "10"]
 RUN = ["--train.micro_batch", "8", "--train.steps", str(STEPS), "--checkpoint.every_steps", "10"]
 
 
@@ -289,8 +290,7 @@ def undisturbed(kubectl, applied, tmp_path_factory):
     kubectl("-n", SYSTEM, "scale", "deployment", "prometheus", "grafana", "state", "--replicas=0")
     out = tmp_path_factory.mktemp("whole")
     command = [sys.executable, "-m", "launch.node", "--run", "whole", "--workers", "2", "--", "pretrain"]
-    command += ["--config", "smoke", "--stream.url", str(store_folder(kubectl) / "clips"), "--out", str(out), *RUN]
-    command += ["--train.steps", str(ATTACKED)]
+    command += ["--config", "smoke", "--stream.url", str(store_folder(kubectl) / "clips"), "--out", str(out), *LONG]
     run, said = subprocess.Popen(command, stdout=subprocess.DEVNULL), out / "metrics.jsonl"
     until(
         lambda: said.exists() and len(said.read_bytes().splitlines()) > ALIKE, 200, "the undisturbed run does not begin"
@@ -314,7 +314,7 @@ def attack(kubectl, cluster, launcher, undisturbed, attacked, capsys):
     def start(name):
         handle = torchx(*launcher, "launch/pretrain.py", "--nodes", "1:3", "--cpu", "1", "--memory", "3Gi", "--scratch", "2Gi",
                         "--data", "s3://equiav/clips", "--out", f"s3://equiav/{name}", "--secret", "equiav-store",
-                        "--", *RUN, "--train.steps", str(ATTACKED))  # fmt: skip
+                        "--", *LONG)  # fmt: skip
         assert f"kubernetes://torchx/{NAMESPACE}:{name}" in handle
         runs.append(Attacked(kubectl, cluster, name))
         runs[0].whole()
