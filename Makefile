@@ -21,7 +21,7 @@ test: .venv/installed ## the fast tests
 
 # The tests of a file share what took minutes to make.
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
-	@$(PYTEST) -n $$(nproc) --dist loadfile -m slow
+	@$(PYTEST) -n $$(nproc) --dist loadfile -m slow --timeout 1800
 
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster

@@ -69,7 +69,7 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
     for name, init in (("pretrained", run), ("random", "")):
         out = folder / f"frozen-{name}"
         equiav(folder, "probe", "--stream.url", clips, "--probe.test_url", test, "--out", out, "--features", folder / "features",
-               "--seed", seed, *(["--init", init] if init else []))  # fmt: skip
+               "--seed", seed, *(["--weights", init] if init else []))  # fmt: skip
         found[f"frozen, {name}"] = json.loads((out / "results.json").read_text())["linear"]["mAP"]
 
     def tuned(name: str, *more: object) -> None:
@@ -79,9 +79,9 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
         found[name] = json.loads((out / "model" / "results.json").read_text())["mAP"]
 
     for modality in ("audio", "image", "both"):
-        tuned(f"fine-tuned, {modality}", "--init", run, "--tune.modality", modality, "--tune.epochs", EPOCHS,
+        tuned(f"fine-tuned, {modality}", "--weights", run, "--tune.modality", modality, "--tune.epochs", EPOCHS,
               "--tune.warmup_epochs", 1)  # fmt: skip
-    for name, init in (("few labels, pretrained", ["--init", run]), ("few labels, scratch", [])):
+    for name, init in (("few labels, pretrained", ["--weights", run]), ("few labels, scratch", [])):
         for k in range(TIMES):
             tuned(
                 f"{name} {k}", *init, "--tune.train_on", f"few {k}", "--tune.epochs", OF_FEW, "--tune.warmup_epochs", 1

@@ -27,7 +27,7 @@ def main() -> int:
         encode = EncodeSynthetic(world, Shape(10, 64, 90, "wav", 30.0, True, DataConfig(silence=0.0)))
         items = [(f"synthetic-{SEED}-{k}", k) for k in range(CLIPS)]
         pack(items, encode, Store(str(folder / "clips")), processes=0, part_items=64)
-        return cli.main(["eval", "localize", "--model", sys.argv[1], "--stream.url", str(folder / "clips"), "--out",
+        return cli.main(["eval", "localize", "--weights", sys.argv[1], "--stream.url", str(folder / "clips"), "--out",
                          str(folder / "out"), "--world.silent", str(SILENT), "--stream.workers", "0"])  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def _run(name: str, argv: list[str]) -> int:
         if section in theirs and getattr(getattr(config, section), field) == theirs[section][field]
     ]
     if taken and os.environ.get("RANK", "0") == "0":
-        print(f"equiav {name}: as the model at {masked(config.init)} has them: {', '.join(taken)}", file=sys.stderr)
+        print(f"equiav {name}: as the model at {masked(config.weights)} has them: {', '.join(taken)}", file=sys.stderr)
     # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.
     gc.freeze()
     gc.enable()

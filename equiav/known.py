@@ -26,7 +26,7 @@ def model_knows(source: str, patience: float = 600.0) -> dict[str, dict[str, Any
         content = path.read_bytes() if path.is_file() else b""
     if not content:
         return {}
-    values = to_dict(read_settings(content, f"init: {masked(source)}: {SETTINGS}"))
+    values = to_dict(read_settings(content, f"weights: {masked(source)}: {SETTINGS}"))
     return {"model": values["model"], "data": {name: values["data"][name] for name in INPUTS}}
 
 

@@ -139,11 +139,11 @@ def initial_weights(
                 kind, imported = from_checkpoint(path, settings, seed)
                 theirs = settings_of(kind, settings)
         except (ConfigError, CheckpointError) as error:
-            raise ConfigError(f"init: {str(error).replace(folder, source)}") from None
+            raise ConfigError(f"weights: {str(error).replace(folder, source)}") from None
     predicts = predicts and any(".predictor." in name for name in imported.state.keys() - imported.fresh.keys())
     if predicts and theirs.augment.variant != settings.augment.variant:
         raise ConfigError(
-            f"init: the predictors of {source} were trained with the vectors of augment.variant={theirs.augment.variant}, "
+            f"weights: the predictors of {source} were trained with the vectors of augment.variant={theirs.augment.variant}, "
             f"this run draws those of {settings.augment.variant}; set augment.variant={theirs.augment.variant}"
         )
     return imported

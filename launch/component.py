@@ -65,7 +65,7 @@ def knows(source: str) -> dict[str, dict[str, Any]]:
         found, why = {}, f"cannot be read from here ({error})"
     if not found and not source.endswith((".pth", ".pt")):
         raise ConfigError(
-            f"init: {source} {why}, so that nothing says of what size that model is and what its inputs were: give "
+            f"weights: {source} {why}, so that nothing says of what size that model is and what its inputs were: give "
             "--model.size, --data.audio_mean and --data.audio_std, or a recipe that has them (--config)"
         )
     return found

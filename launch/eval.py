@@ -16,7 +16,7 @@ def evaluate(
     memory: str = "",
     scratch: str = "20Gi",
     what: str = "retrieval",
-    model: str = "",
+    weights: str = "",
     data: str = "",
     out: str = "",
     name: str = "",
@@ -36,7 +36,7 @@ def evaluate(
         memory: of the node (default: 64Gi for each GPU, else 8Gi)
         scratch: local disk of the node, mostly for the shards of the dataset
         what: retrieval, similarity, centroid, localize, attention or examples
-        model: folder of a model, or of a run: s3://BUCKET/NAME, or a path on a mounted volume
+        weights: of the model: its folder, or that of a run: s3://BUCKET/NAME, or a path on a mounted volume
         data: folder of the dataset: s3://BUCKET/NAME, or a path on a mounted volume
         out: folder of the results: s3://BUCKET/NAME, or a path on a mounted volume
         name: of the job (default: eval, and what)
@@ -48,7 +48,7 @@ def evaluate(
     """
     bytes_of("scratch", scratch)
     for setting, given, wanted in (
-        ("model", model, "no model is named. Give the folder of a run (--model s3://BUCKET/NAME)"),
+        ("weights", weights, "no model is named. Give the folder of a run (--weights s3://BUCKET/NAME)"),
         ("data", data, "no dataset is named. Give its folder (--data s3://BUCKET/NAME; `equiav pack` fills one)"),
         ("out", out, "no folder is named for the results. Give one that outlives the node (--out s3://BUCKET/NAME)"),
     ):
@@ -59,8 +59,8 @@ def evaluate(
     workers = workers or gpus or 1
     chosen = [
         what,
-        "--model",
-        model,
+        "--weights",
+        weights,
         "--stream.url",
         data,
         "--out",
@@ -74,11 +74,11 @@ def evaluate(
         refuse(
             "clips is a list on this machine, which the pod does not see; pack the clips of the list, and leave it out"
         )
-    say(f"evaluates {model} on {data} ({what}), into {out}: one node of {workers} worker(s)")
+    say(f"evaluates {weights} on {data} ({what}), into {out}: one node of {workers} worker(s)")
     program = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), "-m", "equiav"]
     program = [*(program if workers > 1 else ["equiav"]), "eval", *map(literal, chosen)]
     where = {"scratch": scratch, "queue": queue, "secret": secret}
-    where |= {"paths": on_volumes({"model": model, "data": data, "out": out})}
+    where |= {"paths": on_volumes({"weights": weights, "data": data, "out": out})}
     common = {"image": image, "cpu": cpu, "memory": memory, "gpus": gpus, "env": env, "mounts": mounts}
     return app(name or f"eval-{what}", program, metadata=where, **common)
 

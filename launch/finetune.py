@@ -20,7 +20,7 @@ def finetune(
     config: str = "",
     data: str = "",
     test: str = "",
-    init: str = "",
+    weights: str = "",
     out: str = "",
     name: str = "",
     queue: str = "",
@@ -43,7 +43,7 @@ def finetune(
         config: a recipe (tune_esc50, ...) or a YAML file on this machine
         data: folder of the dataset, with labels (`equiav label`): s3://BUCKET/NAME, or a path on a mounted volume
         test: folder of the dataset on which it is tested at the end
-        init: what it begins with: folder of a pretraining run or of a model, or a .pth file
+        weights: what it begins with: folder of a pretraining run or of a model, or a .pth file
         out: folder of the run: s3://BUCKET/NAME, or a path on a mounted volume. What it holds is gone on with
         name: of the job (default: the last part of `out`)
         queue: of Kueue, where the cluster has it: the job waits there until its nodes fit the quota
@@ -55,9 +55,9 @@ def finetune(
     """
     if not data:
         refuse("data: no dataset is named. Give its folder (--data s3://BUCKET/NAME; `equiav pack` fills one)")
-    given = [*(["--tune.test_url", test] if test else []), *(["--init", init] if init else []), *settings]
+    given = [*(["--tune.test_url", test] if test else []), *(["--weights", weights] if weights else []), *settings]
     where = {"scratch": scratch, "queue": queue, "secret": secret}
-    return trained("finetune", "FinetuneConfig", given, "" if init else ", from scratch (--init)", name=name, data=data,
+    return trained("finetune", "FinetuneConfig", given, "" if weights else ", from scratch (--weights)", name=name, data=data,
                    out=out, config=config, nodes=nodes, workers=workers, metrics_port=metrics_port, where=where, image=image,
                    cpu=cpu, memory=memory, gpus=gpus, env=env, mounts=mounts)  # fmt: skip
 

@@ -61,7 +61,7 @@ def trained(
     folder = run.checkpoint.url or str(Path(run.out) / "checkpoints")
     program += ["--folder", folder, "--data", run.stream.url]
     tune = getattr(run, "tune", None)
-    also = {"init": run.init, "test": tune.test_url if tune else ""}
+    also = {"weights": run.weights, "test": tune.test_url if tune else ""}
     paths = {"out": folder, "data": run.stream.url} | {setting: path for setting, path in also.items() if path}
     program += ["--metrics-port", str(metrics_port)] if metrics_port else []
     program = [*map(literal, program), "--index", macros.replica_id, "--", command]

@@ -327,13 +327,13 @@ def test_one_file_that_cannot_be_read_does_not_cost_the_others(folder, tmp_path,
     good = str(write_video(tmp_path / "a.mp4", seconds=2.0))
     (tmp_path / "b.mp4").write_bytes(b"no video")
     bad, out = str(tmp_path / "b.mp4"), tmp_path / "x.npz"
-    assert cli.main(["embed", bad, good, "--model", str(folder), "--out", str(out)]) == 1
+    assert cli.main(["embed", bad, good, "--weights", str(folder), "--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "1 of 2 files: could not be embedded" in said.err
     assert bad in said.out
     assert np.load(out)["name"].tolist() == [good]
     out.unlink()
-    assert cli.main(["embed", bad, "--model", str(folder), "--out", str(out)]) == 2
+    assert cli.main(["embed", bad, "--weights", str(folder), "--out", str(out)]) == 2
     assert "none of 1 file(s) could be embedded" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(ConfigError, match="is a Path, which takes a slash from an address"):
@@ -360,13 +360,14 @@ def test_what_sounds(folder, tmp_path, capsys):
         model.localize(waves[:2], frames[:3], 16000)
 
     write_video(tmp_path / "long.mp4", seconds=6)
-    typed = ["localize", str(tmp_path / "long.mp4"), "--model", str(folder), "--out"]
+    typed = ["localize", str(tmp_path / "long.mp4"), "--weights", str(folder), "--out"]
     for k, seconds in enumerate((0.4, 1.2, 2.0, 4.4, 7.0, 9.0)):  # with a last part of any length
         write_video(tmp_path / "other.mp4", seconds=seconds, rate=8000)
         film = tmp_path / f"other{k}.mp4"
         more = ("--fps", "29.97") if k == 2 else ()
         assert (
-            cli.main(["localize", str(tmp_path / "other.mp4"), "--model", str(folder), "--out", str(film), *more]) == 0
+            cli.main(["localize", str(tmp_path / "other.mp4"), "--weights", str(folder), "--out", str(film), *more])
+            == 0
         )
         with av.open(str(film)) as file:
             times = [frame.time for frame in file.decode(video=0)]
@@ -381,7 +382,7 @@ def test_what_sounds(folder, tmp_path, capsys):
     assert pictures[-1].time == pytest.approx(seconds, abs=0.5)
     assert (pictures[0].width, pictures[0].height) == (256, 256)
     assert (
-        cli.main(["embed", str(tmp_path / "long.mp4"), "--model", str(folder), "--out", str(tmp_path / "o.npz")]) == 0
+        cli.main(["embed", str(tmp_path / "long.mp4"), "--weights", str(folder), "--out", str(tmp_path / "o.npz")]) == 0
     )
     assert cli.main([*typed, str(tmp_path / "heat.png"), "--others", str(tmp_path / "o.npz")]) == 0
     assert Image.open(tmp_path / "heat.png").height > 2 * 256
@@ -395,7 +396,7 @@ def test_what_sounds(folder, tmp_path, capsys):
         ([str(tmp_path / "long.mp4"), "--out", str(tmp_path / "long.mp4")], "expected another file than it reads"),
         ([str(tmp_path / "long.mp4"), "--others", str(tmp_path / "text.npz")], "holds no embeddings"),
     ):
-        assert cli.main(["localize", *more, "--model", str(folder)]) in (1, 2)
+        assert cli.main(["localize", *more, "--weights", str(folder)]) in (1, 2)
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line
     assert not list(tmp_path.glob(".*"))  # what was begun
@@ -449,30 +450,33 @@ def test_the_commands(folder, tuned, tmp_path, capsys):
     both = str(write_video(tmp_path / "a.mp4", seconds=6.0, size=(64, 64)))
     mute = str(write_video(tmp_path / "b.mp4", seconds=2.0, size=(64, 64), sound=None))
     out = tmp_path / "x.npz"
-    assert cli.main(["embed", both, mute, "--model", str(folder), "--out", str(out)]) == 0
+    assert cli.main(["embed", both, mute, "--weights", str(folder), "--out", str(out)]) == 0
     with np.load(out) as kept:
         assert kept["name"].tolist() == [both, both, mute]
         assert np.isfinite(kept["image"]).all()
         assert np.isnan(kept["audio"]).all(axis=1).tolist() == [False, False, True]
     assert "without sound" in capsys.readouterr().out
-    assert cli.main(["score", both, "--model", str(folder)]) == 0
+    assert cli.main(["score", both, "--weights", str(folder)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert cli.main(["predict", both, "--model", str(tuned("both")), "--top", "2"]) == 0
+    assert cli.main(["predict", both, "--weights", str(tuned("both")), "--top", "2"]) == 0
     assert capsys.readouterr().out.startswith(f"{both}: ")
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["score", "MUTE", "--model", "MODEL"], "has no sound, and a score needs both"),
-        (["predict", "MUTE", "--model", "TUNED"], "has no sound, which this model needs"),
-        (["predict", "MUTE", "--model", "MODEL"], "knows no classes; `equiav finetune` teaches it some"),
-        (["embed", "MUTE", "--model", "TUNED"], "was fine-tuned and has no embeddings to compare"),
-        (["embed", "nowhere.mp4", "--model", "MODEL"], "files is nowhere.mp4, expected a file or a folder that exists"),
-        (["embed", "MUTE"], "model is not set"),
-        (["embed", "--model", "MODEL"], "files is not given"),
-        (["embed", "MUTE", "--model", "nowhere"], "nowhere: no config.json there"),
-        (["embed", "MUTE", "--model", "MODEL", "--out", "no/x.npz"], "out is no/x.npz, expected a file in a folder"),
+        (["score", "MUTE", "--weights", "MODEL"], "has no sound, and a score needs both"),
+        (["predict", "MUTE", "--weights", "TUNED"], "has no sound, which this model needs"),
+        (["predict", "MUTE", "--weights", "MODEL"], "knows no classes; `equiav finetune` teaches it some"),
+        (["embed", "MUTE", "--weights", "TUNED"], "was fine-tuned and has no embeddings to compare"),
+        (
+            ["embed", "nowhere.mp4", "--weights", "MODEL"],
+            "files is nowhere.mp4, expected a file or a folder that exists",
+        ),
+        (["embed", "MUTE"], "weights is not set"),
+        (["embed", "--weights", "MODEL"], "files is not given"),
+        (["embed", "MUTE", "--weights", "nowhere"], "nowhere: no config.json there"),
+        (["embed", "MUTE", "--weights", "MODEL", "--out", "no/x.npz"], "out is no/x.npz, expected a file in a folder"),
     ],
 )
 def test_mistakes(folder, tuned, tmp_path, monkeypatch, capsys, typed, said):
@@ -510,9 +514,9 @@ from equiav import cli
 import io
 from contextlib import redirect_stderr
 for typed, extra in (
-    (["embed", {str(tmp_path / "a.wav")!r}, "--model", {str(folder)!r}], "prep"),
-    (["localize", {str(tmp_path / "a.wav")!r}, "--model", {str(folder)!r}], "prep"),
-    (["export", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}], "export"),
+    (["embed", {str(tmp_path / "a.wav")!r}, "--weights", {str(folder)!r}], "prep"),
+    (["localize", {str(tmp_path / "a.wav")!r}, "--weights", {str(folder)!r}], "prep"),
+    (["export", "--weights", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}], "export"),
 ):
     with redirect_stderr(io.StringIO()) as said:
         assert cli.main(typed) == 2, typed

@@ -38,7 +38,7 @@ def test_print_config_shows_what_would_run(capsys, command):
     assert cli.main([command, "--print-config", *(["x.pth"] if command == "import" else [])]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     if command == "eval":
-        assert (settings["what"], settings["model"]) == ("retrieval", "")
+        assert (settings["what"], settings["weights"]) == ("retrieval", "")
     elif command in ("pack", "index", "verify"):
         assert settings["processes"] >= 1
     elif command == "label":
@@ -46,7 +46,7 @@ def test_print_config_shows_what_would_run(capsys, command):
     elif command == "diff":
         assert settings == {"one": "", "two": ""}
     elif command == "export":
-        assert (settings["model"], settings["formats"]) == ("", ["torch", "onnx"])
+        assert (settings["weights"], settings["formats"]) == ("", ["torch", "onnx"])
     elif command == "report":
         assert (settings["runs"], settings["title"]) == ([], "")
     elif command == "search":
@@ -54,7 +54,7 @@ def test_print_config_shows_what_would_run(capsys, command):
     elif command == "localize":
         assert (settings["file"], settings["out"]) == ("", "heat.mp4")
     elif command in ("embed", "score", "predict"):
-        assert (settings["files"], settings["model"]) == ([], "")
+        assert (settings["files"], settings["weights"]) == ([], "")
     elif command == "top":
         assert settings == {"where": [], "seconds": 2.0, "once": False}
     else:
@@ -177,24 +177,24 @@ def test_what_a_model_folder_knows_is_taken_and_told(tmp_path, capsys, monkeypat
     model.init_weights(1)
     save_model(tmp_path / "run" / "model", model.state_dict(), settings)
     for command in ("finetune", "probe"):
-        assert cli.main([command, "--init", str(tmp_path / "run"), "--print-config"]) == 0
+        assert cli.main([command, "--weights", str(tmp_path / "run"), "--print-config"]) == 0
         out, err = capsys.readouterr()
         values = yaml.safe_load(out)
         assert (values["model"]["size"], values["model"]["heads"]) == ("tiny", settings.model.heads)
         assert (values["data"]["audio_mean"], values["data"]["audio_std"]) == (-10.3, 3.9)
         assert f"as the model at {tmp_path / 'run'} has them: model.size tiny, data.sample_rate 16000" in err
         other = ["--data.audio_mean", "-3", "--model.size", "vit_b16"]
-        assert cli.main([command, "--init", str(tmp_path / "run"), *other, "--print-config"]) == 0
+        assert cli.main([command, "--weights", str(tmp_path / "run"), *other, "--print-config"]) == 0
         values = yaml.safe_load(capsys.readouterr().out)
         assert (values["model"]["size"], values["model"]["heads"]) == ("vit_b16", 12)
         assert (values["data"]["audio_mean"], values["data"]["audio_std"]) == (-3.0, 3.9)
     (tmp_path / "run" / "model" / "config.json").write_text('{"model": 3}')
-    assert cli.main(["probe", "--init", str(tmp_path / "run"), "--print-config"]) == 2
+    assert cli.main(["probe", "--weights", str(tmp_path / "run"), "--print-config"]) == 2
     assert "config.json: model: found 3" in capsys.readouterr().err
 
 
 PLACES = {"report": "RUN", "top": "RUN", "stats": "URL", "localize": "FILE", "diff": "RUN RUN", "pack": "SOURCE", "index": "URL",
-          "export": "MODEL", "label": "URL FILE", "show": "URL KEY", "embed": "FILE", "search": "FILE"}  # fmt: skip
+          "label": "URL FILE", "show": "URL KEY", "embed": "FILE", "search": "FILE"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", PLACES)

@@ -50,7 +50,12 @@ def exported(tmp_path_factory):
     (run / "eval").mkdir()
     (run / "eval" / "retrieval.md").write_text("| among 5 clips |\n")
     out = run.parent / "exported"
-    assert cli.main(["export", str(run), "--out", str(out), "--license", "cc-by-4.0", "--data", "Nobody's clips."]) == 0
+    assert (
+        cli.main(
+            ["export", "--weights", str(run), "--out", str(out), "--license", "cc-by-4.0", "--data", "Nobody's clips."]
+        )
+        == 0
+    )
     return run, out
 
 
@@ -102,7 +107,7 @@ def test_the_folder_is_a_model_folder_with_a_card(exported):
 @pytest.mark.parametrize("modality", ["both", "audio", "image"])
 def test_a_fine_tuned_model(tuned, tmp_path, modality):  # noqa: F811
     out = tmp_path / "out"
-    assert cli.main(["export", str(tuned(modality)), "--out", str(out), "--formats", "torch"]) == 0
+    assert cli.main(["export", "--weights", str(tuned(modality)), "--out", str(out), "--formats", "torch"]) == 0
     model = equiav.load(tuned(modality))
     wave = np.zeros((2, model.length), np.float32)
     for k in range(2):
@@ -121,10 +126,10 @@ def test_a_fine_tuned_model(tuned, tmp_path, modality):  # noqa: F811
 def test_mistakes(exported, tmp_path, capsys, monkeypatch):
     run, out = exported
     for typed, said in (
-        ([], "model is not given"),
-        ([str(run), "--out", str(out)], "is there already, and not empty"),
-        (["nowhere", "--out", str(tmp_path / "x")], "nowhere: no config.json there"),
-        ([str(run), "--formats", "tensorflow"], "formats"),
+        ([], "weights is not given"),
+        (["--weights", str(run), "--out", str(out)], "is there already, and not empty"),
+        (["--weights", "nowhere", "--out", str(tmp_path / "x")], "nowhere: no config.json there"),
+        (["--weights", str(run), "--formats", "tensorflow"], "formats"),
     ):
         capsys.readouterr()
         assert cli.main(["export", *typed]) == 2
@@ -134,16 +139,19 @@ def test_mistakes(exported, tmp_path, capsys, monkeypatch):
     for name in ("q.part", ".q"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("x")
-    assert cli.main(["export", f"file://{run}/model", "--out", str(tmp_path / "q"), "--formats", "torch"]) == 0
+    assert (
+        cli.main(["export", "--weights", f"file://{run}/model", "--out", str(tmp_path / "q"), "--formats", "torch"])
+        == 0
+    )
     assert (tmp_path / "q.part" / "mine").is_file()
     assert (tmp_path / ".q" / "mine").is_file()
     assert "\n# model\n" in (tmp_path / "q" / "README.md").read_text()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "y")]) != 0
+    assert cli.main(["export", "--weights", str(run), "--out", str(tmp_path / "y")]) != 0
     assert "pip install 'equiav[export]'" in capsys.readouterr().err
     monkeypatch.undo()
     # What is off is said, not written.
     monkeypatch.setattr("equiav.programs.NEAR", -1.0)
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "z"), "--formats", "torch"]) == 2
+    assert cli.main(["export", "--weights", str(run), "--out", str(tmp_path / "z"), "--formats", "torch"]) == 2
     assert "reloaded, it is off by" in capsys.readouterr().err
     assert not (tmp_path / "z").exists()

@@ -57,7 +57,7 @@ def commands():
 
 
 def typed(line):
-    line = line.replace("--init mae_pretrain_vit_base.pth ", "").replace("--clip_seconds 10", "--clip_seconds 2.5")
+    line = line.replace("--weights mae_pretrain_vit_base.pth ", "").replace("--clip_seconds 10", "--clip_seconds 2.5")
     for name in sorted(HERE, key=len, reverse=True):
         line = line.replace(name, HERE[name])
     words = shlex.split(line)[1:]

@@ -43,7 +43,7 @@ FEW = 20  # problems that are named
 class UseConfig:
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
     """Videos or sound files."""
-    model: str = ""
+    weights: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     frames: int = 1
     """Pictures of each part of a video, over which is averaged."""
@@ -92,29 +92,29 @@ class PredictConfig(UseConfig):
 
 def opened(config: UseConfig) -> Embedder | Labeller:
     require(bool(config.files), "files", "not given", "videos or sound files")
-    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     for name in config.files:
         require(Path(name).is_file(), "files", name, "a file that exists")
-    return load(config.model, config.device)
+    return load(config.weights, config.device)
 
 
 def embedder(config: UseConfig, model: Embedder | Labeller) -> Embedder:
     if not isinstance(model, Embedder):
         raise ConfigError(
-            f"model: {config.model} was fine-tuned and has no embeddings to compare; `equiav predict` uses it"
+            f"weights: {config.weights} was fine-tuned and has no embeddings to compare; `equiav predict` uses it"
         )
     return model
 
 
 def run_embed(config: EmbedConfig) -> None:
     require(bool(config.files), "files", "not given", "videos, sound files, a folder, a list, or a dataset")
-    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
     require(not config.out.is_dir(), "out", config.out, "a file; there is a folder of that name")
     check_ending(config.out)
     dataset = dataset_of(config)
     names = [] if dataset else listed(config.files)
-    model = embedder(config, load(config.model, config.device))
+    model = embedder(config, load(config.weights, config.device))
     of = sha256(dataset.fingerprint.encode() if dataset else "\0".join(names).encode())
     of.update(f"{config.frames} {model.digest()}".encode())
     parts = config.out.absolute().parent / f".{config.out.name}.{of.hexdigest()[:16]}.parts"
@@ -299,7 +299,7 @@ def run_score(config: ScoreConfig) -> None:
 def run_predict(config: PredictConfig) -> None:
     model = opened(config)
     if not isinstance(model, Labeller):
-        raise ConfigError(f"model: {config.model} knows no classes; `equiav finetune` teaches it some")
+        raise ConfigError(f"weights: {config.weights} knows no classes; `equiav finetune` teaches it some")
     for name in config.files:
         said = model.predict_video(name, config.frames, config.top)
         say(f"{name}: " + ", ".join(f"{label} {probability:.3f}" for label, probability in said))

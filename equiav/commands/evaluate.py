@@ -28,13 +28,14 @@ from streaming import Dataset, DatasetError, Store
 
 
 def run_eval(config: EvalConfig) -> None:
-    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     require(bool(config.stream.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
-    remote = "://" in config.model
+    remote = "://" in config.weights
     out = Store(
-        config.out or ("runs/eval" if remote else str(Path(config.model).expanduser() / "eval")), config.stream.patience
+        config.out or ("runs/eval" if remote else str(Path(config.weights).expanduser() / "eval")),
+        config.stream.patience,
     )
     if "://" not in out.url:  # before it computes for hours
         try:
@@ -51,7 +52,7 @@ def run_eval(config: EvalConfig) -> None:
         if not takes_part:
             return
         with TemporaryDirectory(prefix="equiav-") as temporary:
-            path = download(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
+            path = download(config.weights, Path(temporary)) if remote else Path(config.weights).expanduser()
             model, settings = load_model(model_folder(path))
         model.to(ranks.device).requires_grad_(False)
         dataset = Dataset(Store(config.stream.url, config.stream.patience))
@@ -62,7 +63,7 @@ def run_eval(config: EvalConfig) -> None:
             tell(f"{config.what} of {of:,} clips of {dataset.store.url}, {ranks.size} process(es)")
         found = EVALUATIONS[config.what](looker)
         about = {
-            "model": masked(config.model),
+            "model": masked(config.weights),
             "dataset": dataset.store.url,
             "of": int(looker.chosen.sum()),
             "settings": asked(config),

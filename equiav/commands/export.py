@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 import yaml
 
 from equiav.api import Embedder, Labeller, load
@@ -28,7 +27,7 @@ class ExportConfig:
     """Writes a model for others: its weights and settings, programs from samples and pixels to embeddings (or classes), each
     reloaded and compared, and a model card."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
+    weights: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     out: Path = Path("exported")
     """Folder to write: a new one, or an empty one."""
@@ -43,15 +42,15 @@ class ExportConfig:
 
 
 def run_export(config: ExportConfig) -> None:
-    require(bool(config.model), "model", "not given", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not given", "a model folder, or the folder of a run")
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"out: {config.out} is there already, and not empty; choose another folder")
     if "onnx" in config.formats:
         require_onnx()
     with ExitStack() as stack:
         temporary = stack.enter_context(TemporaryDirectory(prefix="equiav-"))
-        remote = "://" in config.model
-        given = download(config.model, Path(temporary)) if remote else Path(config.model).expanduser()
+        remote = "://" in config.weights
+        given = download(config.weights, Path(temporary)) if remote else Path(config.weights).expanduser()
         folder = model_folder(given)
         model = load(folder)
         out = config.out.absolute()
@@ -75,7 +74,10 @@ def run_export(config: ExportConfig) -> None:
 def card(config: ExportConfig, model: Embedder | Labeller, run: Path, folder: Path, off: dict[str, float]) -> str:
     """-> Markdown. run: what was named; folder: the model's own, in it."""
     embeds = isinstance(model, Embedder)
-    name = config.name or (config.model if "://" in config.model else str(run.resolve())).rstrip("/").rpartition("/")[2]
+    name = (
+        config.name
+        or (config.weights if "://" in config.weights else str(run.resolve())).rstrip("/").rpartition("/")[2]
+    )
     head: dict[str, Any] = {
         "license": config.license or "unknown",
         "library_name": "equiav",

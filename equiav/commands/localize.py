@@ -31,7 +31,7 @@ class LocalizeConfig:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default="")
     """A video with sound."""
-    model: str = ""
+    weights: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     out: Path = Path("heat.mp4")
     """File to write: .mp4, with the sound, or .png, a picture of each part that is as long as the model hears."""
@@ -49,7 +49,7 @@ class LocalizeConfig:
 
 def run_localize(config: LocalizeConfig) -> None:
     require(bool(config.file), "file", "not given", "a video with sound")
-    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     require(Path(config.file).is_file(), "file", config.file, "a file that exists")
     require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
     require(
@@ -58,9 +58,9 @@ def run_localize(config: LocalizeConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     require_av()
-    model = load(config.model, config.device)
+    model = load(config.weights, config.device)
     if not isinstance(model, Embedder):
-        raise ConfigError(f"model: {config.model} was fine-tuned and compares no sounds with pictures")
+        raise ConfigError(f"weights: {config.weights} was fine-tuned and compares no sounds with pictures")
     others = sounds_of(config.others, model) if config.others else None
     film = config.out.suffix.lower() == ".mp4"
     part = beside(config.out)

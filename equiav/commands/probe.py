@@ -63,7 +63,7 @@ def run_probe(config: ProbeConfig) -> None:
     linear = fit_linear(x, right, strength, one).scores(x_tested, one)
     names = learned.labels.classes.names
     said = {
-        "model": config.init or "random",
+        "model": config.weights or "random",
         "linear": results(right_tested, linear, names) | {"strength": strength, "held out": tried},
         "nearest": results(right_tested, nearest(x, right, x_tested, probe.neighbours), names)
         | {"neighbours": min(probe.neighbours, len(x))},
@@ -88,13 +88,16 @@ def encoders(config: ProbeConfig, task: Classification) -> Classifier:
     with torch.device("meta"):
         model = task.build()
     model.to_empty(device="cpu").init_weights(config.seed)
-    if config.init:
-        imported = initial_weights(config.init, config, config.seed, predicts=False, patience=config.stream.patience)
+    if config.weights:
+        imported = initial_weights(config.weights, config, config.seed, predicts=False, patience=config.stream.patience)
         imported.restrict_to([name for name in model.state_dict() if not name.startswith("head.")])
         for side in ("audio", "image"):
             lacks = any(name.startswith(f"{side}.") for name in imported.fresh)
             require(
-                not lacks, "init", config.init, f"a model with an encoder for {side}; probe.modality can do without"
+                not lacks,
+                "weights",
+                config.weights,
+                f"a model with an encoder for {side}; probe.modality can do without",
             )
         model.load_state_dict(imported.state, strict=False)
         for line in imported.notes:

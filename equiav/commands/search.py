@@ -25,7 +25,7 @@ class SearchConfig:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""
     """A sound, a picture, or a video, whose first part is taken."""
-    model: str = ""
+    weights: str = ""
     """The model by which the index was made: its folder, or a run's."""
     index: Path = Path("embeddings.npz")
     """What `equiav embed` wrote."""
@@ -44,12 +44,12 @@ class SearchConfig:
 
 def run_search(config: SearchConfig) -> None:
     require(bool(config.file), "file", "not given", "a sound, a picture or a video")
-    require(bool(config.model), "model", "not set", "a model folder, or the folder of a run")
+    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     require("://" in config.file or Path(config.file).is_file(), "file", config.file, "a file that exists")
     index = read(config.index)
-    model = load(config.model, config.device)
+    model = load(config.weights, config.device)
     if not isinstance(model, Embedder):
-        raise ConfigError(f"model: {config.model} was fine-tuned and has no embeddings to compare")
+        raise ConfigError(f"weights: {config.weights} was fine-tuned and has no embeddings to compare")
     ending = Path(config.file).suffix.lower()
     if ending in PICTURES and config.by == "audio":
         raise ConfigError(f"by: {config.file} is a picture, and has no sound")
@@ -67,7 +67,7 @@ def run_search(config: SearchConfig) -> None:
     among = config.among if config.among != "auto" else {"audio": "image", "image": "audio"}[by]
     if index.model != model.digest():
         raise ConfigError(
-            f"index: {config.index} was made by another model than {config.model}, or another state of it"
+            f"index: {config.index} was made by another model than {config.weights}, or another state of it"
         )
     candidates = getattr(index, among)
     scores = candidates @ query

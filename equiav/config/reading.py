@@ -25,6 +25,7 @@ from equiav.config.settings import ROUNDING, SIZES, WITHOUT_EFFECT, ConfigError
 T = typing.TypeVar("T")
 
 
+FORMERLY = {"init": "weights", "model": "weights"}  # settings that had another name
 EXPLICIT = {"model": ("size",), "data": ("audio_mean", "audio_std")}  # with these given, nothing is asked of a model
 
 
@@ -36,7 +37,7 @@ def load(
     known: Callable[[str], dict[str, dict[str, Any]]] | None = None,
 ) -> tuple[T, bool]:
     """The resolved config of one command, and whether `--print-config` was asked for. `recipe` is the default YAML. `known`: what
-    the model that `init` names was made and trained with, section by section, which is taken where nothing else is given."""
+    the model that `weights` names was made and trained with, section by section, which is taken where nothing else is given."""
     given = read_line(cls, argv)
     name, show = given.pop("config", recipe), bool(given.pop("print_config", False))
     values, source = read_yaml(name, cls) if name else ({}, "defaults")
@@ -53,10 +54,10 @@ def load(
                 break  # `from_dict` will say so
         else:
             place[field] = value
-    if known and isinstance(init := values.get("init"), str) and init:
+    if known and isinstance(weights := values.get("weights"), str) and weights:
         sections = {name: values.get(name) or {} for name in EXPLICIT}
         asked = [name in of for section, of in sections.items() if isinstance(of, dict) for name in EXPLICIT[section]]
-        theirs = {} if all(asked) else known(init)
+        theirs = {} if all(asked) else known(weights)
         if sections["model"].get("size") not in (None, theirs.get("model", {}).get("size")):
             theirs.pop("model", None)  # another size, on purpose
         for section, of in theirs.items():
@@ -88,7 +89,9 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
         # A clip's name may begin with a dash.
         if not word.startswith("--") and word != "-h" and (not word.startswith("-") or places or _number(word)):
             if not places:
-                raise ConfigError(f"{word!r} is not expected; settings are given as --section.field value")
+                flat = "weights" in options and not any("." in name for name in options)
+                hint = f"--weights {word}" if flat else "--section.field value"
+                raise ConfigError(f"{word!r} is not expected; settings are given as {hint}")
             kind = options[places[0]]
             if typing.get_origin(kind) is tuple:  # of any length
                 given.setdefault(places[0], []).append(word)
@@ -105,6 +108,8 @@ def read_line(cls: type, argv: list[str]) -> dict[str, Any]:
             near = [one for one in options if one.endswith(f".{name}")]  # without its section
             near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
+            if name in FORMERLY and FORMERLY[name] in options:
+                hint = f"it is --{FORMERLY[name]} now"
             raise ConfigError(f"there is no --{name}; {hint}")
         kind = options[name]
         if kind is bool:
@@ -296,6 +301,8 @@ def _explain(
         for name in sorted(error.extra_fields):
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {path}{near[0]}?" if near else f"the fields are {', '.join(names)}"
+            if not path and FORMERLY.get(name) in names:
+                hint = f"it is {FORMERLY[name]} now"
             lines.append(f"{source}: unknown field {path}{name}; {hint}")
         return lines
     if isinstance(error, cattrs.ClassValidationError):
@@ -337,7 +344,9 @@ def differences(config: Any, began_with: dict[str, Any]) -> tuple[list[str], lis
     """Of a run that began with other settings: what makes it another run, and what it is rounded otherwise for. Settings that
     a later release has added had their default."""
     defaults = from_dict(type(config), {"model": {"size": config.model.size}}, "defaults")
-    now, then = flat(to_dict(config)), flat(to_dict(defaults)) | flat(began_with)
+    current = to_dict(config)
+    began_with = {name if name in current else FORMERLY.get(name, name): value for name, value in began_with.items()}
+    now, then = flat(current), flat(to_dict(defaults)) | flat(began_with)
     changed = {
         name: f"{name} is {now.get(name)}, was {then.get(name)}"
         for name in sorted(now.keys() | then.keys())

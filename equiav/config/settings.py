@@ -440,7 +440,7 @@ class RunConfig(Config):
 
     out: Path = Path("runs/pretrain")
     """Folder of metrics.jsonl, timing.jsonl, quarantine.jsonl, config.yaml, starts.jsonl, summary.json and the trained model."""
-    init: str = ""
+    weights: str = ""
     """Weights to begin with: a model folder (of `equiav import` or of a run), or a checkpoint of MAE, CAV-MAE or EquiAV (.pth);
     s3://..., or any other that fsspec reads, too. Read before the first step only. Empty: drawn from the seed."""
     resume: Literal["auto", "never", "anyway"] = "auto"
@@ -528,8 +528,8 @@ class TuneConfig(LabelsConfig):
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tunes on a dataset with labels (`equiav label`). The same command starts the run, goes on where it was, or says that
-    it is finished. Begin with --init: a pretraining run, its model folder, or a published checkpoint. The paper's datasets have
-    recipes (docs/downstream.md)."""
+    it is finished. Begin with --weights: a pretraining run, its model folder, or a published checkpoint. The paper's datasets
+    have recipes (docs/downstream.md)."""
 
     out: Path = Path("runs/finetune")
     """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
@@ -556,7 +556,7 @@ class ProbeOn(LabelsConfig):
 class ProbeConfig(Config):
     """Says what frozen features of a model are worth on labels: by a linear classifier, and by the nearest clips."""
 
-    init: str = ""
+    weights: str = ""
     """The model: its folder, a run's, or a checkpoint of MAE, CAV-MAE or EquiAV (.pth). Empty: as it is drawn from the seed, to
     compare with."""
     out: Path = Path("runs/probe")
@@ -571,7 +571,7 @@ ROUNDING = ("device", "train.micro_batch", "train.compile")
 
 WITHOUT_EFFECT = {
     "out",
-    "init",  # on a run that has begun
+    "weights",  # on a run that has begun
     "resume",
     "log_samples",
     "stall_seconds",

@@ -463,7 +463,7 @@ def settings(runs: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"equiav {command} --config {run['where']}/config.yaml --out ANOTHER")
         for what, said in run["evaluated"].items():
             lines.append(
-                f"equiav eval {what} --model {masked(str(said.get('model', run['where'])))} --stream.url {masked(str(said.get('dataset', '')))}"
+                f"equiav eval {what} --weights {masked(str(said.get('model', run['where'])))} --stream.url {masked(str(said.get('dataset', '')))}"
             )
         starts = "".join(
             f'<p class="soft">Started at step {text(start["step"])} with {text(start["ranks"])} process(es), equiav {text(start["equiav"])} {text(start["code"] or "")}</p>'

@@ -80,8 +80,9 @@ def beside_the_paper(config: FinetuneConfig, said: dict[str, Any]) -> str:
             f"| here | {here} | {interval} | {said['clips']:,} of {said['of']:,} |",
             *([f"| EquiAV, the paper | {paper} | | |"] if tune.benchmark else []),
             "",
-            f"{config.model.size}, from {config.init or 'scratch'}, {config.train.steps:,} steps of {config.train.batch_size}, "
-            f"seed {config.seed}; the last step's weights; tested on {said['dataset']}"
+            f"{config.model.size}, from {config.weights or 'scratch'}, "
+            f"{config.train.steps:,} steps of {config.train.batch_size}, seed {config.seed}; "
+            f"the last step's weights; tested on {said['dataset']}"
             + f" ({said['parts']})" * bool(said["parts"])
             + (f", mean of the probabilities over {tune.test_frames} frame(s)" if tune.modality != "audio" else "")
             + ".",

@@ -23,7 +23,7 @@ class EvalConfig:
         "retrieval"
     )
     """What is evaluated."""
-    model: str = ""
+    weights: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     out: str = ""
     """Folder of WHAT.json, WHAT.md and WHAT.png: a path, or s3://... By default `eval` in the model's folder, where

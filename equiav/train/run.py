@@ -136,7 +136,7 @@ def run_watched(
             require_modalities("stream.url", loader.dataset, task.hears, task.sees)
         found = find(config, task, checkpoints, state, loader, quarantine)
         began_with = (
-            found.get("init", {}) if found else begin_with(config, ranks, state, tell, watch) if config.init else {}
+            found.get("init", {}) if found else begin_with(config, ranks, state, tell, watch) if config.weights else {}
         )
         if first:
             how = "is finished" if state.step == config.train.steps else "goes on" if found else "begins"
@@ -233,9 +233,9 @@ def find(
         refused, otherwise = differences(config, manifest["config"])
         before = manifest.get("init", {}).get("from", "")
         if (
-            config.init and named(config.init) != before
+            config.weights and named(config.weights) != before
         ):  # what it began with is not needed again, nor has it to be said
-            refused.append(f"init is {named(config.init)}, was {before or 'empty'}")
+            refused.append(f"weights is {named(config.weights)}, was {before or 'empty'}")
         before_it = manifest.get("learns_from", {})
         refused += [
             f"the {what} are others" for what, digest in task.learns_from.items() if before_it.get(what) != digest
@@ -319,14 +319,14 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell, w
     try:
         names = list(state.model.state_dict())
         predicts = any(".predictor." in name for name in names)
-        with once_a_node(config.init, ranks, config.checkpoint.patience, watch.moved) as path:
-            imported = initial_weights(config.init, config, config.seed, path, predicts)
+        with once_a_node(config.weights, ranks, config.checkpoint.patience, watch.moved) as path:
+            imported = initial_weights(config.weights, config, config.seed, path, predicts)
         imported.restrict_to(names)
         if lacks := sorted(
             {name.partition(".")[0] for name in imported.fresh if name.endswith(".encoder.blocks.0.attn.qkv.weight")}
         ):
             raise ConfigError(
-                f"init: {named(config.init)} has no encoder for {' and '.join(lacks)}, which this run needs"
+                f"weights: {named(config.weights)} has no encoder for {' and '.join(lacks)}, which this run needs"
             )
     except (ConfigError, StoreError) as error:
         problem = str(error)
@@ -335,7 +335,7 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell, w
         if wrong:
             raise ConfigError(wrong if rank == ranks.rank or not digest else f"rank {rank}: {wrong}")
         if other != digest:
-            raise ConfigError(f"init: rank {rank} finds other weights at {config.init} than rank {ranks.rank}")
+            raise ConfigError(f"weights: rank {rank} finds other weights at {config.weights} than rank {ranks.rank}")
     assert imported
     with torch.no_grad():
         for name, x in state.model.state_dict().items():
@@ -347,8 +347,8 @@ def begin_with(config: RunConfig, ranks: Ranks, state: TrainState, tell: Tell, w
             )
             own.local.copy_(rows)
     if ranks.rank == 0:
-        tell("\n  ".join([f"begins with the weights of {named(config.init)}", *imported.account()]))
-    return {"from": named(config.init), "digest": digest}
+        tell("\n  ".join([f"begins with the weights of {named(config.weights)}", *imported.account()]))
+    return {"from": named(config.weights), "digest": digest}
 
 
 @contextmanager
@@ -658,7 +658,7 @@ def write_start(config: RunConfig, ranks: Ranks, checkpoints: Checkpoints, loade
 def shown(config: RunConfig, loader: Loader, checkpoints: Checkpoints) -> dict[str, Any]:
     """The settings, less any password in a URL."""
     values = to_dict(config)
-    values["init"] = named(config.init)
+    values["weights"] = named(config.weights)
     values["stream"]["url"] = loader.dataset.store.url
     if config.checkpoint.url:
         values["checkpoint"]["url"] = checkpoints.store.url

@@ -120,7 +120,7 @@ def tests(arguments):
     """-rs: what was skipped is listed at the end, with the reason."""
     named = any(Path(argument.split("::")[0]).exists() for argument in arguments)
     where = [] if named else ["tests/cluster"]
-    return [sys.executable, "-m", "pytest", "-m", "cluster", "-rs", *where, *arguments]
+    return [sys.executable, "-m", "pytest", "-m", "cluster", "-rs", "--timeout", "2400", *where, *arguments]
 
 
 if __name__ == "__main__":

@@ -400,7 +400,7 @@ def test_whatever_happens_to_the_machines_the_run_is_the_same(kubectl, cluster, 
 def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
     """Two nodes, from what the run before left in the store; its clips have labels since they were packed."""
     torchx(*launcher, "launch/finetune.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi",
-           "--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--init", "s3://equiav/attacked",
+           "--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--weights", "s3://equiav/attacked",
            "--config", "smoke", "--out", "s3://equiav/tuned", "--secret", "equiav-store", "--",
            "--tune.loss", "one", "--tune.epochs", "1", "--tune.mixup", "0.5", "--tune.balance",
            "--train.micro_batch", "8")  # fmt: skip
@@ -416,7 +416,7 @@ def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
 def test_a_model_of_the_cluster_is_evaluated_there(kubectl, launcher):
     """Two processes, on what the run before left in the store."""
     torchx(*launcher, "launch/eval.py", "--cpu", "2", "--memory", "4Gi", "--scratch", "4Gi", "--workers", "2",
-           "--data", "s3://equiav/clips", "--model", "s3://equiav/attacked", "--out", "s3://equiav/evaluated",
+           "--data", "s3://equiav/clips", "--weights", "s3://equiav/attacked", "--out", "s3://equiav/evaluated",
            "--secret", "equiav-store", "--", "--batch", "8", "--seeds", "2")  # fmt: skip
     until(lambda: ended(kubectl, "eval-retrieval"), 300, trouble(kubectl, "eval-retrieval"))
     assert ended(kubectl, "eval-retrieval") == "Complete", trouble(kubectl, "eval-retrieval")()

@@ -83,7 +83,7 @@ def test_every_format_holds_the_same(tmp_path):
 
 def test_a_folder_is_embedded_file_by_file(model, folder, tmp_path, capsys):
     out = tmp_path / "x.parquet"
-    assert cli.main(["embed", str(folder), "--model", str(model), "--out", str(out)]) == 1  # one is none
+    assert cli.main(["embed", str(folder), "--weights", str(model), "--out", str(out)]) == 1  # one is none
     assert "broken.mp4" in capsys.readouterr().out
     rows, of = read(out), equiav.load(model)
     assert {name.rpartition("/")[2] for name in rows.name} == {p.name for p in folder.iterdir()} - {"broken.mp4"}
@@ -96,7 +96,9 @@ def test_a_folder_is_embedded_file_by_file(model, folder, tmp_path, capsys):
     assert np.isnan(rows.image[[name.endswith(".wav") for name in rows.name]]).all()
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "list.txt").write_text(f"{folder / '1.mp4'}\n{folder / 'sound-1.wav'}\n")
-    assert cli.main(["embed", str(tmp_path / "list.txt"), "--model", str(model), "--out", str(tmp_path / "y.npz")]) == 0
+    assert (
+        cli.main(["embed", str(tmp_path / "list.txt"), "--weights", str(model), "--out", str(tmp_path / "y.npz")]) == 0
+    )
     listed = read(tmp_path / "y.npz")
     assert set(listed.name) == {str(folder / "1.mp4"), str(folder / "sound-1.wav")}
 
@@ -104,7 +106,7 @@ def test_a_folder_is_embedded_file_by_file(model, folder, tmp_path, capsys):
 def test_a_dataset_is_embedded_clip_by_clip(model, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "CLIPS", 16)
     out = tmp_path / "x.safetensors"
-    assert cli.main(["embed", str(dataset), "--model", str(model), "--out", str(out), "--stream.workers", "0"]) == 0
+    assert cli.main(["embed", str(dataset), "--weights", str(model), "--out", str(out), "--stream.workers", "0"]) == 0
     rows, of = read(out), equiav.load(model)
     assert sorted(rows.name) == sorted(f"synthetic-0-{k}" for k in range(40))
     from equiav.data.synthetic import World
@@ -122,7 +124,7 @@ def test_killed_it_goes_on_where_it_was(model, dataset, tmp_path):
     """With the same file in the end; another model begins anew."""
     program = (
         "import sys; from equiav.commands import embed; embed.CLIPS = 4; from equiav import cli; "
-        f"sys.exit(cli.main(['embed', {str(dataset)!r}, '--model', {str(model)!r}, '--out', 'x.npz', '--stream.workers', '0']))"
+        f"sys.exit(cli.main(['embed', {str(dataset)!r}, '--weights', {str(model)!r}, '--out', 'x.npz', '--stream.workers', '0']))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}
@@ -157,13 +159,13 @@ def read_after(program, folder, kept):
 def test_what_is_nearest_is_found(model, folder, tmp_path, capsys):
     for ending in (".npz", ".faiss"):
         index = tmp_path / f"x{ending}"
-        cli.main(["embed", str(folder), "--model", str(model), "--out", str(index)])
+        cli.main(["embed", str(folder), "--weights", str(model), "--out", str(index)])
         capsys.readouterr()
         rows = read(index)
         query = equiav.load(model).embed_video(folder / "2.mp4").audio[0]
         there = np.isfinite(rows.image).all(axis=1)
         best = rows.name[there][np.argmax(rows.image[there] @ query)]
-        argv = ["search", str(folder / "2.mp4"), "--model", str(model), "--index", str(index), "--top", "3"]
+        argv = ["search", str(folder / "2.mp4"), "--weights", str(model), "--index", str(index), "--top", "3"]
         assert cli.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 4
@@ -176,9 +178,9 @@ def test_what_is_nearest_is_found(model, folder, tmp_path, capsys):
     other = EquiAV(SETTINGS.model, SETTINGS.objective)
     other.init_weights(2)
     save_model(tmp_path / "other", other.state_dict(), SETTINGS)
-    assert cli.main(["search", str(folder / "2.mp4"), "--model", str(tmp_path / "other"), "--index", str(index)]) == 2
+    assert cli.main(["search", str(folder / "2.mp4"), "--weights", str(tmp_path / "other"), "--index", str(index)]) == 2
     assert "was made by another model" in capsys.readouterr().err
     Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(tmp_path / "a.png")
-    assert cli.main(["search", str(tmp_path / "a.png"), "--model", str(model), "--index", str(index)]) == 0
+    assert cli.main(["search", str(tmp_path / "a.png"), "--weights", str(model), "--index", str(index)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("candidates: audio by image")
     assert json.loads((model / "model" / "config.json").read_text())["model"]["size"] == "tiny"

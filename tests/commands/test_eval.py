@@ -65,7 +65,7 @@ def model_of(place):
 def evaluate(place, out, *more, W=1):
     typed = [
         "eval",
-        "--model",
+        "--weights",
         str(place / "run"),
         "--stream.url",
         str(place / "clips"),
@@ -130,7 +130,7 @@ def test_a_list_says_which_clips(place, tmp_path, capsys):
         data = [*entries, entries[0] | extra] if extra else [entries[0] | {"video_id": "gone"}]
         (tmp_path / "list.json").write_text(json.dumps({"data": data}))
         typed = [
-            "--model",
+            "--weights",
             str(place / "run"),
             "--stream.url",
             str(place / "clips"),
@@ -302,7 +302,7 @@ def test_localization_of_the_synthetic_world(place, tmp_path, capsys):
     assert picture.width > 4 * 100
     assert evaluate(place, tmp_path / "two", "localize", *common, "--batch", "8", W=2) == (said, table)
     # The masks of another world would be numbers without a meaning.
-    typed = ["eval", "localize", "--model", str(place / "run"), "--stream.url", str(tmp_path / "clips"), "--out"]
+    typed = ["eval", "localize", "--weights", str(place / "run"), "--stream.url", str(tmp_path / "clips"), "--out"]
     assert cli.main([*typed, str(tmp_path / "three")]) == 2
     assert "give --world.* as `equiav pack` had them" in capsys.readouterr().err
 
@@ -407,7 +407,7 @@ def test_predictors_that_were_not_trained_are_not_asked(tmp_path, place, capsys)
     model = EquiAV(config.model, config.objective)
     model.init_weights(5)
     save_model(tmp_path / "model", model.state_dict(), config)
-    typed = ["--model", str(tmp_path / "model"), "--stream.url", str(place / "clips"), "--out", str(tmp_path / "out")]
+    typed = ["--weights", str(tmp_path / "model"), "--stream.url", str(place / "clips"), "--out", str(tmp_path / "out")]
     for what in ("similarity", "centroid", "attention"):
         assert cli.main(["eval", what, *typed]) == 2
         assert "its predictors know no augmentations" in capsys.readouterr().err
@@ -418,16 +418,16 @@ def test_predictors_that_were_not_trained_are_not_asked(tmp_path, place, capsys)
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ([], "model is not set"),
-        (["--model", "RUN"], "stream.url is not set"),
+        ([], "weights is not set"),
+        (["--weights", "RUN"], "stream.url is not set"),
         (["similar"], "what: found 'similar', expected one of retrieval, similarity, centroid"),
-        (["--model", "nowhere", "--stream.url", "CLIPS"], "nowhere: no config.json there"),
-        (["--model", "RUN", "--stream.url", "nowhere"], "nowhere holds no dataset"),
+        (["--weights", "nowhere", "--stream.url", "CLIPS"], "nowhere: no config.json there"),
+        (["--weights", "RUN", "--stream.url", "nowhere"], "nowhere holds no dataset"),
         (
-            ["--model", "RUN", "--stream.url", "CLIPS", "--clips", "no.json"],
+            ["--weights", "RUN", "--stream.url", "CLIPS", "--clips", "no.json"],
             "clips is no.json, expected a list that exists",
         ),
-        (["--model", "RUN", "--stream.url", "CLIPS", "--frames", "0"], "frames is 0, expected 1 to 1000"),
+        (["--weights", "RUN", "--stream.url", "CLIPS", "--frames", "0"], "frames is 0, expected 1 to 1000"),
     ],
 )
 def test_mistakes(place, capsys, typed, said):

@@ -69,7 +69,7 @@ def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
         "s3://b/clips",
         "--out",
         "s3://b/tuned",
-        "--init",
+        "--weights",
         "s3://b/run",
         "--test",
         "s3://b/test",
@@ -77,12 +77,12 @@ def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
         "1:2",
     ]
     text = torchx("run", "-s", "kubernetes", "--dryrun", "launch/finetune.py", *given, cwd=tmp_path, status=1)
-    assert "init: s3://b/run cannot be read from here" in text  # its size would be a guess
+    assert "weights: s3://b/run cannot be read from here" in text  # its size would be a guess
     given += ["--config", "smoke"]  # which says the size and the normalisation
     made = dryrun("launch/finetune.py", *given, "--", "--tune.loss", "one", "--tune.epochs", "3", cwd=tmp_path)
     assert command(made)[-2:] == ["--", "finetune"]
     settings = yaml.safe_load(made["ConfigMap"]["data"]["config.yaml"])
-    assert (settings["stream"]["url"], settings["init"]) == ("s3://b/clips", "s3://b/run")
+    assert (settings["stream"]["url"], settings["weights"]) == ("s3://b/clips", "s3://b/run")
     assert settings["tune"]["test_url"] == "s3://b/test"
     assert (settings["tune"]["loss"], settings["tune"]["epochs"]) == ("one", 3.0)
     assert settings["checkpoint"]["url"] == "s3://b/tuned/checkpoints"
@@ -97,7 +97,7 @@ def test_fine_tuning_is_submitted_like_pretraining(tmp_path):
 
 
 def test_evaluation_is_one_node_whose_processes_share_the_clips(tmp_path):
-    given = ["--what", "localize", "--model", "s3://b/run", "--data", "s3://b/test", "--out", "s3://b/run/eval"]
+    given = ["--what", "localize", "--weights", "s3://b/run", "--data", "s3://b/test", "--out", "s3://b/run/eval"]
     made = dryrun("launch/eval.py", *given, "--workers", "4", "--", "--examples", "6", cwd=tmp_path)
     torchrun = [
         "python",
@@ -112,7 +112,7 @@ def test_evaluation_is_one_node_whose_processes_share_the_clips(tmp_path):
     ]
     assert command(made)[:9] == torchrun
     assert command(made)[9:] == [
-        *("localize", "--model", "s3://b/run", "--stream.url", "s3://b/test", "--out", "s3://b/run/eval"),
+        *("localize", "--weights", "s3://b/run", "--stream.url", "s3://b/test", "--out", "s3://b/run/eval"),
         *("--device", "cpu", "--examples", "6"),
     ]
     assert made["Job"]["metadata"]["name"] == "eval-localize"
@@ -120,7 +120,7 @@ def test_evaluation_is_one_node_whose_processes_share_the_clips(tmp_path):
     gpus = dryrun("launch/eval.py", *given, "--gpus", "2", cwd=tmp_path)
     assert command(gpus)[5] == "2"
     assert command(gpus)[-1] == "cuda"
-    for missing in ("--model", "--data", "--out"):
+    for missing in ("--weights", "--data", "--out"):
         less = [word for k, word in enumerate(given) if word != missing and given[k - 1] != missing]
         assert f"{missing[2:]}: no " in torchx(
             "run", "-s", "kubernetes", "launch/eval.py", *less, cwd=tmp_path, status=1
@@ -229,7 +229,10 @@ def test_arguments_arrive_as_they_were_typed(tmp_path):
         ([*RUN, "--env", "AWS_SECRET_ACCESS_KEY=x"], "AWS_SECRET_ACCESS_KEY would be seen"),
         ([*RUN, "--env", "WANDB_API_KEY=x"], "--from-literal=WANDB_API_KEY=..., and --secret NAME"),
         ([*RUN, "--env", "HEADERS=Bearer abcdefgh"], "HEADERS ("),
-        ([*RUN, "--", "--init", "https://b.example/m.pth?X-Amz-Signature=0123456789"], "b.example/m.pth: a signature"),
+        (
+            [*RUN, "--", "--weights", "https://b.example/m.pth?X-Amz-Signature=0123456789"],
+            "b.example/m.pth: a signature",
+        ),
         ([*RUN, "--env", "URL=http://me:word@host/"], "URL (a password) would be seen"),
         ([*RUN, "--mounts", "type=volume,src=/etc,dst=/x"], "src of type=volume is '/etc', expected a claim's name"),
         ([*RUN, "--mounts", "type=bind,src=clips,dst=/x"], "src of type=bind is 'clips'"),

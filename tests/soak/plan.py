@@ -79,7 +79,7 @@ class Plan:
         start, stream, train = self.starts[0].settings, self.settings["stream"], self.settings["train"]
         c, model, objective = start["checkpoint"], self.settings["model"], self.settings["objective"]
         return (
-            f"{self.command}{f' --init ({self.init})' if self.init else ''}, {self.clips} clips of {self.frames} frames, "
+            f"{self.command}{f' --weights ({self.init})' if self.init else ''}, {self.clips} clips of {self.frames} frames, "
             f"{self.part_items} a shard of {self.max_shard_bytes >> 10} kB at most, damage {self.damage:.2f}, window "
             f"{stream['window']}, lanes {stream['lanes']}, width {model['width']}, {model['predictor']} predictor, "
             f"{objective['schedule']}/{objective['intra']}/{objective['inter_on']}, {train['steps']} steps of "

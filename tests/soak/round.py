@@ -141,7 +141,7 @@ class Round:
         settings = self.settings(own, out=out, cache="reference-cache")
         settings["train"] = {**settings["train"], "steps": 2, "warmup_steps": 0}
         settings["objective"]["schedule"] = "joint"
-        for name in ("tune", "init"):
+        for name in ("tune", "weights"):
             settings.pop(name, None)
         self.finish("begin", settings, "pretrain")
         if self.plan.init == "s3":
@@ -162,7 +162,7 @@ class Round:
         joined: dict[str, Any] = {"out": str(out)}
         own: dict[str, Any] = {"stream": {"url": "s3://clips/set", "cache": str(self.folder / cache)}}
         if self.plan.init:
-            own["init"] = "s3://runs/begin" if self.plan.init == "s3" else str(self.folder / "begin")
+            own["weights"] = "s3://runs/begin" if self.plan.init == "s3" else str(self.folder / "begin")
         for part in (self.plan.settings, own, *parts):
             for name, value in part.items():
                 joined[name] = {**joined.get(name, {}), **value} if isinstance(value, dict) else value

@@ -61,7 +61,7 @@ def config(tmp_path_factory):
     weights = EquiAV(model.model, model.objective)
     weights.init_weights(7)
     save_model(folder / "pretrained", weights.state_dict(), model)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "init": str(folder / "pretrained")}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "weights": str(folder / "pretrained")}))
     return folder / "config.yaml"
 
 
@@ -232,11 +232,11 @@ def test_bad_clips_of_the_test_are_said_and_do_not_count(config, tmp_path):
 
 
 def test_a_fine_tuned_model_is_a_beginning_too(config, whole, tmp_path):
-    typed = ["--init", str(whole), "--tune.epochs", "1", "--tune.warmup_epochs", "0"]
+    typed = ["--weights", str(whole), "--tune.epochs", "1", "--tune.warmup_epochs", "0"]
     assert "begins with the weights" in Run(config, tmp_path, None, *typed, command="finetune").end()
     alone = Run(config, tmp_path / "a", None, *typed, "--tune.modality", "audio", command="finetune")
     alone.end()
-    text = Run(config, tmp_path / "b", None, *typed[2:], "--init", str(tmp_path / "a"), command="finetune").end(2)
+    text = Run(config, tmp_path / "b", None, *typed[2:], "--weights", str(tmp_path / "a"), command="finetune").end(2)
     assert "has no encoder for image, which this run needs" in text
 
 

@@ -36,7 +36,7 @@ def config(run_config, tmp_path_factory):
     settings["model"] |= {"depth": DEPTH, "image_patch": 16, "audio_patch": 16}
     settings["train"] |= {"steps": 6, "warmup_steps": 2}
     settings["checkpoint"] |= {"every_steps": 2}
-    settings["init"] = str(folder / "mae.pth")
+    settings["weights"] = str(folder / "mae.pth")
     torch.save(mae(), folder / "mae.pth")
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"
@@ -74,7 +74,7 @@ def test_the_encoders_begin_as_mae_left_them(config, tmp_path, W):
                 assert torch.equal(state[f"{side}.encoder.{name}"], x), name
     assert torch.equal(state["image.encoder.patch_embed.weight"], source["patch_embed.proj.weight"])
     settings = from_dict(RunConfig, yaml.safe_load(config.read_text()), "test")
-    expected = initial_weights(settings.init, settings, settings.seed).state
+    expected = initial_weights(settings.weights, settings, settings.seed).state
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], x) for name, x in expected.items())
 
@@ -89,25 +89,25 @@ def test_each_tensor_is_accounted_for(whole):
         manifest = json.loads(json.loads(path.read_text())["manifest"])
         assert manifest["init"]["from"].endswith("mae.pth")
         assert len(manifest["init"]["digest"]) == 32
-    assert yaml.safe_load((out / "config.yaml").read_text())["init"].endswith("mae.pth")
+    assert yaml.safe_load((out / "config.yaml").read_text())["weights"].endswith("mae.pth")
 
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_does_not_need_the_file(config, whole, tmp_path):
     """Three processes, then two; the file is gone, then not even named."""
     shutil.copy(config.parent / "mae.pth", tmp_path / "mae.pth")
-    settings = yaml.safe_load(config.read_text()) | {"init": str(tmp_path / "mae.pth")}
+    settings = yaml.safe_load(config.read_text()) | {"weights": str(tmp_path / "mae.pth")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     run = Run(tmp_path / "config.yaml", tmp_path / "out", 3)
     run.reach(3)
     os.kill(run.process.pid, 15)
     run.process.communicate()
     (tmp_path / "mae.pth").unlink()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"init": ""}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"weights": ""}))
     Run(tmp_path / "config.yaml", tmp_path / "out", 2).end()
     same_run(tmp_path / "out", whole[0], count=6)
-    told = Run(tmp_path / "config.yaml", tmp_path / "out", None, "--init", str(config)).end(2)
-    assert f"init is {config}, was {tmp_path}/mae.pth" in told
+    told = Run(tmp_path / "config.yaml", tmp_path / "out", None, "--weights", str(config)).end(2)
+    assert f"weights is {config}, was {tmp_path}/mae.pth" in told
 
 
 def test_from_a_run_of_ours(config, whole, tmp_path):
@@ -129,7 +129,7 @@ def test_what_no_shape_shows(whole, tmp_path):
         "that model was trained with data.audio_mean -10.3, here it is -4"
     ]
     values["model"]["heads"] = 1
-    with pytest.raises(ConfigError, match=r"init: model\.heads is 1, expected 2, as that model has"):
+    with pytest.raises(ConfigError, match=r"weights: model\.heads is 1, expected 2, as that model has"):
         initial_weights(str(whole[0]), from_dict(RunConfig, values, "test"), 0)
     shutil.copytree(whole[0] / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("[]")
@@ -159,8 +159,8 @@ def test_from_a_store(config, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"init": "/nowhere.pth"}, "init: /nowhere.pth: no such file"),
-        ({"init": "{folder}"}, "no config.json there; expected a model folder"),
+        ({"weights": "/nowhere.pth"}, "weights: /nowhere.pth: no such file"),
+        ({"weights": "{folder}"}, "no config.json there; expected a model folder"),
         ({"model.width": 128}, r"choose the model.size \(and input sizes\) that the checkpoint was trained with"),
         ({"model.depth": 3}, "model.depth=3 is deeper than its encoders"),
     ],
