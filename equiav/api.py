@@ -19,7 +19,7 @@ from xxhash import xxh3_64
 from equiav.augment import normalised_spectrogram, original_image, sampled_vectors
 from equiav.augment.logmel import window_and_hop
 from equiav.config import ConfigError, ModelSettings, NotHere
-from equiav.data.clips import BadClipError, central_square, check_audio
+from equiav.data.clips import PICTURES, BadClipError, central_square, check_audio, read_picture
 from equiav.data.media import Shape, length_of, opened, picture_of
 from equiav.evaluate.localize import heat
 from equiav.inputs import Picture, Samples, Sound, pictures_of, sounds_of
@@ -152,16 +152,28 @@ class Reader:
         return check_audio((other.clamp(-1, 32767 / 32768) * 32768).round().short().numpy(), ours, name, self.data)
 
     def windows(
-        self, path: str | Path, frames: int = 1, hears: bool = True, sees: bool = True, per_second: float = 0.0
+        self,
+        path: str | Path,
+        frames: int = 1,
+        hears: bool = True,
+        sees: bool = True,
+        per_second: float = 0.0,
+        lost: list[str] | None = None,
     ) -> Iterator[tuple[float, float, np.ndarray | None, list[Any]]]:
-        """Of a video or a sound file: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each part that is
-        as long as the model hears, as far as it has all that is wanted: hears, sees.
-        per_second: pictures, in place of `frames` of each part."""
+        """Of a video, a sound file or a picture: begin, end, sound (L,) int16 or None, and `frames` pictures or none, of each
+        part that is as long as the model hears, as far as it has all that is wanted: hears, sees.
+        per_second: pictures, in place of `frames` of each part. lost: is told of parts that cannot be read, which are an error
+        without it."""
         if not isinstance(frames, int) or frames < 1:
             raise ConfigError(f"frames is {frames!r}, expected 1 or more")
         if not isinstance(path, str | Path):
             raise BadClipError("video", f"is {type(path).__name__}, expected a path")
         name = str(Path(path).absolute())
+        if name.lower().endswith(PICTURES):
+            if not sees:
+                raise BadClipError(str(path), "has picture only")
+            yield 0.0, 0.0, None, [read_picture(name, str(path))] * frames
+            return
         sound, picture = _streams(name)
         hears, sees = hears and sound, sees and picture
         if not hears and not sees:
@@ -189,7 +201,10 @@ class Reader:
                     except BadSample as error:
                         if k and error.reason in ENDED:
                             return
-                        raise
+                        if lost is None:
+                            raise
+                        lost.append(f"{path}, {begin:.1f} to {end:.1f} s: {error.reason}: {error.detail}")
+                        continue
                     yield begin, end, heard, seen
         except BadSample as error:
             raise BadClipError(str(path), f"{error.reason}: {error.detail}") from None

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TypeGuard
 import fsspec
 import numpy as np
 import soundfile
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from equiav.config import ConfigError
-from equiav.data.clips import LONGEST, OWN_FORMATS, BadClipError, check_frame, open_image
+from equiav.data.clips import LONGEST, BadClipError, check_frame, read_picture
 from equiav.terminal import masked
 
 Sound = Any
@@ -113,19 +113,8 @@ def _picture(given: Any, name: str) -> np.ndarray:
         if isinstance(given, Tensor) and values.ndim == 3 and values.shape[0] == 3 != values.shape[2]:
             values = values.transpose(1, 2, 0)
         return check_frame(values, name)
-    try:
-        if not isinstance(given, Image.Image):
-            file, name = _file(given, name, PICTURES)
-            given = open_image(file, OWN_FORMATS)
-        if given.mode[0] in "IF":
-            raise BadClipError(name, f"picture has mode {given.mode}, expected 8 bits a channel")
-        return np.asarray(ImageOps.exif_transpose(given).convert("RGB"))
-    except BadClipError:
-        raise
-    except UnidentifiedImageError:
-        raise BadClipError(name, f"no picture: none of {', '.join(OWN_FORMATS)}") from None
-    except Exception as error:  # whatever a decoder has to say of a file that may be anything
-        raise BadClipError(name, f"no picture: {error}") from None
+    file, name = (given, name) if isinstance(given, Image.Image) else _file(given, name, PICTURES)
+    return read_picture(file, name)
 
 
 def _of_dict(given: Mapping[str, Any], name: str, expected: str) -> Any:

@@ -70,10 +70,11 @@ def write_video(
     audio=None,
     late=0.0,
     options=None,
+    clock_begins=0,
 ):
     """`times`: of each frame, in place of a constant rate. video, sound: names of encoders; None: without. late:
-    seconds after the picture at which the sound begins."""
-    with av.open(str(path), "w") as file:
+    seconds after the picture at which the sound begins. clock_begins: seconds."""
+    with av.open(str(path), "w", container_options={"output_ts_offset": str(clock_begins)}) as file:
         streams = []
         if video:
             stream = file.add_stream(video, rate=fps, options=options or {})

@@ -21,7 +21,7 @@ from torch import Tensor
 from equiav.api import Embedder, Labeller, load
 from equiav.augment import Clips, normalised_spectrogram, original_image
 from equiav.config import Config, ConfigError, StreamConfig, TrainConfig, require
-from equiav.data.clips import BadClipError
+from equiav.data.clips import PICTURES, BadClipError
 from equiav.data.labels import keys_of
 from equiav.data.sources import SOUNDS, VIDEOS, list_videos
 from equiav.data.stream import modalities
@@ -162,13 +162,11 @@ def _embed(config: EmbedConfig, model: Embedder, dataset: Dataset | None, names:
         for what_is, of_side in (("sound", rows.audio), ("picture", rows.image))
         if (count := int(np.isnan(of_side).all(axis=1).sum()))
     )
-    done = whole - len(problems)
+    done = len(set(rows.name.tolist()))
     say(f"{config.out}: {len(rows.name):,} parts of {done:,} {what}(s), {model.dim} numbers each{lacks}")
     if problems:
-        raise BadClipError(
-            f"{len(problems)} of {whole} {what}s",
-            "could not be embedded" + "; they are named above" * (len(problems) <= FEW),
-        )
+        missed = f"{whole - done} of {whole} {what}s" if done < whole else f"{len(problems)} part(s)"
+        raise BadClipError(missed, "could not be embedded" + "; they are named above" * (len(problems) <= FEW))
 
 
 def locked(parts: Path) -> bool:
@@ -197,7 +195,7 @@ def listed(files: tuple[str, ...]) -> list[str]:
         path = Path(name).expanduser()
         require(path.exists(), "files", name, "a file or a folder that exists")
         if path.is_dir() or path.suffix == ".txt":
-            names += [one for _, one in list_videos(path, (*VIDEOS, *SOUNDS))[0]]
+            names += [one for _, one in list_videos(path, (*VIDEOS, *SOUNDS, *PICTURES))[0]]
         else:
             names.append(name)
     return list(dict.fromkeys(names))
@@ -206,11 +204,12 @@ def listed(files: tuple[str, ...]) -> list[str]:
 def of_files(config: EmbedConfig, model: Embedder, names: list[str]) -> tuple[Vectors, list[str]]:
     """-> their parts, and why some could not be embedded. Files are decoded while others are computed."""
 
-    def decoded(name: str) -> list[tuple[float, float, Any, list[Any]]] | BadClipError:
+    def decoded(name: str) -> tuple[list[tuple[float, float, Any, list[Any]]], list[str]]:
+        lost: list[str] = []
         try:
-            return list(model.windows(name, config.frames))
+            return list(model.windows(name, config.frames, lost=lost)), lost
         except BadClipError as error:  # the others' embeddings are not to be lost
-            return error
+            return [], [str(error)]
 
     parts, problems = [nothing(model.dim)], []
     with ThreadPoolExecutor(CORES) as pool:
@@ -220,9 +219,9 @@ def of_files(config: EmbedConfig, model: Embedder, names: list[str]) -> tuple[Ve
                 waiting.append((name, pool.submit(decoded, name)))
             if waiting and (name is None or len(waiting) > CORES):
                 done, future = waiting.popleft()
-                windows = future.result()
-                if isinstance(windows, BadClipError):
-                    problems.append(" ".join(str(windows).split()))
+                windows, lost = future.result()
+                problems += [" ".join(one.split()) for one in lost]
+                if not windows:
                     continue
                 found = model.of_windows(windows, config.frames)
                 count = len(found.begin)

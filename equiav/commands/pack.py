@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
+from equiav.data.clips import PICTURES
 from equiav.data.decoder import ClipDecoder
 from equiav.data.labels import give_by_key, labels_of_entry
 from equiav.data.sources import (
@@ -21,6 +22,7 @@ from equiav.data.sources import (
     SOUNDS,
     VIDEOS,
     EncodeFrames,
+    EncodeStill,
     EncodeSynthetic,
     EncodeVideo,
     Shape,
@@ -29,6 +31,7 @@ from equiav.data.sources import (
     files_of,
     key_of,
     list_frames,
+    list_stills,
     list_videos,
 )
 from equiav.data.stream import modalities
@@ -72,7 +75,10 @@ class PackConfig:
     quality: int = 90
     """Of the JPEGs, 1 to 100."""
     modality: Literal["both", "audio", "image"] = "both"
-    """What is packed of each clip. audio: sound files are taken, too; image: videos need no sound. Pretraining needs both."""
+    """What is packed of each clip. audio: sound files are taken, too; image: pictures are, and videos need no sound. Pretraining
+    needs both."""
+    stills: bool = False
+    """The source has sounds, each with a picture of its name beside it (a.jpg beside a.wav), which stands."""
     audio: Literal["wav", "flac"] = "wav"
     """flac takes about half the space, and ten times as long to decode."""
     track: str = "default"
@@ -119,6 +125,7 @@ class PackConfig:
         good = self.track.isalnum() and self.track != "0"
         require(good, "track", self.track, "default, a language such as eng, or a number from 1 on")
         require(self.short_side >= 2, "short_side", self.short_side, "2 or more")
+        require(not self.stills or self.modality == "both", "stills", True, "false, or modality both")
         require(self.frames <= 1000, "frames", self.frames, "at most 1000")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
         w = self.world
@@ -268,8 +275,19 @@ def open_source(
         import av  # noqa: F401
     except ModuleNotFoundError:
         raise ConfigError("av is not installed; `pip install 'equiav[prep]'` brings it") from None
-    endings = (*VIDEOS, *SOUNDS) if config.modality == "audio" else VIDEOS
-    if source.is_file() and source.suffix.lower() in (*VIDEOS, *SOUNDS):
+    if config.stills:
+        sounds, other = list_stills(source)
+        if not sounds:
+            raise ConfigError(
+                f"source {source}: none of its sounds has a picture of its name beside it ({', '.join(PICTURES)})"
+            )
+        return (
+            cut(sounds, config.clip_seconds, config.clip_overlap) if config.clip_seconds else sounds,
+            EncodeStill(shape),
+            other,
+        )
+    endings = (*VIDEOS, *{"audio": SOUNDS, "image": PICTURES}.get(config.modality, ()))
+    if source.is_file() and source.suffix.lower() in (*VIDEOS, *SOUNDS, *endings):
         videos, other = [(key_of(source.stem), absolute(source))], {}
     else:
         videos, other = list_videos(source, endings)

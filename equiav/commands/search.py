@@ -11,12 +11,10 @@ import tyro
 
 from equiav.api import Embedder, load
 from equiav.config import ConfigError, require
-from equiav.data.clips import OWN_FORMATS
+from equiav.data.clips import PICTURES
 from equiav.data.sources import SOUNDS
 from equiav.terminal import say
 from equiav.vectors import read
-
-PICTURES = (".jpg", ".jpeg", *(f".{name.lower()}" for name in OWN_FORMATS), ".tif")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import soundfile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equiav.config import DataConfig
 
@@ -18,6 +18,7 @@ from equiav.config import DataConfig
 # a store are what they are, whatever their name says.
 FORMATS = ("JPEG", "PNG")  # of a dataset's pictures
 OWN_FORMATS = (*FORMATS, "WEBP", "BMP", "GIF", "TIFF")  # of files that a user of the API has
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # how such files' names end
 MOST_PIXELS = 25 << 20  # of a picture, as a camera makes it: 80 MB, and some times that while it is decoded
 warnings.filterwarnings(
     "ignore", category=UserWarning, module=r"PIL\."
@@ -77,6 +78,21 @@ def open_image(file: Any, formats: tuple[str, ...]) -> Image.Image:
         image.close()
         raise ValueError(f"{width} x {height} pixels, expected {MOST_PIXELS} at most")
     return image
+
+
+def read_picture(given: Any, name: str) -> np.ndarray:
+    """A file (its path, or opened), or an image of Pillow -> (H, W, 3) uint8, upright."""
+    try:
+        image = given if isinstance(given, Image.Image) else open_image(given, OWN_FORMATS)
+        if image.mode[0] in "IF":
+            raise BadClipError(name, f"picture has mode {image.mode}, expected 8 bits a channel")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except BadClipError:
+        raise
+    except UnidentifiedImageError:
+        raise BadClipError(name, f"no picture: none of {', '.join(OWN_FORMATS)}") from None
+    except Exception as error:  # whatever a decoder has to say of a file that may be anything
+        raise BadClipError(name, f"no picture: {_said(error)}") from None
 
 
 def _channels(shape: tuple[int, ...]) -> str:

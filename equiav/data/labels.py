@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from equiav.config import ConfigError
+from equiav.data.clips import PICTURES
 from equiav.data.sources import SOUNDS, VIDEOS, key_of
 from streaming import Dataset
 from streaming.dataset import read_offsets
@@ -19,7 +20,7 @@ from streaming.labels import Labels, Sets
 
 FOLDERS = "folders"
 HEADS = ("path", "file", "filename", "name", "clip", "video")
-ENDINGS = {*VIDEOS, *SOUNDS, ".jpg", ".jpeg", ".png"}
+ENDINGS = {*VIDEOS, *SOUNDS, *PICTURES}
 THREADS = 16  # shards whose keys are read together
 
 
@@ -131,6 +132,7 @@ def classes_of_table(path: Path, columns: Columns) -> list[str]:
     return [name for one in head if (name := one.strip()) not in (columns.name, columns.split)]
 
 
+MISSING = ("nan", "NaN", "<NA>", "None", "NULL")  # what programs write into a cell that has nothing
 YES, NO = ("1", "1.0", "true", "yes", "x"), ("", "0", "0.0", "false", "no")
 
 
@@ -151,7 +153,8 @@ def _by_columns(path: Path, lines: list[str], columns: Columns) -> Iterator[Row]
             good = cells[name].lower() in (*YES, *NO)
             _require(path, number, good, f"{cells[name]!r} for {name}", "1 or 0, true or false, yes or no")
         labels = [name for name in classes if cells[name].lower() in YES]
-        labels = labels or (_split(cells[columns.label], columns.between) if columns.label != "*" else [])
+        if columns.label != "*" and cells[columns.label] not in MISSING:
+            labels = _split(cells[columns.label], columns.between)
         yield _stem(cells[columns.name]), labels, cells[columns.split] if columns.split else None
 
 

@@ -23,6 +23,8 @@ from streaming import BadSample
 
 AV_TIME_BASE = 1_000_000  # of a seek, a second
 WIDEST = 20  # a picture's longer side over its shorter
+HOLE, JUMP = 1.0, 60.0  # seconds without sound or a new picture: they were lost; a clock was set anew
+COUNTED = ("avi", "mxf")  # say what time it is by how much came before
 GAP = 0.1  # seconds of sound that may be missing without being filled
 BACK = 0.5  # seconds by which a stream's clock may go back: timestamps that some muxers write are that wrong
 PAPER = 203  # candela a square metre
@@ -58,6 +60,12 @@ class Timeline(NamedTuple):
     shown_until: float
     heard_until: float
     damage: str  # at which reading ended; empty: at the end of the file
+    holes: np.ndarray  # (n, 2) when what was lost begins and ends
+
+    def check(self, path: str, begin: float, end: float) -> None:
+        for lost_from, lost_to in self.holes:
+            if lost_from < end and lost_to > begin:
+                raise BadSample("hole", f"{path}: what it had from {lost_from:.1f} s to {lost_to:.1f} s was lost")
 
 
 def length_of(path: str) -> float:
@@ -87,6 +95,7 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
     import av.error
 
     shown: list[float] = []
+    spans: list[tuple[float, float]] = []  # of packets
     until = {"video": 0.0, "audio": 0.0}
     damage = ""
     with av.open(path) as file:
@@ -113,11 +122,20 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
                     continue
                 ends = time + float((packet.duration or 0) * packet.time_base)
                 until[stream.type] = max(until[stream.type], ends)
+                spans.append((time, ends))
                 if stream.type == "video":
                     shown.append(time)
         except (av.error.FFmpegError, OSError) as error:
             damage = str(error) or type(error).__name__
         for stream in streams:  # the head may say how long the last picture stands
+            if stream.time_base and file.format.name in COUNTED:
+                says = float(max(stream.frames, stream.duration or 0) * stream.time_base)
+                if until[stream.type] + GAP < says < 2 * until[stream.type]:  # else a writer's mistake
+                    raise BadSample(
+                        "corrupt",
+                        f"{path}: its head says {says:.2f} s of {stream.type}, there are {until[stream.type]:.2f} s, and nothing "
+                        "says which are lost",
+                    )
             if stream.type == "video" and stream.duration and stream.time_base and shown:
                 until["video"] = max(until["video"], min(shown) + float(stream.duration * stream.time_base))
     times = np.unique(shown)
@@ -125,7 +143,21 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
     rest = until["audio"] - times[-1] if len(times) > 1 else 0.0
     if rest > 0 and rest <= SLIDE * np.diff(times).max():
         until["video"] = max(until["video"], until["audio"])
-    return Timeline(begin, times, until["video"], until["audio"], damage)
+    holes = _holes(spans) if min(until.values()) > 0 else np.empty((0, 2))
+    if (long := holes[np.diff(holes)[:, 0] > JUMP]).size:
+        raise BadSample(
+            "clock jumps",
+            f"{path}: its clock jumps from {long[0, 0]:.1f} s to {long[0, 1]:.1f} s; of files that were joined, pack the parts",
+        )
+    return Timeline(begin, times, until["video"], until["audio"], damage, holes)
+
+
+def _holes(spans: list[tuple[float, float]]) -> np.ndarray:
+    """-> (n, 2): where none of them is."""
+    begin, end = np.array(sorted(spans)).T
+    covered = np.maximum.accumulate(end)[:-1]
+    lost = begin[1:] - covered > HOLE
+    return np.stack([covered[lost], begin[1:][lost]], axis=1)
 
 
 def picture_of(file: Any) -> Any:
@@ -180,6 +212,7 @@ class Media:
         path, rate = self.path, shape.data.sample_rate
         if self.track is None:
             raise BadSample("no sound", f"{path} has no audio stream")
+        self.line.check(path, begin, end)
         audio = self._samples("mono", shape, begin, end)[0]
         seconds = len(audio) / rate
         if seconds < shape.data.min_seconds:
@@ -252,6 +285,7 @@ class Media:
             raise BadSample("no picture", f"{path} has {what}")
         if not len(line.shown) or (line.damage and end == math.inf):
             raise BadSample("corrupt", f"{path}: {line.damage or 'the video stream is empty'}")
+        line.check(path, begin, end)
         first = float(line.shown[0]) if end == math.inf else begin
         length = min(end, line.shown_until) - first
         if length <= 0 and end < math.inf:
@@ -353,6 +387,11 @@ def _picture(frame: Any, aspect: Any, short_side: int) -> np.ndarray:
     if frame.rotation:
         picture = picture.rotate(frame.rotation, expand=True)
         width, height = (height, width) if frame.rotation % 180 else (width, height)
+    return sized(picture, width, height, short_side)
+
+
+def sized(picture: Image.Image, width: int, height: int, short_side: int) -> np.ndarray:
+    """A picture that is to be shown as width x height -> (H, W, 3) uint8."""
     if max(width, height) > WIDEST * min(width, height):
         raise BadSample(
             "odd shape", f"its picture is {width} x {height} pixels, expected at most {WIDEST} times as long as wide"

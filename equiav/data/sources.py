@@ -8,15 +8,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from equiav.config import ConfigError
-from equiav.data.clips import ENCODE_AUDIO, BadClipError, decode_frame, encode_frame
-from equiav.data.media import Shape, length_of, opened
+from equiav.data.clips import ENCODE_AUDIO, PICTURES, BadClipError, decode_frame, encode_frame, read_picture
+from equiav.data.media import Shape, length_of, opened, sized
 from equiav.data.synthetic import World
 from streaming import BadSample
 
@@ -32,6 +34,30 @@ APART = 0.8  # picture and sound belong together if the shorter is so much of th
 
 Found = list[tuple[str, Any]]  # key, and what a clip is made of
 Span = tuple[str, float, float]  # of a video: path, seconds from its beginning at which the clip begins and ends
+
+
+class Still(NamedTuple):
+    """A picture that stands, and the sound beside it, from when to when."""
+
+    picture: str
+    sound: str
+    begin: float = 0.0
+    end: float = math.inf
+
+
+def list_stills(source: Path) -> tuple[Found, dict[str, str]]:
+    """A folder, or a list, of sounds, each with the picture of its name beside it -> as `list_videos`."""
+    sounds, other = list_videos(source, SOUNDS)
+    found: Found = []
+    for key, path in sounds:
+        sound = Path(path)
+        beside = [one for one in sound.parent.glob(f"{escape(sound.stem)}.*") if one.suffix.lower() in PICTURES]
+        if len(beside) == 1:
+            found.append((key, Still(str(beside[0]), path)))
+        else:
+            other[path] = f"{len(beside) or 'no'} pictures of its name are beside it"
+    taken = {still.picture for _, still in found}
+    return found, {path: why for path, why in other.items() if absolute(Path(path)) not in taken}
 
 
 def list_videos(source: Path, endings: Sequence[str] = VIDEOS) -> tuple[Found, dict[str, str]]:
@@ -106,17 +132,19 @@ def cut(found: Found, seconds: float, overlap: float) -> Found:
     """Videos -> clips of so many seconds, each with the time of its beginning in its name. A rest that is shorter than half is
     left out, and so is nothing else: a video that is not longer is one clip."""
     with ThreadPoolExecutor(16) as pool:
-        lengths = list(pool.map(length_of, [path for _, path in found]))
+        lengths = list(pool.map(length_of, [one.sound if isinstance(one, Still) else one for _, one in found]))
     clips: Found = []
-    for (key, path), length in zip(found, lengths, strict=True):
+    for (key, content), length in zip(found, lengths, strict=True):
         if length <= seconds * 1.05:  # or not known: whoever reads it will say why
-            clips.append((key, path))
+            clips.append((key, content))
             continue
         for k in count():
             begin = k * (seconds - overlap)
             if k and begin + seconds / 2 > length:
                 break
-            clips.append((f"{key}-{round(1000 * begin):09d}", (path, begin, min(begin + seconds, length))))
+            span = begin, min(begin + seconds, length)
+            of = Still(*content[:2], *span) if isinstance(content, Still) else (content, *span)
+            clips.append((f"{key}-{round(1000 * begin):09d}", of))
     return list(zip(_distinct([key for key, _ in clips]), [content for _, content in clips], strict=True))
 
 
@@ -155,6 +183,8 @@ def files_of(content: Any, frames: int) -> list[str]:
     if isinstance(content, dict):
         names = [f"{content['video_path']}/frame_{k}/{content['video_id']}.jpg" for k in range(frames)]
         return [content["wav"], *names]
+    if isinstance(content, Still):
+        return [content.picture, content.sound]
     return [content[0] if isinstance(content, tuple) else content]
 
 
@@ -227,6 +257,8 @@ class EncodeVideo:
     def _encode(self, path: str, *span: float) -> dict[str, bytes]:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise BadSample("missing", f"{path} is no file")
+        if not self.shape.hears and path.lower().endswith(PICTURES):
+            return _members([_still(path, self.shape)], None, {"source": Path(path).name}, self.shape)
         with opened(path, self.shape.track) as media:
             audio = media.sound(self.shape, *span) if self.shape.hears else None
             frames, times, length = media.pictures(self.shape, *span) if self.shape.sees else ([], [], math.inf)
@@ -243,6 +275,34 @@ class EncodeVideo:
         if span:
             about["begin_seconds"] = round(span[0], 3)
         return _members([encode_frame(frame, self.shape.quality) for frame in frames], audio, about, self.shape)
+
+
+class EncodeStill:
+    """A sound with a picture, which needs not move."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+
+    def __call__(self, still: Still) -> dict[str, bytes]:
+        return account(still.sound, lambda: self._encode(still))
+
+    def _encode(self, still: Still) -> dict[str, bytes]:
+        with opened(still.sound, self.shape.track) as media:
+            audio = media.sound(self.shape, still.begin, still.end)
+        about: dict[str, Any] = {"source": Path(still.sound).name, "picture": Path(still.picture).name}
+        about |= {"seconds": round(len(audio) / self.shape.data.sample_rate, 3), **media.about}
+        if still.end < math.inf:
+            about["begin_seconds"] = round(still.begin, 3)
+        return _members([_still(still.picture, self.shape)], audio, about, self.shape)
+
+
+def _still(path: str, shape: Shape) -> bytes:
+    """A file of a picture -> JPEG."""
+    try:
+        picture = Image.fromarray(read_picture(path, path))
+    except BadClipError as error:
+        raise BadSample("corrupt", str(error)) from None
+    return encode_frame(sized(picture, *picture.size, shape.short_side), shape.quality)
 
 
 def _check_motion(frames: Sequence[np.ndarray], shape: Shape) -> None:

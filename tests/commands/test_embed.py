@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,3 +185,23 @@ def test_what_is_nearest_is_found(model, folder, tmp_path, capsys):
     assert cli.main(["search", str(tmp_path / "a.png"), "--weights", str(model), "--index", str(index)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("candidates: audio by image")
     assert json.loads((model / "model" / "config.json").read_text())["model"]["size"] == "tiny"
+
+
+def test_a_part_that_is_lost_costs_itself_alone(model, tmp_path, capsys):
+    """The middle of a transport stream of 40 s is not there; the file that follows is a picture."""
+    path = write_video(tmp_path / "a.ts", video="libx264", seconds=40.0)
+    content = path.read_bytes()
+    packets = [content[k : k + 188] for k in range(0, len(content), 188)]
+    path.write_bytes(b"".join(packets[: len(packets) * 9 // 20] + packets[len(packets) * 12 // 20 :]))
+    Image.new("RGB", (80, 60), (200, 10, 10)).save(tmp_path / "b.png")
+    assert cli.main(["embed", str(tmp_path), "--weights", str(model), "--out", str(tmp_path / "x.npz")]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"a\.ts, [\d.]+ to [\d.]+ s: (hole|corrupt): ", said.out)
+    assert "part(s): could not be embedded; they are named above" in said.err
+    rows = read(tmp_path / "x.npz")
+    of_video = np.flatnonzero([name.endswith("a.ts") for name in rows.name])
+    assert len(of_video) >= 2
+    assert np.diff(rows.begin[of_video]).max() > np.diff(rows.begin[of_video]).min()  # a part between is not there
+    (picture,) = np.flatnonzero([name.endswith("b.png") for name in rows.name])
+    assert np.isnan(rows.audio[picture]).all()
+    assert rows.image[picture] @ equiav.load(model).embed_image(tmp_path / "b.png") > 0.9999

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from equiav import cli
 from equiav.commands.pack import stamp
@@ -65,7 +66,7 @@ BAD = {
     "silent.mp4": ({"loudness": 0.0}, "silent"),
     "short.mp4": ({"seconds": 0.4}, "too short"),
     "line.mp4": ({"video": "libx264", "size": (600, 2)}, "odd shape"),
-    "pause.mkv": ({"video": "libx264", "then": lambda path: pause(path, 2.0, 5e6)}, "too long"),
+    "pause.mkv": ({"video": "libx264", "then": lambda path: pause(path, 2.0, 5e6)}, "clock jumps"),
     "long.mp4": ({"seconds": 31.0, "fps": 2}, "too long"),
     "little sound.mp4": ({"seconds": 12.0, "audio": tones(3.0, 44100, (440,))}, "lengths differ"),
 }
@@ -201,3 +202,82 @@ def test_a_mended_file_is_packed_the_next_time(folder, packed, tmp_path, capsys)
     assert "or of files that have changed since; remove it, or pack into another folder" in capsys.readouterr().err
     assert cli.main([*again, "--to", str(tmp_path / "new")]) == 0
     assert set(reasons(packed)) - set(reasons(tmp_path / "new")) == {"empty"}
+
+
+def photograph(path, colour, size=(60, 40), **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **settings)
+
+
+def test_pictures_alone_are_clips_of_one_frame_for_a_classifier_of_pictures(tmp_path):
+    """Folders of classes: upright, of any format, labels by the folders; a run on them tells the classes apart."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for k in range(10):
+        shade = 20 * k
+        photograph(tmp_path / "photos" / "red" / f"{k}.jpg", (255, shade, shade), exif=turned)
+        photograph(tmp_path / "photos" / "blue" / f"{k}.png", (shade, shade, 255))
+    (tmp_path / "photos" / "red" / "torn.jpg").write_bytes((tmp_path / "photos" / "red" / "0.jpg").read_bytes()[:200])
+    out, typed = str(tmp_path / "packed"), ["--short_side", "32", "--shard_samples", "8"]
+    assert cli.main(["pack", str(tmp_path / "photos"), "--modality", "image", "--to", out, *typed]) == 0
+    found = read_plainly(out)
+    assert len(found) == 20
+    assert reasons(out) == {"red/torn": "corrupt"}
+    frame = decode_frame(found["red/4"]["0.jpg"], "x")
+    assert frame.shape == (48, 32, 3)
+    assert np.abs(frame.mean(axis=(0, 1)) - (255, 80, 80)).max() < 4
+    assert json.loads(found["blue/4"]["json"]) == {"source": "4.png"}
+    assert cli.main(["label", out, "folders"]) == 0
+    tuning = [
+        "--config",
+        "smoke",
+        "--stream.url",
+        out,
+        "--tune.modality",
+        "image",
+        "--tune.loss",
+        "one",
+        "--tune.epochs",
+        "20",
+    ]
+    tuning += ["--tune.test_url", out, "--train.batch_size", "8", "--train.micro_batch", "8", "--stream.workers", "0"]
+    assert cli.main(["finetune", *tuning, "--data.frame_size", "32", "--out", str(tmp_path / "tuned")]) == 0
+    said = json.loads((tmp_path / "tuned" / "model" / "results.json").read_text())
+    assert said["accuracy"] > 0.9
+
+
+def test_a_sound_and_the_picture_beside_it_are_a_clip(tmp_path):
+    folder = tmp_path / "album"
+    for k, name in enumerate(("one", "two", "long", "alone", "both")):
+        write_video(
+            tmp_path / "x.wav",
+            seconds=9.0 if name == "long" else 2.0,
+            video=None,
+            sound="pcm_s16le",
+            pitches=(440 + 100 * k,),
+        )
+        folder.mkdir(exist_ok=True)
+        (tmp_path / "x.wav").rename(folder / f"{name}.wav")
+        if name != "alone":
+            photograph(folder / f"{name}.JPG", (50 * k, 0, 0), format="JPEG")
+    photograph(folder / "both.png", (0, 0, 0))
+    photograph(folder / "cover.png", (0, 0, 0))
+    typed = ["--short_side", "32", "--stills", "--clip_seconds", "3", "--to", str(tmp_path / "out")]
+    assert cli.main(["pack", str(folder), *typed]) == 0
+    found = read_plainly(tmp_path / "out")
+    assert sorted(found) == ["long-000000000", "long-000003000", "long-000006000", "one", "two"]
+    for k, key in ((0, "one"), (1, "two"), (2, "long-000003000")):
+        (tone,) = peaks(decode_wav(found[key]["wav"], key, DataConfig()), 16000, 1)
+        assert abs(tone - 440 - 100 * k) < 2
+        assert abs(decode_frame(found[key]["0.jpg"], key)[..., 0].mean() - 50 * k) < 4
+    about = json.loads(found["long-000003000"]["json"])
+    assert about == {"source": "long.wav", "picture": "long.JPG", "seconds": 3.0, "begin_seconds": 3.0}
+    listed = [json.loads(line) for line in (tmp_path / "out" / "passed-over.jsonl").read_text().splitlines()]
+    assert {os.path.basename(one["path"]): one["why"] for one in listed} == {
+        "alone.wav": "no pictures of its name are beside it",
+        "both.wav": "2 pictures of its name are beside it",
+        "both.JPG": "its name ends in .jpg",
+        "both.png": "its name ends in .png",
+        "cover.png": "its name ends in .png",
+    }
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0

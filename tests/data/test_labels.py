@@ -83,6 +83,7 @@ TABLES = {  # columns, separator, between, table -> labels and parts by name
                 {"a": (["dog"], ["x"]), "b": (["dog", "cat"], ["y"])}),
     "bars": ("name=file,label=l", "|", "/", "file|l\nsome, name.wav|a/b\n", {"some, name": (["a", "b"], ["table"])}),
     "written as \\t": ("name=f,label=l", "\\t", ";", "f\tl\nx,y.wav\tdog\n", {"x,y": (["dog"], ["table"])}),
+    "cells that have nothing": ("name=f,label=l", "", ";", "f,l\na,nan\nb,None\nc,<NA>\nd,none\n", {"d": (["none"], ["table"])}),
 }  # fmt: skip
 
 
