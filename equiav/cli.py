@@ -151,12 +151,22 @@ def _main(argv: Sequence[str] | None) -> int:
         _tell_agent(text, "never")
         return 2
     gc.disable()  # until everything is imported
+    from equiav.config import ConfigError, to_yaml
+
+    try:  # what can be said without anything heavy
+        config, show = _settings(command, rest)
+        if show:
+            print(to_yaml(config), end="")
+            return 0
+        if hasattr(config, "ready"):
+            config.ready()
+    except ConfigError as error:
+        return _told(command, error, "never", 2)
     problem = _environment_problem()
     if problem:
         print(f"equiav: {problem}", file=sys.stderr)
         return 1
 
-    from equiav.config import ConfigError
     from equiav.data.clips import BadClipError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
@@ -168,26 +178,26 @@ def _main(argv: Sequence[str] | None) -> int:
     mistakes = (ConfigError, CheckpointError, CacheError, NoDataset, NoStore)
     troubles = (FloatingPointError, BadClipError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples)
     try:
-        return _run(command, rest)
+        return _run(command, config)
     except (*mistakes, *troubles, Ending) as error:
-        print(f"equiav {command}: {error}", file=sys.stderr)
-        _tell_agent(str(error), remedy(error))
-        if isinstance(error, Ending):
-            return error.status
-        return 2 if isinstance(error, mistakes) and not isinstance(error, CacheGone) else 1
+        mistake = isinstance(error, mistakes) and not isinstance(error, CacheGone)
+        return _told(command, error, remedy(error), error.status if isinstance(error, Ending) else 1 + mistake)
     except RuntimeError as error:
         if not PEER_GONE.search(str(error)):
             raise
-        text = f"another process of the run is gone: {str(error).splitlines()[0]}"
-        print(f"equiav {command}: {text}", file=sys.stderr)
-        _tell_agent(text, "again")
-        return 1
+        return _told(command, f"another process of the run is gone: {str(error).splitlines()[0]}", "again", 1)
     except BrokenPipeError:  # whoever reads what it says has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:  # a disk that is full, or not ours
         print(f"equiav {command}: {error}", file=sys.stderr)
         return 1
+
+
+def _told(command: str, what: object, remedy: str, status: int) -> int:
+    print(f"equiav {command}: {what}", file=sys.stderr)
+    _tell_agent(str(what), remedy)
+    return status
 
 
 def _tell_agent(text: str, remedy: str) -> None:
@@ -201,19 +211,12 @@ def _tell_agent(text: str, remedy: str) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 
 
-def _run(name: str, argv: list[str]) -> int:
-    """-> the status with which to end."""
-    from equiav.config import ConfigError, load, to_yaml
+def _settings(name: str, argv: list[str]) -> tuple[Any, bool]:
+    """-> a command's settings, and whether they are only to be shown."""
+    from equiav.commands import settings
+    from equiav.config import load
     from equiav.terminal import masked
 
-    command = COMMANDS[name]
-    try:
-        module = importlib.import_module(f"equiav.commands.{command.module}")
-    except ModuleNotFoundError as error:
-        if name != "smoke":
-            raise
-        raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
-    recipe = "smoke" if name == "smoke" else None
     theirs: dict[str, dict[str, Any]] = {}
 
     def known(source: str) -> dict[str, dict[str, Any]]:
@@ -223,7 +226,8 @@ def _run(name: str, argv: list[str]) -> int:
         return dict(theirs)
 
     begins = name in ("finetune", "probe")  # `pretrain` begins with weights that others made otherwise
-    config, show = load(getattr(module, command.settings), name, argv, recipe, known if begins else None)
+    recipe = "smoke" if name == "smoke" else None
+    config, show = load(getattr(settings, COMMANDS[name].settings), name, argv, recipe, known if begins else None)
     taken = [
         f"{section}.{field} {theirs[section][field]}"
         for section, field in (("model", "size"), *(("data", field) for field in theirs.get("data", {})))
@@ -231,12 +235,23 @@ def _run(name: str, argv: list[str]) -> int:
     ]
     if taken and os.environ.get("RANK", "0") == "0":
         print(f"equiav {name}: as the model at {masked(config.weights)} has them: {', '.join(taken)}", file=sys.stderr)
+    return config, show
+
+
+def _run(name: str, config: Any) -> int:
+    """-> the status with which to end."""
+    from equiav.config import ConfigError
+
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(f"equiav.commands.{command.module}")
+    except ModuleNotFoundError as error:
+        if name != "smoke":
+            raise
+        raise ConfigError(f"{error.name} is not installed; `pip install 'equiav[smoke]'` brings it") from None
     # Everything imported so far stays: collecting garbage among it, now or while importing, costs a second of the start.
     gc.freeze()
     gc.enable()
-    if show:
-        print(to_yaml(config), end="")
-        return 0
     return getattr(module, command.run)(config) or 0
 
 

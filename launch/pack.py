@@ -42,7 +42,7 @@ def pack(
     if not to:
         refuse("to: no folder is named for the dataset (--to s3://BUCKET/NAME)")
     chosen = [source, "--to", to, "--processes", str(cpu), *settings]
-    checked("equiav.commands.pack", "PackConfig", "pack", chosen)
+    checked("equiav.commands.settings", "PackConfig", "pack", chosen)
     say(f"packs {source} into {to}")
     where = {"scratch": scratch, "queue": queue, "secret": secret}
     common = {"image": image, "cpu": cpu, "memory": memory, "env": env, "mounts": mounts}

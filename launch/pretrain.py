@@ -57,7 +57,7 @@ def pretrain(
         if size_of(nodes)[1] > 1 or config or out:
             refuse("data: no dataset is named. Give its folder (--data s3://BUCKET/NAME; `equiav pack` fills one)")
         chosen = ["--out", "/tmp/smoke", *settings]
-        checked("equiav.commands.smoke" if settings else "equiav.config", "SmokeConfig" if settings else "RunConfig",
+        checked("equiav.commands.settings" if settings else "equiav.config", "SmokeConfig" if settings else "RunConfig",
                 "smoke", chosen, "smoke")  # fmt: skip
         say(
             "no --data is given: runs `equiav smoke` on one node, which makes clips, pretrains the tiny model, retrieves"

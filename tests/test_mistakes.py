@@ -1,6 +1,8 @@
 """Mistakes of a first hour: each gets one line that names what, where, and what to do. To add one, add a row."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,41 @@ def test_a_mistake_is_one_line_that_says_what_to_do(typed, here, capsys):
     assert line.startswith("equiav")
     assert Path("others/a.doc").read_text() == "x"
     assert set(os.listdir()) <= before | {"runs", "out"}
+
+
+LOOKS = (" nowhere", " others", "synthetic:", ".txt", ".json", "import ", "localhost", "diff a b", "s3:", "://", "::")
+FORKS = """
+import os, sys
+from equiav import cli
+from equiav.commands import settings
+
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os._exit(7)
+
+sys.meta_path.insert(0, Torch())
+for line in sys.stdin.read().splitlines():
+    if not os.fork():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        try:
+            cli.main(line.split())
+        except SystemExit:
+            pass
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.wait()[1]) == 7:
+        print(line, flush=True)
+"""
+
+
+def test_what_is_mistyped_and_help_are_answered_before_torch_is_imported(here):
+    """What looks for nothing: no file, no folder, no store."""
+    typed = [line for line in MISTAKES if not any(what in line for what in LOOKS)]
+    assert len(typed) > 40
+    lines = "\n".join([*typed, *(f"{command} --help" for command in cli.COMMANDS)])
+    done = subprocess.run([sys.executable, "-c", FORKS], input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 import yaml
 
+from equiav.commands.settings import DiffConfig
 from equiav.config import ConfigError, RunConfig, flat, from_dict, to_dict, without_effect
 from equiav.config.settings import ROUNDING
 from equiav.train.log import step_of
@@ -17,16 +16,6 @@ from equiav.train.manifest import manifests
 from streaming import Store
 
 ENVIRONMENT = ("equiav", "code", "torch", "python", "threads", "gpu")  # beside the settings, what numbers depend on
-
-
-@dataclass(frozen=True)
-class DiffConfig:
-    """Compares two runs: settings, what every step reported, the digests of the weights. Ends with 1 where they differ."""
-
-    one: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
-    """A run's folder (--out), or where it keeps its checkpoints (--checkpoint.url)."""
-    two: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
-    """Another."""
 
 
 class Recorded:
@@ -49,8 +38,6 @@ class Recorded:
 
 def run_diff(config: DiffConfig) -> int:
     """-> 1 where they differ."""
-    if not config.one or not config.two:
-        raise ConfigError("two runs are needed: equiav diff RUN RUN")
     one, two = Recorded(config.one), Recorded(config.two)
     different: list[str] = []
     size = {"model": {"size": one.settings.get("model.size", "vit_b16")}}

@@ -7,20 +7,19 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from equiav.api import Embedder, Labeller, load
 from equiav.augment import Clips, normalised_spectrogram, original_image
-from equiav.config import Config, ConfigError, StreamConfig, TrainConfig, require
+from equiav.commands.settings import EmbedConfig, PredictConfig, ScoreConfig, UseConfig
+from equiav.config import Config, ConfigError, TrainConfig, require
 from equiav.data.clips import PICTURES, BadClipError
 from equiav.data.labels import keys_of
 from equiav.data.sources import SOUNDS, VIDEOS, list_videos
@@ -30,7 +29,7 @@ from equiav.evaluate.look import look
 from equiav.parallel import Ranks
 from equiav.progress import bar
 from equiav.terminal import say
-from equiav.vectors import Vectors, check_ending, read, together
+from equiav.vectors import Vectors, read, together
 from streaming import Dataset, Store
 from streaming.dataset import INDEX
 
@@ -39,60 +38,7 @@ FILES, CLIPS = 64, 8192  # that are kept together, while it goes on
 FEW = 20  # problems that are named
 
 
-@dataclass(frozen=True)
-class UseConfig:
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
-    """Videos or sound files."""
-    weights: str = ""
-    """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
-    frames: int = 1
-    """Pictures of each part of a video, over which is averaged."""
-    device: str = "cpu"
-    """Where it computes: cpu, cuda, cuda:1."""
-
-    def __post_init__(self) -> None:
-        require(1 <= self.frames <= 1000, "frames", self.frames, "1 to 1000")
-
-
-@dataclass(frozen=True)
-class EmbedConfig(UseConfig):
-    """Writes the embeddings of files, each in parts as long as the model hears, or of the clips of a dataset. Killed and started
-    again, it goes on where it was."""
-
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
-    """Videos and sound files, folders of them, lists (.txt, a path a line), or one dataset (of `equiav pack`; s3://...)."""
-    out: Path = Path("embeddings.npz")
-    """File to write: name, begin and end (seconds) of each part, its audio and its image (rows that are not a number where it has
-    none). .npz, .parquet, .safetensors, .npy, .faiss."""
-    batch: int = 32
-    """Clips that are computed together."""
-    stream: StreamConfig = field(default_factory=StreamConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.batch >= 1, "batch", self.batch, "1 or more")
-
-
-@dataclass(frozen=True)
-class ScoreConfig(UseConfig):
-    """Says how well sound and picture of each file belong together, part by part: the cosine of their embeddings."""
-
-
-@dataclass(frozen=True)
-class PredictConfig(UseConfig):
-    """Names the likeliest classes of each file, by a fine-tuned model."""
-
-    top: int = 5
-    """Classes that are named."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.top >= 1, "top", self.top, "1 or more")
-
-
 def opened(config: UseConfig) -> Embedder | Labeller:
-    require(bool(config.files), "files", "not given", "videos or sound files")
-    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
     for name in config.files:
         require(Path(name).is_file(), "files", name, "a file that exists")
     return load(config.weights, config.device)
@@ -107,11 +53,6 @@ def embedder(config: UseConfig, model: Embedder | Labeller) -> Embedder:
 
 
 def run_embed(config: EmbedConfig) -> None:
-    require(bool(config.files), "files", "not given", "videos, sound files, a folder, a list, or a dataset")
-    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
-    require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
-    require(not config.out.is_dir(), "out", config.out, "a file; there is a folder of that name")
-    check_ending(config.out)
     dataset = dataset_of(config)
     names = [] if dataset else listed(config.files)
     model = embedder(config, load(config.weights, config.device))

@@ -28,8 +28,6 @@ from streaming import Dataset, DatasetError, Store
 
 
 def run_eval(config: EvalConfig) -> None:
-    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
-    require(bool(config.stream.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     remote = "://" in config.weights

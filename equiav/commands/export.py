@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from equiav.api import Embedder, Labeller, load
-from equiav.config import ConfigError, require, to_yaml
+from equiav.commands.settings import ExportConfig
+from equiav.config import to_yaml
 from equiav.known import SETTINGS, model_folder
 from equiav.programs import programs, require_onnx, write
 from equiav.terminal import masked, plain, say
@@ -22,29 +22,7 @@ from equiav.weights import CLASSES, WEIGHTS, download
 CARD = "README.md"  # where model hubs look for it
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Writes a model for others: its weights and settings, programs from samples and pixels to embeddings (or classes), each
-    reloaded and compared, and a model card."""
-
-    weights: str = ""
-    """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
-    out: Path = Path("exported")
-    """Folder to write: a new one, or an empty one."""
-    formats: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")
-    """Of the programs: torch.export's, which PyTorch runs; ONNX, for everything else (`pip install 'equiav[export]'`)."""
-    name: str = ""
-    """Of the model, on its card. Without it: the folder's."""
-    license: str = ""
-    """Of the weights, as model hubs spell it (apache-2.0, cc-by-nc-4.0). It is yours to choose, as far as the data's allows."""
-    data: str = ""
-    """What it was trained on, for the card: names, hours, where it is from."""
-
-
 def run_export(config: ExportConfig) -> None:
-    require(bool(config.weights), "weights", "not given", "a model folder, or the folder of a run")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ConfigError(f"out: {config.out} is there already, and not empty; choose another folder")
     if "onnx" in config.formats:
         require_onnx()
     with ExitStack() as stack:

@@ -22,7 +22,6 @@ from equiav.train.carry import carry_out
 from equiav.train.run import Done
 from equiav.weights import CLASSES
 
-__all__ = ["FinetuneConfig", "run_finetune"]
 RESULTS, TABLE = "results.json", "results.md"
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from equiav.commands.settings import LabelConfig
 from equiav.config import require
 from equiav.data.labels import (
     FOLDERS,
@@ -27,38 +24,7 @@ from streaming.labels import write_labels
 NAMED = 5
 
 
-@dataclass(frozen=True)
-class LabelConfig:
-    """Gives the clips of a dataset their labels, by their names; the shards stay as they are. The labels it had are replaced."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
-    """Folder of the dataset; it must be writable."""
-    labels: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default=())
-    """Files of labels: AudioSet's, VGGSound's, ESC-50's, FSD50K's, Kinetics' or UCF101's, CAV-MAE's lists (.json), or
-    path,label[;label] a line. And `folders`: a clip's class is the folder that it lay in."""
-    columns: str = ""
-    """Of a table of yours: name=COLUMN,label=COLUMN[,split=COLUMN]. label=*: each other column is a class, with 1 where a clip
-    has it. Without it: what the file looks like."""
-    separator: str = ""
-    """Of the table's columns. Empty: a tab, a semicolon or a comma, by what its head has."""
-    between: str = ";"
-    """Of the labels in one cell of the table."""
-    classes: Path | None = None
-    """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those
-    that occur."""
-    other: str = ""
-    """Of these classes, the one of clips whose label is none of them."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.between), "between", self.between, "what separates labels")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-
-
 def run_label(config: LabelConfig) -> None:
-    require(bool(config.url), "url", "not given", "the folder of a dataset")
-    require(bool(config.labels), "labels", "not given", f"files of labels, or {FOLDERS}")
     dataset = Dataset(Store(config.url, config.patience))
     columns = columns_of(config.columns, config.separator, config.between)
     classes = read_classes(config.classes.expanduser()) if config.classes else []

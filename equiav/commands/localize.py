@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from equiav.api import Embedder, load, require_av
-from equiav.config import ConfigError, NotHere, require
+from equiav.commands.settings import LocalizeConfig
+from equiav.config import ConfigError, NotHere
 from equiav.data.clips import BadClipError, central_square
 from equiav.evaluate.pictures import Titled, overlaid, sheet
 from equiav.files import beside
@@ -25,36 +24,7 @@ ROWS = 60  # of a sheet
 CLOCK, RATE = 90_000, 48_000  # of a film: ticks a second, samples a second
 
 
-@dataclass(frozen=True)
-class LocalizeConfig:
-    """Draws what of a video's pictures belongs to its sound: bright is what adds to the score of the two."""
-
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field(default="")
-    """A video with sound."""
-    weights: str = ""
-    """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
-    out: Path = Path("heat.mp4")
-    """File to write: .mp4, with the sound, or .png, a picture of each part that is as long as the model hears."""
-    others: Path | None = None
-    """Embeddings of other sounds (`equiav embed`): what the sound has of its own beside them is looked for. It points better."""
-    fps: float = 5.0
-    """Pictures a second of the video that is written."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
-
-    def __post_init__(self) -> None:
-        require(0.1 <= self.fps <= 60, "fps", self.fps, "0.1 to 60")
-        require(self.out.suffix.lower() in (".mp4", ".png"), "out", self.out, "a name that ends in .mp4 or .png")
-
-
 def run_localize(config: LocalizeConfig) -> None:
-    require(bool(config.file), "file", "not given", "a video with sound")
-    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
-    require(Path(config.file).is_file(), "file", config.file, "a file that exists")
-    require(config.out.absolute().parent.is_dir(), "out", config.out, "a file in a folder that is there")
-    require(
-        not config.out.exists() or not config.out.samefile(config.file), "out", config.out, "another file than it reads"
-    )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NotHere("device is cuda, expected cpu: this torch sees no GPU")
     require_av()

@@ -7,12 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
+from equiav.commands.settings import IndexConfig, PackConfig, VerifyConfig
 from equiav.config import ConfigError, DataConfig, ModelConfig, StreamConfig, require
 from equiav.data.clips import PICTURES
 from equiav.data.decoder import ClipDecoder
@@ -35,7 +33,7 @@ from equiav.data.sources import (
     list_videos,
 )
 from equiav.data.stream import modalities
-from equiav.data.synthetic import Rules, World
+from equiav.data.synthetic import World
 from equiav.progress import bar
 from equiav.terminal import say
 from streaming import Dataset, DatasetError, Store
@@ -57,125 +55,8 @@ from streaming.pack import REJECTED, Item, pack
 from streaming.pack import Progress as Packed
 from streaming.quarantine import FEW
 
-CORES = len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """Packs clips into shards. Killed and started again with the same settings, it goes on where it was."""
-
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = ""
-    """A folder of videos, a video, a text file with a path a line, a CAV-MAE / EquiAV list (.json), or synthetic:COUNT."""
-    to: str = ""
-    """Folder for the dataset: s3://bucket/name, or any other that fsspec writes."""
-    frames: int = 10
-    """Frames of a clip, from the middles of as many equal parts."""
-    short_side: int = 256
-    """Of a frame, pixels. Frames of a list are packed as they are."""
-    quality: int = 90
-    """Of the JPEGs, 1 to 100."""
-    modality: Literal["both", "audio", "image"] = "both"
-    """What is packed of each clip. audio: sound files are taken, too; image: pictures are, and videos need no sound. Pretraining
-    needs both."""
-    stills: bool = False
-    """The source has sounds, each with a picture of its name beside it (a.jpg beside a.wav), which stands."""
-    audio: Literal["wav", "flac"] = "wav"
-    """flac takes about half the space, and ten times as long to decode."""
-    track: str = "default"
-    """Of a file's sound: the one that a player plays, a language as the file names it (eng), or a number from 1 on."""
-    clip_seconds: float = 0.0
-    """Cut longer videos into clips of this length. 0: a video is a clip."""
-    clip_overlap: float = 0.0
-    """Seconds that neighbouring clips of a video share."""
-    max_seconds: float = 30.0
-    """Longer clips are rejected: training hears only the beginning, and frames from later would not belong to it."""
-    keep_frozen: bool = False
-    """Pack clips whose frames all show the same picture, too."""
-    max_shard_bytes: int = 256 << 20
-    """Size of a shard, at most."""
-    shard_samples: int = 512
-    """Clips of a shard, at most. What is finished survives a kill shard by shard."""
-    processes: int = CORES
-    """That decode and encode."""
-    timeout: float = 600.0
-    """Seconds after which a clip is given up."""
-    in_order: bool = False
-    """Keep the order of the source. By default clips are shuffled over the shards: neighbours in a list are often alike, and
-    a batch is drawn from some shards at a time."""
-    seed: int = 0
-    """Of the shuffle, and of the synthetic world."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-    data: DataConfig = field(default_factory=DataConfig)
-    world: Rules = field(default_factory=Rules)
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "short_side", "shard_samples", "processes", "max_seconds", "timeout"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        require(self.clip_seconds >= 0, "clip_seconds", self.clip_seconds, "0 or more")
-        if self.clip_seconds:
-            require(
-                self.data.min_seconds <= self.clip_seconds <= self.max_seconds,
-                "clip_seconds",
-                self.clip_seconds,
-                f"data.min_seconds={self.data.min_seconds} to max_seconds={self.max_seconds}",
-            )
-        most = 0.9 * self.clip_seconds
-        require(0 <= self.clip_overlap <= most, "clip_overlap", self.clip_overlap, "0 to nine tenths of clip_seconds")
-        good = self.track.isalnum() and self.track != "0"
-        require(good, "track", self.track, "default, a language such as eng, or a number from 1 on")
-        require(self.short_side >= 2, "short_side", self.short_side, "2 or more")
-        require(not self.stills or self.modality == "both", "stills", True, "false, or modality both")
-        require(self.frames <= 1000, "frames", self.frames, "at most 1000")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-        w = self.world
-        for name in ("silent", "unseen", "skew"):
-            require(0 <= getattr(w, name) <= 10, f"world.{name}", getattr(w, name), "0 to 10")
-        require(w.silent + w.unseen <= 1, "world.unseen", w.unseen, f"at most 1 less world.silent={w.silent}")
-        require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
-        require(self.max_shard_bytes >= 1 << 16, "max_shard_bytes", self.max_shard_bytes, f"{1 << 16} or more")
-
-
-@dataclass(frozen=True)
-class IndexConfig:
-    """Makes the index of shards (*.tar) that somebody else packed, and the offsets file of each."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
-    """Folder of the shards; it must be writable."""
-    processes: int = CORES
-    """Shards that are read at a time."""
-    tried: int = 50
-    """Samples of each shard that are decoded as training would, to say what it would refuse; 0: none."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-    data: DataConfig = field(default_factory=DataConfig)
-
-    def __post_init__(self) -> None:
-        require(self.processes > 0, "processes", self.processes, "a positive number")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-        require(self.tried >= 0, "tried", self.tried, "0 or more")
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """Reads every byte of a dataset and compares it with its index."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
-    """Folder of the dataset."""
-    processes: int = CORES
-    """Shards that are read at a time."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-    data: DataConfig = field(default_factory=DataConfig)
-
-    def __post_init__(self) -> None:
-        require(self.processes > 0, "processes", self.processes, "a positive number")
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-
 
 def run_pack(config: PackConfig, options: dict[str, Any] | None = None) -> None:
-    require(bool(config.source), "source", "not given", "what to pack: a folder, a list, or synthetic:COUNT")
-    require(bool(config.to), "to", "not set", "the folder to pack into (--to s3://bucket/name)")
     shape = Shape(
         config.frames,
         config.short_side,
@@ -312,7 +193,6 @@ def labels_of(config: PackConfig, items: list[Item]) -> dict[str, list[str]]:
 
 
 def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> None:
-    require(bool(config.url), "url", "not given", "the folder of the shards")
     store = Store(config.url, config.patience, options)
     names = [name for name in store.list() if name.endswith(".tar") and not name.startswith(".")]  # a Mac leaves ._NAME
     for name in names:
@@ -335,7 +215,6 @@ def run_index(config: IndexConfig, options: dict[str, Any] | None = None) -> Non
 
 
 def run_verify(config: VerifyConfig, options: dict[str, Any] | None = None) -> None:
-    require(bool(config.url), "url", "not given", "the folder of a dataset")
     store = Store(config.url, config.patience, options)
     dataset = Dataset(store)
     found = _each("verifying", list(dataset), lambda shard: verify_shard(store, shard), config.processes)

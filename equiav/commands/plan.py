@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import yaml
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig, require
+from equiav.commands.settings import PlanConfig
+from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, Config, ModelConfig
 from equiav.model import EquiAV
 from equiav.model.arithmetic import Side, count
 from equiav.terminal import say
@@ -20,35 +20,6 @@ from streaming import Dataset, Store
 
 FLOAT32, FLOAT64 = 4, 8
 SAMPLES = 1009  # the batch that is counted, and divided by: a prime above every width
-
-
-@dataclass(frozen=True)
-class PlanConfig(Config):
-    """Parameters, multiply-adds, memory and traffic of a configuration, without a GPU. With --stream.url: settings that fit that
-    dataset and this machine, and how long a run would take."""
-
-    world_size: int = 0
-    """Processes (GPUs) that share the global batch. 0: eight, or as many as can share it."""
-    write: Path | None = None
-    """File for the settings that fit (with --stream.url), for --config."""
-    keep: bool = False
-    """Keep the settings as they are, and say how long a run with them would take (with --stream.url)."""
-    price: float = 0.0
-    """Of an hour of this machine, in whatever money."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.price >= 0, "price", self.price, "0 or more")
-        require(
-            0 <= self.world_size <= self.train.micro_batches,
-            "world_size",
-            self.world_size,
-            f"1 to {self.train.micro_batches}, the micro-batches in a step",
-        )
-
-    @property
-    def processes(self) -> int:
-        return self.world_size or min(8, self.train.micro_batches)
 
 
 @dataclass
@@ -130,13 +101,6 @@ def _activation_bytes(config: Config) -> int:
 
 
 def run_plan(config: PlanConfig) -> None:
-    if config.write:
-        require(bool(config.stream.url), "write", config.write, "a dataset to fit the settings to (--stream.url)")
-        require(not config.write.exists(), "write", f"{config.write}, which exists", "a file that does not")
-        require(config.write.parent.is_dir(), "write", config.write, "a file in a folder that is there")
-    require(
-        bool(config.stream.url) or not config.keep, "keep", True, "a dataset to try the settings with (--stream.url)"
-    )
     plan, console = make_plan(config), Console()
     if config.stream.url:
         dataset = Dataset(Store(config.stream.url, config.stream.patience))

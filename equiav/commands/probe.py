@@ -28,7 +28,6 @@ from equiav.tasks import Classification
 from equiav.terminal import say
 from equiav.weights import initial_weights
 
-__all__ = ["ProbeConfig", "run_probe"]
 FEATURES = 1  # version of the files that keep them
 
 

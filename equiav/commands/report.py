@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from equiav.config import ConfigError, require
+from equiav.commands.settings import ReportConfig
+from equiav.config import require
 from equiav.evaluate.page import page
 from equiav.evaluate.report import gather
 from equiav.terminal import say
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """Writes one page about a run, or about several beside each other: verdict, curves, what evaluations and fine-tuning have
-    found, examples to look at and listen to. It reads what `equiav eval` left in the runs' folders."""
-
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
-    """Folders of runs: paths, s3://..., or any others that fsspec reads."""
-    out: Path = Path()
-    """File to write, .html; its data are beside it, .data.json. By default report.html in the first run's folder, or here."""
-    title: str = ""
-    """Of the page."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-
-
 def run_report(config: ReportConfig) -> None:
-    if not config.runs:
-        raise ConfigError("runs: no run is named. Give its folder: equiav report runs/one")
     first = Path(config.runs[0]).expanduser()
     out = config.out
     if out == Path():

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from equiav.api import Embedder, load
-from equiav.config import ConfigError, require
+from equiav.commands.settings import SearchConfig
+from equiav.config import ConfigError
 from equiav.data.clips import PICTURES
 from equiav.data.sources import SOUNDS
 from equiav.terminal import say
 from equiav.vectors import read
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """Prints what of an index (`equiav embed --out`) is nearest to a file: pictures by a sound, sounds by a picture."""
-
-    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ""
-    """A sound, a picture, or a video, whose first part is taken."""
-    weights: str = ""
-    """The model by which the index was made: its folder, or a run's."""
-    index: Path = Path("embeddings.npz")
-    """What `equiav embed` wrote."""
-    by: Literal["auto", "audio", "image"] = "auto"
-    """What of the file is compared: its sound or its picture. auto: of a video its sound."""
-    among: Literal["auto", "audio", "image"] = "auto"
-    """What of the index it is compared with. auto: the other."""
-    top: int = 10
-    """Rows that are printed."""
-    device: str = "cpu"
-    """Where the model computes."""
-
-    def __post_init__(self) -> None:
-        require(self.top >= 1, "top", self.top, "1 or more")
-
-
 def run_search(config: SearchConfig) -> None:
-    require(bool(config.file), "file", "not given", "a sound, a picture or a video")
-    require(bool(config.weights), "weights", "not set", "a model folder, or the folder of a run")
-    require("://" in config.file or Path(config.file).is_file(), "file", config.file, "a file that exists")
     index = read(config.index)
     model = load(config.weights, config.device)
     if not isinstance(model, Embedder):

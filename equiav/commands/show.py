@@ -9,17 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 
 from equiav.augment import Clips, make_views, normalised_spectrogram
-from equiav.config import Config, ConfigError, require
+from equiav.commands.settings import ShowConfig
+from equiav.config import ConfigError
 from equiav.data.clips import DECODE_AUDIO, BadClipError, decode_frame
 from equiav.data.decoder import ClipDecoder
 from equiav.data.sources import PASSED_OVER
@@ -37,27 +34,7 @@ HEARD, SHOWN, ACROSS, HEIGHT, EPOCHS = 200, 24, 6, 128, 4
 NAMED = 20  # labels, reasons
 
 
-@dataclass(frozen=True)
-class ShowConfig(Config):
-    """Shows a dataset: how many clips, how long, of which labels, what packing rejected, and some of them. With a clip's key: its
-    frames, its spectrogram, and the views that training makes of it."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
-    """Folder of the dataset."""
-    key: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KEY")] = ""
-    """Of a clip."""
-    png: Path | None = None
-    """File for the picture. Without it, a terminal shows it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.png:
-            require(self.png.suffix.lower() == ".png", "png", self.png, "a name that ends in .png")
-            require(self.png.parent.is_dir(), "png", self.png, "a file in a folder that is there")
-
-
 def run_show(config: ShowConfig) -> None:
-    require(bool(config.url), "url", "not given", "the folder of a dataset")
     dataset = Dataset(Store(config.url, config.stream.patience))
     rows = one_clip(config, dataset) if config.key else some_clips(config, dataset)
     if not rows:

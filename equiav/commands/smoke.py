@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equiav.config import ConfigError, NotHere, RunConfig, require
+from equiav.commands.settings import SmokeConfig
+from equiav.config import ConfigError, NotHere
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
@@ -49,28 +50,6 @@ EVALUATED = {
 }  # clips; 0: all
 MARKER = "SMOKE.txt"  # in a folder that a smoke run made
 HELD_OUT_FROM = 10**9  # indices of the held-out clips begin here
-
-
-@dataclass(frozen=True)
-class SmokeConfig(RunConfig):
-    """Generates clips, pretrains the tiny model on them, retrieves, and writes a report."""
-
-    clips: int = 2048
-    """Clips to train on."""
-    held_out: int = 512
-    """Clips to retrieve among; chance is 1 in this many."""
-    out: Path = Path("runs/smoke")
-    """Folder of report.html, report.md, metrics.jsonl, config.yaml and the trained model; a next run writes over them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.clips >= self.train.batch_size,
-            "clips",
-            self.clips,
-            f"train.batch_size={self.train.batch_size} or more",
-        )
-        require(self.held_out >= 10, "held_out", self.held_out, "10 or more")
 
 
 def run_smoke(config: SmokeConfig) -> None:

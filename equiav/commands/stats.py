@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
-import tyro
 import yaml
 
-from equiav.config import ConfigError, DataConfig, ModelConfig, require
+from equiav.commands.settings import StatsConfig
+from equiav.config import ConfigError
 from equiav.data.stream import modalities
 from equiav.data.survey import survey
 from equiav.terminal import say
@@ -18,34 +14,7 @@ from streaming import Dataset, Store
 from streaming.labels import LABELS, read_labels
 
 
-@dataclass(frozen=True)
-class StatsConfig:
-    """Says how long clips are, how many frames they have, and the mean and deviation of their spectrograms."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
-    """Folder of the dataset."""
-    samples: int = 1000
-    """Clips that are heard, of as many shards as there are; 0: all."""
-    write: Path | None = None
-    """File to write the settings into that the dataset wants (data.audio_mean, data.audio_std), for --config."""
-    seed: int = 0
-    """Of the choice."""
-    patience: float = 600.0
-    """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-
-    def __post_init__(self) -> None:
-        require(self.patience >= 0, "patience", self.patience, "0 or more")
-        require(self.samples >= 0, "samples", self.samples, "0 or more")
-
-
 def run_stats(config: StatsConfig) -> None:
-    require(bool(config.url), "url", "not given", "the folder of a dataset")
-    if config.write and config.write.exists():
-        raise ConfigError(f"write: {config.write} exists already; name a file that does not")
-    if config.write:
-        require(config.write.parent.is_dir(), "write", config.write, "a file in a folder that is there")
     dataset = Dataset(Store(config.url, config.patience))
     stats = survey(dataset, config.model, config.data, config.samples, config.seed)
     say(

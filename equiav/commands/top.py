@@ -6,40 +6,22 @@ import math
 import time
 import urllib.request
 from collections import deque
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from equiav.config import ConfigError, require
+from equiav.commands.settings import TopConfig
+from equiav.config import ConfigError
 from equiav.train.log import METRICS
 from equiav.train.seen import CURVES, HISTORY, Folder, Seen, over, verdicts
 from monitoring import metrics as m
 from monitoring.metrics import COUNTER, Metric
 
 BARS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True)
-class TopConfig:
-    """Shows a run: whether it is well, whether it learns, how fast it is, what is saved. Ends with the run, or with
-    Ctrl-C."""
-
-    where: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
-    """A run's folder (--out), or what its nodes serve: HOST:PORT, one for each node that is to be looked at."""
-    seconds: float = 2.0
-    """Between two looks."""
-    once: bool = False
-    """Print it and end."""
-
-    def __post_init__(self) -> None:
-        require(self.seconds > 0, "seconds", self.seconds, "above 0")
 
 
 class Served:
@@ -144,8 +126,6 @@ def sparkline(values: list[float]) -> str:
 
 
 def run_top(config: TopConfig) -> None:
-    if not config.where:
-        raise ConfigError("where: no run is named. Give its folder, or HOST:PORT of its nodes: equiav top runs/one")
     folder = Path(config.where[0])
     if len(config.where) > 1 and any(Path(where).is_dir() for where in config.where):
         raise ConfigError("where: expected one folder, or one HOST:PORT for each node")

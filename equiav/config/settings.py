@@ -288,6 +288,9 @@ class StreamConfig:
             require(0 <= value <= most, f"stream.{name}", value, f"0 to {most}")
         require(0 <= self.max_bad <= 1, "stream.max_bad", self.max_bad, "a share")
 
+    def ready(self) -> None:
+        require(bool(self.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -535,6 +538,9 @@ class FinetuneConfig(RunConfig):
     """Folder of metrics.jsonl, config.yaml and the others of a run, and of the trained model with its classes and results."""
     tune: TuneConfig = field(default_factory=TuneConfig)
 
+    def ready(self) -> None:
+        self.stream.ready()
+
 
 @dataclass(frozen=True)
 class ProbeOn(LabelsConfig):
@@ -564,6 +570,9 @@ class ProbeConfig(Config):
     features: Path = Path("~/.cache/equiav/features")
     """Folder in which features are kept, for the next time."""
     probe: ProbeOn = field(default_factory=ProbeOn)
+
+    def ready(self) -> None:
+        self.stream.ready()
 
 
 ROUNDING = ("device", "train.micro_batch", "train.compile")

@@ -47,7 +47,7 @@ def labelled(
 ) -> tuple[Labelled, Labelled | None, list[str]]:
     """What is learned from, what is tested on, and what there is to say of both. one: each clip has to have exactly one class.
     needs_label: nothing is learned from a clip without one."""
-    require(bool(stream.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
+    stream.ready()
     opened = opened_at("stream.url", stream.url, stream, of)
     names = opened.labels.classes.names
     require(len(names) > 1, "labels", f"{len(names)} class", "two or more, to be told apart")

@@ -13,7 +13,7 @@ import torch
 import streaming
 from equiav.augment import Clips
 from equiav.augment.draws import Purpose, uniforms
-from equiav.config import Config, ConfigError, NotHere, require
+from equiav.config import Config, ConfigError, NotHere
 from equiav.data.clips import DECODE_AUDIO
 from equiav.data.decoder import IMAGES, ClipDecoder
 from streaming import Dataset, DatasetError, Loader, Order, Selection, ShardError, Store
@@ -34,7 +34,7 @@ def open_stream(
     """The loader of one rank. `hears`, `sees`: what the run uses of a clip. `often`: in the mean, how often each comes.
     `sharers`: ranks on this node. `options`: for the file system, beside what the environment says."""
     s = config.stream
-    require(bool(s.url), "stream.url", "not set", "the folder of a packed dataset; `equiav pack` makes one")
+    s.ready()
     cache = s.cache.expanduser()
     store = Store(s.url, s.patience, options)
     if not store.local:

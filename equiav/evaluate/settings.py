@@ -65,3 +65,7 @@ class EvalConfig:
         require(allowed, "strengths", self.strengths, "numbers above 0, at most 10")
         apart = len({f"{strength:g}" for strength in self.strengths}) == len(self.strengths)
         require(apart, "strengths", self.strengths, "numbers that differ in their first six digits")
+
+    def ready(self) -> None:
+        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        self.stream.ready()
