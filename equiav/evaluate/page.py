@@ -4,6 +4,7 @@ of our own shows values, smooths, and draws logarithms; without it the page says
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -17,6 +18,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 220, 46, 26, 8  # of a chart, in its own
 JPEG, PNG, MP3 = "image/jpeg", "image/png", "audio/mpeg"
 COLOURS = 8  # then they begin again
 AT = ("R@1", "R@5", "R@10", "median rank")
+FOUND = ("pictures found", "sounds found")
 DIRECTIONS = ("image to audio", "audio to image")
 TITLES = {  # metric -> what is written above its chart
     "loss": "Loss",
@@ -59,7 +61,7 @@ svg .mark { stroke: var(--soft); stroke-dasharray: 2 3; } svg polyline { fill: n
 .heard { width: 100%; height: 70px; object-fit: fill; display: block; border-radius: 4px; } audio { width: 100%; height: 36px; margin: 0.3rem 0; }
 .found { display: flex; gap: 0.4rem; } .found div { width: 33%; min-width: 0; font-size: 0.75rem; color: var(--soft); }
 .found img { width: 100%; border-radius: 4px; display: block; } .found .it img { outline: 3px solid var(--good); }
-.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.cut { overflow-wrap: anywhere; } .lead { font-size: 1.1rem; max-width: 46em; }
 pre { background: var(--card); padding: 0.7rem; border-radius: 8px; overflow-x: auto; font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { :root { --paper: #fff; --ink: #000; --card: #fff; --soft: #444; --line: #bbb; } audio { display: none; }
   body { max-width: none; padding: 0; font-size: 11px; } .examples, .charts { grid-template-columns: repeat(2, 1fr); } }
@@ -175,6 +177,9 @@ def text(value: Any) -> str:
 def head(runs: Sequence[Mapping[str, Any]], title: str) -> str:
     lines = [f"<h1>{text(title)}</h1>"]
     for run in runs:
+        if found := headline(run):
+            lines.append(f'<p class="lead">{text(run["name"]) + ": " if len(runs) > 1 else ""}{text(found)}</p>')
+    for run in runs:
         if not run["verdict"]:
             continue
         how, *wrong = run["verdict"]
@@ -182,6 +187,30 @@ def head(runs: Sequence[Mapping[str, Any]], title: str) -> str:
         said = "; ".join([how, *wrong])
         lines.append(f'<p>{text(run["name"])}: <span class="{mood}">{text(said)}</span></p>')
     return "\n".join(lines)
+
+
+def headline(run: Mapping[str, Any]) -> str:
+    """What came out, in a sentence; empty, where nothing has yet. What is not as it should be is told by its own section."""
+
+    def number(*path: str) -> float | None:
+        value = _within({**run["evaluated"], "results": run["results"], "last": run["last"]}, *path)
+        return value if isinstance(value, int | float) else None
+
+    said = []
+    clips = number("results", "clips")
+    for name in ("accuracy", "mAP"):
+        if clips and not said and (value := number("results", name)) is not None:
+            said.append(f"{name} {100 * value:.1f} % on {clips:,} clips")
+    clips, ten = number("retrieval", "clips"), [number("retrieval", f"{way} R@10", "mean") for way in DIRECTIONS]
+    if clips and None not in ten:
+        ways = ", ".join(f"{way} {value:.0f} %" for way, value in zip(DIRECTIONS, ten, strict=True))
+        said.append(f"R@10 among {clips:,} clips: {ways}, chance {100 * min(1, 10 / clips):.1f} %")
+    points = [number("localize", "all", what, "pointing") for what in ("heat map", "centre")]
+    if None not in points:
+        said.append("pointing at what sounds: {:.0f} %, the centre {:.0f} %".format(*(100 * (x or 0) for x in points)))
+    if not said and (loss := number("last", "loss")) is not None:
+        said.append(f"loss {loss:.3g} after {run['steps'] or 0:,} steps; not evaluated yet")
+    return "; ".join(said)
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -367,7 +396,7 @@ def localization(runs: Sequence[Mapping[str, Any]]) -> str:
                 if name in said.get(which, {}):
                     row = said[which][name]
                     rows.append([f"{run['name']}, {name}", which, f"{said[which]['clips']:,}", percent(row)])
-    return f"<h2>Pointing at what sounds, %</h2>{table(['', '', 'clips', ''], rows)}" if rows else ""
+    return f"<h2>Pointing at what sounds, %</h2>{table(['', '', 'clips', 'right'], rows)}" if rows else ""
 
 
 def attention(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -393,7 +422,9 @@ def examples_of(run: Mapping[str, Any], named: bool) -> str:
     said = run["evaluated"].get("examples")
     if not said:
         return ""
-    cards = [example(one, said["clips"]) for one in said["examples"]]
+    named_so = [hit["name"] for one in said["examples"] for what in FOUND for hit in one[what]]
+    shared = len(os.path.commonprefix(named_so)) if len(set(named_so)) > 1 else 0  # noqa: RUF071  letters
+    cards = [example(one, said["clips"], shared) for one in said["examples"]]
     title = f"Examples, {text(run['name'])}" if named else "Examples"
     note = (
         '<p class="soft">Beside each picture, bright: what adds to its score with the sound, beyond what it has in common with other '
@@ -403,7 +434,9 @@ def examples_of(run: Mapping[str, Any], named: bool) -> str:
     return f'<h2>{title}</h2>{note}<div class="examples">{"".join(cards)}</div>{scatter(said)}'
 
 
-def example(one: Mapping[str, Any], clips: int) -> str:
+def example(one: Mapping[str, Any], clips: int, shared: int) -> str:
+    """shared: letters with which all names begin."""
+
     def seen(picture: str, heat: str, what: str) -> str:
         # The picture is there once, as a variable, and shown twice.
         plain, under = (f'<div class="shown{more}" role="img" aria-label="{what}"></div>' for more in ("", " under"))
@@ -412,7 +445,7 @@ def example(one: Mapping[str, Any], clips: int) -> str:
 
     def found(what: str, of: Iterable[Mapping[str, Any]]) -> str:
         tiles = "".join(
-            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{data(hit["picture"], JPEG)}" alt=""><div class="cut" title="{text(hit["name"])}">{text(_end(hit["name"]))}</div>{hit["score"]:.2f}</div>'
+            f'<div{" class=it" if hit["name"] == one["name"] else ""}><img src="{data(hit["picture"], JPEG)}" alt=""><div class="cut" title="{text(hit["name"])}">{text("…" * (shared > 0) + hit["name"][shared:])}</div>{hit["score"]:.2f}</div>'
             for hit in of
         )
         return f'<p class="soft">{what}</p><div class="found">{tiles}</div>'
@@ -428,7 +461,7 @@ def example(one: Mapping[str, Any], clips: int) -> str:
         f'<img class="heard" src="{data(one["spectrogram"], JPEG)}" alt="spectrogram, low tones below">'
         f'<audio controls preload="none" src="{data(one["sound"], MP3)}"></audio>'
         f'<p class="soft">Score {one["score"]:.2f}. Among {clips:,}, its picture is number {place:,}, its sound number {other:,}.</p>'
-        f"{found('Found by the sound', one['pictures found'])}{found('Found by the picture', one['sounds found'])}</div>"
+        f"{found('Found by the sound', one[FOUND[0]])}{found('Found by the picture', one[FOUND[1]])}</div>"
     )
 
 
@@ -571,11 +604,6 @@ def short(x: float) -> str:
     if x and (abs(x) >= 1e5 or abs(x) < 1e-3):
         return f"{x:.0e}".replace("e+0", "e").replace("e-0", "e-")
     return f"{x:.10g}" if abs(x) < 10 else f"{x:,.6g}"
-
-
-def _end(name: str) -> str:
-    """Which says more than a name's beginning."""
-    return name if len(name) <= 14 else f"…{name[-13:]}"
 
 
 def _within(values: Any, *path: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.color import Color
 from rich.style import Style
@@ -47,7 +48,9 @@ def blocks(picture: Image.Image, columns: int) -> Text:
 
 
 def coloured(spectrogram: Tensor) -> np.ndarray:
-    """(T, F) normalised -> (F, 2 F, 3) uint8: low tones below, quiet ones dark."""
+    """(T, F) normalised -> (F, 2 F, 3) uint8: low tones below, quiet ones dark; without the padding at its end."""
+    sounds = torch.nonzero(spectrogram.amax(dim=1) > spectrogram.amin(dim=1))
+    spectrogram = spectrogram[: int(sounds[-1]) + 1 if len(sounds) else None]
     levels = np.clip((spectrogram.float().cpu().numpy().T[::-1] + 2) / 4, 0, 1) * (len(LEVELS) - 1)
     colours = np.stack([np.interp(levels, range(len(LEVELS)), LEVELS[:, c]) for c in range(3)], 2).astype(np.uint8)
     return np.asarray(Image.fromarray(colours).resize((2 * len(levels), len(levels)), Image.Resampling.BOX))

@@ -115,6 +115,9 @@ def test_a_page_asks_for_nothing_and_runs_nothing(tmp_path, capsys):
     (told,) = data["runs"]
     assert told["seconds"] == 60.5
     assert told["verdict"] == ["finished"]
+    assert re.search(
+        r'<p class="lead">R@10 among [\d,]+ clips: image to audio \d+ %, audio to image \d+ %, chance', html
+    )
     assert told["last"]["loss"] == pytest.approx(np.mean([10 / (k + 1) for k in range(STEPS - STEPS // 20, STEPS)]))
     curve = np.array(told["curves"]["gain_ratio"]["audio"])
     assert len(curve) <= 200
@@ -231,6 +234,20 @@ def test_classification_stands_beside_the_paper(tmp_path):
     assert "<td>one nearest</td><td>accuracy</td><td>25.0</td>" in html
 
 
+def test_names_that_begin_alike_are_told_apart(tmp_path):
+    run = written(tmp_path, clips=3)
+    path = run / "eval" / "examples.json"
+    said = json.loads(path.read_text())
+    for one in said["examples"]:
+        for what in ("pictures found", "sounds found"):
+            for k, hit in enumerate(one[what]):
+                hit["name"] = f"a/very/long/beginning/of/all/names-{k}<"
+    path.write_text(json.dumps(said))
+    html = page([gather(str(run))], "x")
+    found = set(re.findall(r'<div class="cut" title="[^"]*">([^<]*)</div>', html))
+    assert found == {f"…{k}&lt;" for k in range(len(said["examples"][0]["sounds found"]))}
+
+
 def test_what_is_not_there_is_not_shown(tmp_path, capsys):
     run = written(tmp_path, clips=1)
     for name in ("config.yaml", "starts.jsonl", "summary.json", "eval/retrieval.json", "eval/examples.json"):
@@ -238,6 +255,7 @@ def test_what_is_not_there_is_not_shown(tmp_path, capsys):
     (told,) = [gather(str(run))]
     html = page([told], "x")
     assert "Zero-shot" not in html
+    assert re.search(r'<p class="lead">loss [\d.]+ after [\d,]+ steps; not evaluated yet', html)
     assert "<h2>Learning" in html
     (tmp_path / "empty").mkdir()
     assert cli.main(["report", str(tmp_path / "empty")]) == 2
