@@ -18,7 +18,7 @@ class Side:
     encoder: int  # both views
     predictor: int  # the query of the view and the S of the centroid, key and value once
     heads: int  # projection heads
-    baseline: int  # the paper's Table B baseline: both views, the view's own query, the heads
+    baseline: int  # the paper's Table B baseline: both views, the view's own query, the heads that its losses need
     forward_backward: int
     centroid: dict[int, int] = field(default_factory=dict)  # S -> added for the centroid, given the key and value
     separate: dict[int, int] = field(default_factory=dict)  # S -> added where key and value are computed again
@@ -65,8 +65,9 @@ def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], pat
     predicted = objective.intra == "equivariant" or objective.inter_on in ("equivariant", "centroid")
     queries = 1 + objective.sampled if predicted else 0
     head = D * m.head_hidden + m.head_hidden**2 + m.head_hidden * m.head_width
-    # Of what goes into the intra-modal head, two are compared with a third, `gain`, and where there is one a fourth.
-    heads = 1 + (objective.intra != "none") * (3 + (objective.intra == "equivariant" and objective.sampled > 0))
+    # The inter-modal loss takes one embedding, the intra-modal loss two. The metrics `gain` and `sensitivity` take one more each.
+    lossy = 1 + 2 * (objective.intra != "none")
+    heads = lossy + (objective.intra != "none") * (1 + (objective.intra == "equivariant" and objective.sampled > 0))
     predictor = (queries > 0) * shared + queries * query
     # A product's backward pass is two products; but no gradient goes to pictures and vectors.
     inputs = patches + queries * d_t * m.aug_width
@@ -75,7 +76,7 @@ def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], pat
         encoder=encoder,
         predictor=predictor,
         heads=heads * head,
-        baseline=encoder + shared + query + heads * head,
+        baseline=encoder + shared + query + lossy * head,
         forward_backward=3 * (encoder + predictor + heads * head) - inputs,
         centroid={S: S * query for S in sizes},
         separate={S: shared + S * query for S in sizes},
