@@ -167,7 +167,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"equiav: {problem}", file=sys.stderr)
         return 1
 
-    from equiav.data.clips import BadClipError
+    from equiav.data.clips import BadClipError, IncompleteError
     from equiav.ending import Ending
     from equiav.model.importers import CheckpointError
     from equiav.train.run import remedy
@@ -176,7 +176,16 @@ def _main(argv: Sequence[str] | None) -> int:
     from streaming.store import NoStore
 
     mistakes = (ConfigError, CheckpointError, CacheError, NoDataset, NoStore)
-    troubles = (FloatingPointError, BadClipError, ChildDied, DatasetError, ShardError, StoreError, TooManyBadSamples)
+    troubles = (
+        FloatingPointError,
+        BadClipError,
+        IncompleteError,
+        ChildDied,
+        DatasetError,
+        ShardError,
+        StoreError,
+        TooManyBadSamples,
+    )
     try:
         return _run(command, config)
     except (*mistakes, *troubles, Ending) as error:

@@ -320,11 +320,16 @@ class Slab(NamedTuple):
 def slab(x: Tensor, ranks: Ranks) -> Slab:
     if not isinstance(x, DTensor):  # every rank has all of it
         return Slab(x.detach(), 0, ranks.rank, ranks.size)
-    mesh, local = x.device_mesh, x.to_local().detach()
-    rows = -(-x.shape[0] // mesh.size(1))  # as torch.chunk cuts
-    first = min(x.shape[0], rows * mesh.get_local_rank("shard"))
-    assert len(local) == min(rows, x.shape[0] - first), "rows are cut otherwise"
-    return Slab(local, first, mesh.get_local_rank("replicate"), mesh.size(0))
+    mesh = x.device_mesh
+    return Slab(x.to_local().detach(), first_row(x), mesh.get_local_rank("replicate"), mesh.size(0))
+
+
+def first_row(x: DTensor) -> int:
+    """Of those that this rank holds."""
+    rows = -(-x.shape[0] // x.device_mesh.size(1))  # as torch.chunk cuts
+    first = min(x.shape[0], rows * x.device_mesh.get_local_rank("shard"))
+    assert len(x.to_local()) == min(rows, x.shape[0] - first), "rows are cut otherwise"
+    return first
 
 
 def whole_bytes(model: nn.Module) -> int:

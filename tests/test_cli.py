@@ -151,6 +151,14 @@ def test_smoke_refuses_a_gpu_that_is_not_there(capsys, tmp_path):
     assert "device is cuda, expected cpu: this torch sees no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "smoke"])
+def test_what_print_config_prints_can_be_read(command, tmp_path, capsys):
+    assert cli.main([command, "--print-config"]) == 0
+    (tmp_path / "printed.yaml").write_text(printed := capsys.readouterr().out)
+    assert cli.main([command, "--config", str(tmp_path / "printed.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
 @pytest.mark.parametrize("status", [None, 1])
 def test_whose_peer_is_gone_says_so_in_a_line(status, monkeypatch, capsys):
     text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"

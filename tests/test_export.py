@@ -126,9 +126,9 @@ def test_a_fine_tuned_model(tuned, tmp_path, modality):  # noqa: F811
 def test_mistakes(exported, tmp_path, capsys, monkeypatch):
     run, out = exported
     for typed, said in (
-        ([], "weights is not given"),
+        ([], "weights is not set"),
         (["--weights", str(run), "--out", str(out)], "is there already, and not empty"),
-        (["--weights", "nowhere", "--out", str(tmp_path / "x")], "nowhere: no config.json there"),
+        (["--weights", "nowhere", "--out", str(tmp_path / "x")], "weights is nowhere, expected a model folder"),
         (["--weights", str(run), "--formats", "tensorflow"], "formats"),
     ):
         capsys.readouterr()

@@ -20,7 +20,7 @@ from equiav.api import Embedder, Labeller, load
 from equiav.augment import Clips, normalised_spectrogram, original_image
 from equiav.commands.settings import EmbedConfig, PredictConfig, ScoreConfig, UseConfig
 from equiav.config import Config, ConfigError, TrainConfig, require
-from equiav.data.clips import PICTURES, BadClipError
+from equiav.data.clips import PICTURES, BadClipError, IncompleteError
 from equiav.data.labels import keys_of
 from equiav.data.sources import SOUNDS, VIDEOS, list_videos
 from equiav.data.stream import modalities
@@ -65,7 +65,11 @@ def run_embed(config: EmbedConfig) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it ends, however it ends
         except OSError:
             raise ConfigError(f"out: another `equiav embed` is writing {config.out}") from None
-        _embed(config, model, dataset, names, parts)
+        try:
+            _embed(config, model, dataset, names, parts)
+        finally:
+            if not any(parts.glob("*.npz")):  # nothing to go on with
+                shutil.rmtree(parts, ignore_errors=True)
 
 
 def _embed(config: EmbedConfig, model: Embedder, dataset: Dataset | None, names: list[str], parts: Path) -> None:
@@ -93,6 +97,7 @@ def _embed(config: EmbedConfig, model: Embedder, dataset: Dataset | None, names:
         say(problem)
     what = "clip" if dataset else "file"
     if not len(rows.name):
+        shutil.rmtree(parts)
         raise ConfigError(f"files: none of {whole} {what}(s) could be embedded, such as {problems[0]}")
     rows._replace(model=model.digest()).write(config.out)
     for left in parts.parent.glob(f".{config.out.name}.*.parts"):  # of other inputs, too, which were given up
@@ -107,7 +112,7 @@ def _embed(config: EmbedConfig, model: Embedder, dataset: Dataset | None, names:
     say(f"{config.out}: {len(rows.name):,} parts of {done:,} {what}(s), {model.dim} numbers each{lacks}")
     if problems:
         missed = f"{whole - done} of {whole} {what}s" if done < whole else f"{len(problems)} part(s)"
-        raise BadClipError(missed, "could not be embedded" + "; they are named above" * (len(problems) <= FEW))
+        raise IncompleteError(f"{missed} could not be embedded" + "; they are named above" * (len(problems) <= FEW))
 
 
 def locked(parts: Path) -> bool:
@@ -217,8 +222,14 @@ def nothing(width: int) -> Vectors:
 def run_score(config: ScoreConfig) -> None:
     model, problems = embedder(config, opened(config)), []
     for name in config.files:
+        lost: list[str] = []
         try:
-            found = model.embed_video(name, config.frames)
+            parts = list(model.windows(name, config.frames, lost=lost))
+            found = model.of_windows(parts, config.frames) if parts else None
+            for one in lost:
+                say(one)
+            if found is None:
+                raise BadClipError(name, "no part of it can be read")
             if found.audio is None or found.image is None:
                 raise BadClipError(
                     name, f"has no {'sound' if found.audio is None else 'picture'}, and a score needs both"
@@ -233,7 +244,7 @@ def run_score(config: ScoreConfig) -> None:
     if len(problems) == len(config.files):
         raise ConfigError(f"files: none of {len(problems)} could be scored, such as {problems[0]}")
     if problems:
-        raise BadClipError(f"{len(problems)} of {len(config.files)} files", "could not be scored; they are named above")
+        raise IncompleteError(f"{len(problems)} of {len(config.files)} files could not be scored; they are named above")
 
 
 def run_predict(config: PredictConfig) -> None:

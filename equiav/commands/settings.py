@@ -23,7 +23,7 @@ from equiav.config import (
     require,
 )
 from equiav.data.synthetic import Rules
-from equiav.evaluate.settings import EvalConfig
+from equiav.evaluate.settings import EvalConfig, require_weights
 from equiav.vectors import check_ending
 
 __all__ = ["EvalConfig", "FinetuneConfig", "ProbeConfig"]
@@ -342,7 +342,7 @@ class UseConfig:
 
     def ready(self) -> None:
         require(bool(self.files), "files", "not given", "videos, sound files or pictures")
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ class EmbedConfig(UseConfig):
 
     def ready(self) -> None:
         require(bool(self.files), "files", "not given", "videos, sound files, a folder, a list, or a dataset")
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
         require(self.out.absolute().parent.is_dir(), "out", self.out, "a file in a folder that is there")
         require(not self.out.is_dir(), "out", self.out, "a file; there is a folder of that name")
         check_ending(self.out)
@@ -412,7 +412,7 @@ class SearchConfig:
 
     def ready(self) -> None:
         require(bool(self.file), "file", "not given", "a sound, a picture or a video")
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
         require("://" in self.file or Path(self.file).is_file(), "file", self.file, "a file that exists")
 
 
@@ -439,7 +439,7 @@ class LocalizeConfig:
 
     def ready(self) -> None:
         require(bool(self.file), "file", "not given", "a video with sound")
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
         require(Path(self.file).is_file(), "file", self.file, "a file that exists")
         require(self.out.absolute().parent.is_dir(), "out", self.out, "a file in a folder that is there")
         same = self.out.exists() and self.out.samefile(self.file)
@@ -465,7 +465,7 @@ class ExportConfig:
     """What it was trained on, for the card: names, hours, where it is from."""
 
     def ready(self) -> None:
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"out: {self.out} is there already, and not empty; choose another folder")
 

@@ -243,7 +243,10 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str, given: Collecti
     """`values` as a config of class `cls`, strictly: unknown names and wrong types are errors that name the field. `given`: those
     that come from the command line, the others from `source`."""
     sections = typing.get_type_hints(cls)
-    values = {name: {} if value is None else value for name, value in values.items()}  # `model:` with nothing below it
+    values = dict(values)
+    for name in values:
+        if values[name] is None and dataclasses.is_dataclass(sections.get(name)):
+            values[name] = {}  # `model:` with nothing below it
     for name, value in values.items():
         if dataclasses.is_dataclass(sections.get(name)) and not isinstance(value, dict):
             raise ConfigError(f"{source}: {name}: found {value!r}, expected its settings (`field: value`)")

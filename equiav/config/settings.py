@@ -302,6 +302,9 @@ class TrainConfig:
     """Updates in the run (20 epochs of AudioSet-2M at batch 256)."""
     warmup_steps: int = 14_790
     """Linear warm-up (2 epochs)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: the paper's. muon: matrices move along their orthogonalized momentum (Jordan et al., 2024), the rest by AdamW; its
+    learning rates are AdamW's."""
     lr: float = 1e-4
     """Peak learning rate."""
     lr_start: float = 1e-6

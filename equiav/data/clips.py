@@ -35,6 +35,10 @@ class BadClipError(ValueError):
         self.sample, self.reason = sample, reason
 
 
+class IncompleteError(ValueError):
+    """Some of many could not be used; the others were."""
+
+
 def check_frame(frame: np.ndarray | None, sample: str) -> np.ndarray:
     """-> (H, W, 3) uint8, as given."""
     if frame is None:
@@ -80,13 +84,26 @@ def open_image(file: Any, formats: tuple[str, ...]) -> Image.Image:
     return image
 
 
+def require_whole_jpeg(data: bytes, name: str) -> None:
+    """Damage in its middle, over which Pillow goes without a word. What stands between two segments is none."""
+    try:
+        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in ("YCbCr", "RGB"):
+            simplejpeg.decode_jpeg(data)
+    except ValueError as error:
+        if "Corrupt JPEG data" in str(error) and "extraneous bytes" not in str(error):
+            raise BadClipError(name, f"image is damaged: {error}") from None
+
+
 def read_picture(given: Any, name: str) -> np.ndarray:
     """A file (its path, or opened), or an image of Pillow -> (H, W, 3) uint8, upright."""
     try:
         image = given if isinstance(given, Image.Image) else open_image(given, OWN_FORMATS)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode[0] in "IF":
-            raise BadClipError(name, f"picture has mode {image.mode}, expected 8 bits a channel")
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            raise BadClipError(name, f"picture has mode {image.mode}, expected 8 or 16 bits a channel")
+        return check_frame(np.asarray(ImageOps.exif_transpose(image).convert("RGB")), name)
     except BadClipError:
         raise
     except UnidentifiedImageError:

@@ -24,6 +24,8 @@ from streaming import BadSample
 AV_TIME_BASE = 1_000_000  # of a seek, a second
 WIDEST = 20  # a picture's longer side over its shorter
 HOLE, JUMP = 1.0, 60.0  # seconds without sound or a new picture: they were lost; a clock was set anew
+FEW = 5  # pictures
+SLOW = 4  # times as long as the longest that another picture stands: of a recording of a screen they stand for seconds
 COUNTED = ("avi", "mxf")  # say what time it is by how much came before
 GAP = 0.1  # seconds of sound that may be missing without being filled
 BACK = 0.5  # seconds by which a stream's clock may go back: timestamps that some muxers write are that wrong
@@ -61,11 +63,18 @@ class Timeline(NamedTuple):
     heard_until: float
     damage: str  # at which reading ended; empty: at the end of the file
     holes: np.ndarray  # (n, 2) when what was lost begins and ends
+    broken: np.ndarray  # (n, 2) from a damaged picture until the next whole one
 
     def check(self, path: str, begin: float, end: float) -> None:
         for lost_from, lost_to in self.holes:
             if lost_from < end and lost_to > begin:
                 raise BadSample("hole", f"{path}: what it had from {lost_from:.1f} s to {lost_to:.1f} s was lost")
+
+    @property
+    def shared_until(self) -> float:
+        """Where sound or picture ends, whichever is first; infinite: both end together, or there is one of them."""
+        both = self.shown_until, self.heard_until
+        return min(both) if min(both) > 0 and max(both) - min(both) > GAP else math.inf
 
 
 def length_of(path: str) -> float:
@@ -96,6 +105,8 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
 
     shown: list[float] = []
     spans: list[tuple[float, float]] = []  # of packets
+    broken: list[tuple[float, float]] = []
+    since = None  # a picture that was damaged on the way
     until = {"video": 0.0, "audio": 0.0}
     damage = ""
     with av.open(path) as file:
@@ -124,13 +135,23 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
                 until[stream.type] = max(until[stream.type], ends)
                 spans.append((time, ends))
                 if stream.type == "video":
+                    if packet.is_corrupt and since is None:
+                        since = shown[-1] if shown else time
+                    elif since is not None and packet.is_keyframe:
+                        broken.append((since, time))
+                        since = None
                     shown.append(time)
-        except (av.error.FFmpegError, OSError) as error:
-            damage = str(error) or type(error).__name__
+        except (
+            av.error.FFmpegError,
+            OSError,
+            IndexError,
+        ) as error:  # IndexError: of PyAV, where a stream appears amid a file
+            damage = "a stream begins amid it" if isinstance(error, IndexError) else str(error) or type(error).__name__
         for stream in streams:  # the head may say how long the last picture stands
             if stream.time_base and file.format.name in COUNTED:
                 says = float(max(stream.frames, stream.duration or 0) * stream.time_base)
-                if until[stream.type] + GAP < says < 2 * until[stream.type]:  # else a writer's mistake
+                few = stream.type == "audio" or len(shown) < stream.frames or not stream.frames
+                if few and until[stream.type] + GAP < says < 2 * until[stream.type]:  # else a writer's mistake
                     raise BadSample(
                         "corrupt",
                         f"{path}: its head says {says:.2f} s of {stream.type}, there are {until[stream.type]:.2f} s, and nothing "
@@ -143,21 +164,29 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
     rest = until["audio"] - times[-1] if len(times) > 1 else 0.0
     if rest > 0 and rest <= SLIDE * np.diff(times).max():
         until["video"] = max(until["video"], until["audio"])
-    holes = _holes(spans) if min(until.values()) > 0 else np.empty((0, 2))
+    holes = _holes(spans, times) if min(until.values()) > 0 else np.empty((0, 2))
+    if since is not None:
+        broken.append((since, math.inf))
     if (long := holes[np.diff(holes)[:, 0] > JUMP]).size:
         raise BadSample(
             "clock jumps",
             f"{path}: its clock jumps from {long[0, 0]:.1f} s to {long[0, 1]:.1f} s; of files that were joined, pack the parts",
         )
-    return Timeline(begin, times, until["video"], until["audio"], damage, holes)
+    return Timeline(begin, times, until["video"], until["audio"], damage, holes, np.array(broken).reshape(-1, 2))
 
 
-def _holes(spans: list[tuple[float, float]]) -> np.ndarray:
-    """-> (n, 2): where none of them is."""
+def _holes(spans: list[tuple[float, float]], shown: np.ndarray) -> np.ndarray:
+    """-> (n, 2): where none of the packets is, and the picture stands far longer than others do."""
     begin, end = np.array(sorted(spans)).T
     covered = np.maximum.accumulate(end)[:-1]
     lost = begin[1:] - covered > HOLE
-    return np.stack([covered[lost], begin[1:][lost]], axis=1)
+    holes = np.stack([covered[lost], begin[1:][lost]], axis=1)
+    stands = np.diff(shown)
+    over = [int(np.searchsorted(shown, lost_from, "right")) - 1 for lost_from, _ in holes]
+    others = np.delete(stands, [k for k in over if 0 <= k < len(stands)])
+    if len(others) < FEW:  # of slides, nothing can be said
+        return np.empty((0, 2))
+    return holes[[not 0 <= k < len(stands) or stands[k] > SLOW * others.max() for k in over]]
 
 
 def picture_of(file: Any) -> Any:
@@ -262,7 +291,7 @@ class Media:
                     parts.append(part.to_ndarray())
                     told += parts[-1].shape[1]
             parts += [part.to_ndarray() for part in resampler.resample(None)]
-        except (av.error.FFmpegError, OSError, ValueError) as error:
+        except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
             raise self._corrupt(error) from None
         audio = np.concatenate(parts, axis=1) if parts else np.empty((channels, 0), np.int16)
         lead = round((begin - (first or 0.0)) * rate)  # of what was decoded before it begins; negative: it lacks
@@ -292,20 +321,28 @@ class Media:
             raise BadSample("lengths differ", f"{path} has no picture from {begin:.1f} s on")
         wanted = [first + length * (k + 0.5) / shape.frames for k in range(shape.frames)]
         found: list[Any] = [None] * shape.frames
+        damaged = [False] * shape.frames
+        clean, tainted = False, False
         aspect = self.picture.sample_aspect_ratio
         try:
             for frame in self._decode(self.picture, first if begin else 0.0):
                 if frame.time is None:
                     continue
                 time = frame.time - line.begin
+                # What a damaged picture has wrong, those have that are told as changes of it. Where decoding begins amid
+                # such, they become whole bit by bit.
+                tainted = frame.is_corrupt or (clean and tainted and not frame.key_frame)
+                clean = clean or not tainted
                 for k, at in enumerate(wanted):
                     if found[k] is None or time <= at + 1e-6:
-                        found[k] = frame
+                        found[k], damaged[k] = frame, tainted
                 if time > wanted[-1]:
                     break
-        except (av.error.FFmpegError, OSError, ValueError) as error:
+        except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
             raise self._corrupt(error) from None
-        for frame, at in zip(found, wanted, strict=True):
+        for frame, at, wrong in zip(found, wanted, damaged, strict=True):
+            if wrong or any(since < at < until for since, until in line.broken):
+                raise BadSample("corrupt", f"{path}: the picture at {at:.2f} s is damaged")
             due = line.shown[max(0, np.searchsorted(line.shown, at + 1e-6, "right") - 1)]
             # Not every packet is a picture, so that one may be a little older than what is due.
             if frame is None or abs(frame.time - line.begin - due) > max(length / shape.frames, 0.5):
@@ -340,6 +377,8 @@ class Media:
                 yield from decoded
                 return
         with av.open(self.path) as file:
+            if stream.index >= len(file.streams):  # it was found late, and is not there now
+                raise BadSample("corrupt", f"{self.path}: stream {stream.index} cannot be found again")
             yield from file.decode(file.streams[stream.index])
 
 

@@ -17,7 +17,15 @@ import numpy as np
 from PIL import Image
 
 from equiav.config import ConfigError
-from equiav.data.clips import ENCODE_AUDIO, PICTURES, BadClipError, decode_frame, encode_frame, read_picture
+from equiav.data.clips import (
+    ENCODE_AUDIO,
+    PICTURES,
+    BadClipError,
+    decode_frame,
+    encode_frame,
+    read_picture,
+    require_whole_jpeg,
+)
 from equiav.data.media import Shape, length_of, opened, sized
 from equiav.data.synthetic import World
 from streaming import BadSample
@@ -94,7 +102,7 @@ def list_videos(source: Path, endings: Sequence[str] = VIDEOS) -> tuple[Found, d
                 other[os.path.join(folder, name)] = f"its name ends in {ending}" if ending else "its name has no ending"
     if not taken:
         passed = f"; {len(other)} other file(s) are there, such as {min(other)}" if other else ""
-        raise ConfigError(f"source {source} has no video files ({', '.join(endings)}){passed}")
+        raise ConfigError(f"source {source} has none of these files: {', '.join(endings)}{passed}")
     taken.sort()
     return list(_keys([path.relative_to(source) for path in taken], map(absolute, taken), whole=True)), other
 
@@ -259,16 +267,19 @@ class EncodeVideo:
             raise BadSample("missing", f"{path} is no file")
         if not self.shape.hears and path.lower().endswith(PICTURES):
             return _members([_still(path, self.shape)], None, {"source": Path(path).name}, self.shape)
+        both = self.shape.hears and self.shape.sees
         with opened(path, self.shape.track) as media:
-            audio = media.sound(self.shape, *span) if self.shape.hears else None
-            frames, times, length = media.pictures(self.shape, *span) if self.shape.sees else ([], [], math.inf)
+            line = media.line
+            if both and not span and not line.damage and line.shared_until < math.inf:
+                _require_alike(path, line.shown_until, line.heard_until)
+                whole = (0.0, line.shared_until)  # pictures are spread over what both have
+            else:
+                whole = span
+            audio = media.sound(self.shape, *whole) if self.shape.hears else None
+            frames, times, length = media.pictures(self.shape, *whole) if self.shape.sees else ([], [], math.inf)
         seconds = length if audio is None else len(audio) / self.shape.data.sample_rate
-        if (
-            self.shape.hears
-            and self.shape.sees
-            and min(seconds, length) < min(APART * max(seconds, length), max(seconds, length) - 1)
-        ):
-            raise BadSample("lengths differ", f"{path} has {length:.1f} s of picture and {seconds:.1f} s of sound")
+        if both:
+            _require_alike(path, length, seconds)
         _check_motion(frames, self.shape)
         about: dict[str, Any] = {"source": Path(path).name, "seconds": round(seconds, 3), "frame_seconds": times}
         about |= media.about
@@ -299,10 +310,17 @@ class EncodeStill:
 def _still(path: str, shape: Shape) -> bytes:
     """A file of a picture -> JPEG."""
     try:
+        require_whole_jpeg(Path(path).read_bytes(), path)
         picture = Image.fromarray(read_picture(path, path))
     except BadClipError as error:
         raise BadSample("corrupt", str(error)) from None
     return encode_frame(sized(picture, *picture.size, shape.short_side), shape.quality)
+
+
+def _require_alike(path: str, seen: float, heard: float) -> None:
+    """seen, heard: seconds."""
+    if min(seen, heard) < min(APART * max(seen, heard), max(seen, heard) - 1):
+        raise BadSample("lengths differ", f"{path} has {seen:.1f} s of picture and {heard:.1f} s of sound")
 
 
 def _check_motion(frames: Sequence[np.ndarray], shape: Shape) -> None:

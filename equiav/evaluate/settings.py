@@ -67,5 +67,12 @@ class EvalConfig:
         require(apart, "strengths", self.strengths, "numbers that differ in their first six digits")
 
     def ready(self) -> None:
-        require(bool(self.weights), "weights", "not set", "a model folder, or the folder of a run")
+        require_weights(self.weights)
         self.stream.ready()
+
+
+def require_weights(weights: str) -> None:
+    """As far as it can be said without reading them."""
+    require(bool(weights), "weights", "not set", "a model folder, or the folder of a run")
+    there = "://" in weights or Path(weights).expanduser().exists()
+    require(there, "weights", weights, "a model folder, or the folder of a run; there is nothing of that name")

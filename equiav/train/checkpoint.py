@@ -43,6 +43,7 @@ from equiav.train.manifest import (
     step_of,
     unsealed,
 )
+from equiav.train.optimizers import Keeps
 from equiav.train.owner import Owner
 from streaming import Store, StoreError
 from streaming.store import Missing, Short, TooLarge
@@ -52,7 +53,6 @@ LINES = re.compile(r"lines-([0-9]{8,15})-([0-9]{8,15})(?:-([0-9a-f]{16}))?[.]jso
 LINES_BYTES = 1 << 30  # of the log between two checkpoints, at most
 AGAIN = (1.0, 5.0)  # seconds, after which what was read wrong is read again
 READERS = 8
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
 class Staged(NamedTuple):
@@ -442,8 +442,11 @@ def _named(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     for name, x in state.model.state_dict().items():
         yield f"weight/{name}", x
     for name, p in state.model.named_parameters():
-        for moment, x in sorted(state.optimizer.state.get(p, {}).items()):
-            yield f"{moment}/{name}", x
+        kept = state.optimizer.state.get(p, {})
+        if kept and kept.keys() != state.optimizer.keeps(p).keys():
+            raise RuntimeError(f"the optimizer has {', '.join(kept)} of {name}, and its `keeps` names others")
+        for kind, x in sorted(kept.items()):
+            yield f"{kind}/{name}", x
 
 
 def _stage(state: TrainState, ranks: Ranks) -> Iterator[Staged]:
@@ -480,36 +483,42 @@ def _added(digests: Iterable[dict[str, int]]) -> dict[str, str]:
 
 def _wanted(state: TrainState, ranks: Ranks, tensors: dict[str, Kept]) -> Iterator[tuple[str, Wanted]]:
     """What this rank needs of a checkpoint."""
-    trained = [name for name, _ in state.model.named_parameters() if any(f"{m}/{name}" in tensors for m in MOMENTS)]
-    possible = [(f"weight/{name}", x) for name, x in state.model.state_dict().items()]
-    parameters = dict(state.model.named_parameters())
-    possible += [(f"{moment}/{name}", parameters[name]) for name in trained for moment in MOMENTS]
-    for name, x in possible:
+    possible = [(f"weight/{name}", x, Keeps()) for name, x in state.model.state_dict().items()]
+    for name, p in state.model.named_parameters():
+        keeps = state.optimizer.keeps(p)
+        if any(f"{kind}/{name}" in tensors for kind in keeps):  # it was trained
+            possible += [(f"{kind}/{name}", p, how) for kind, how in keeps.items()]
+    if unknown := sorted(tensors.keys() - {name for name, _, _ in possible}):
+        raise NotWhole(f"{unknown[0]} is in it, which this model and its optimizer do not have")
+    for name, x, how in possible:
         if name not in tensors:
             raise NotWhole(f"{name} is not in it")
-        scalar = name.startswith("step/")
-        expected = (str(torch.float32), []) if scalar else (str(x.dtype), list(x.shape))
+        expected = (str(torch.float32), []) if how.scalar else (str(x.dtype), list(x.shape))
         if (found := (tensors[name].dtype, tensors[name].shape)) != expected:
             raise NotWhole(f"{name} is {found}, expected {expected}")
         own = slab(x, ranks)
-        yield name, Wanted(0, 1) if scalar else Wanted(own.first, len(own.local) if x.dim() else 1)
+        yield name, Wanted(0, 1) if how.scalar else Wanted(own.first, len(own.local) if x.dim() else 1)
 
 
 def _require_possible(state: TrainState, ranks: Ranks, manifest: dict[str, Any], read: dict[str, Tensor]) -> None:
-    """A state that training can reach: finite, and what has no moments is as it was drawn."""
+    """A state that training can reach: finite, and what the optimizer keeps nothing of is as it was drawn."""
     for name, x in read.items():
         if x.is_floating_point() and not bool(x.isfinite().all()):
             raise NotWhole(f"{name} is not finite")
-        if name.startswith("exp_avg_sq/") and bool((x < 0).any()):
-            raise NotWhole(f"{name} is below zero")
-        if name.startswith("step/") and not 0 < float(x) <= manifest["step"]:
-            raise NotWhole(f"{name} is {float(x)}, at step {manifest['step']}")
+    for name, p in state.model.named_parameters():
+        for kind, how in state.optimizer.keeps(p).items():
+            x = read.get(f"{kind}/{name}")
+            if x is not None and how.positive and bool((x < 0).any()):
+                raise NotWhole(f"{kind}/{name} is below zero")
+            if x is not None and how.counts and not 0 < float(x) <= manifest["step"]:
+                raise NotWhole(f"{kind}/{name} is {float(x)}, at step {manifest['step']}")
     if manifest.get("init"):
         return  # where weights were brought, they are not known here
     for name, p in state.model.named_parameters():
         own = slab(p, ranks).local
-        if f"exp_avg/{name}" not in read and not torch.equal(read[f"weight/{name}"].view(own.shape), own.cpu()):
-            raise NotWhole(f"exp_avg/{name} is not in it, and {name} was trained")
+        first = next(iter(state.optimizer.keeps(p)))
+        if f"{first}/{name}" not in read and not torch.equal(read[f"weight/{name}"].view(own.shape), own.cpu()):
+            raise NotWhole(f"{first}/{name} is not in it, and {name} was trained")
 
 
 def _restore(state: TrainState, ranks: Ranks, read: dict[str, Tensor]) -> None:
@@ -519,15 +528,15 @@ def _restore(state: TrainState, ranks: Ranks, read: dict[str, Tensor]) -> None:
             own.copy_(read[f"weight/{name}"].view(own.shape))
         state.optimizer.state.clear()
         for name, p in state.model.named_parameters():
-            if f"exp_avg/{name}" not in read:
-                continue
-            steps = read[f"step/{name}"].view(())
-            kept: dict[str, Tensor] = {"step": steps.to(p.device) if state.optimizer.defaults["fused"] else steps}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                kept[moment] = torch.zeros_like(p)
-                own = slab(kept[moment], ranks).local
-                own.copy_(read[f"{moment}/{name}"].view(own.shape))
-            state.optimizer.state[p] = kept
+            for kind, how in state.optimizer.keeps(p).items():
+                if f"{kind}/{name}" not in read:
+                    continue
+                saved = read[f"{kind}/{name}"]
+                x = saved.view(()).to(how.device) if how.scalar else torch.zeros_like(p)
+                if not how.scalar:
+                    own = slab(x, ranks).local
+                    own.copy_(saved.view(own.shape))
+                state.optimizer.state[p][kind] = x
 
 
 def _in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -18,6 +18,7 @@ from equiav.objective import Rows
 from equiav.parallel import Ranks, add_gradients, fully_sharded, norm
 from equiav.tasks import Outputs, Task, joined
 from equiav.tasks.task import Metrics, backward
+from equiav.train.optimizers import OPTIMIZERS, AdamW, Muon
 from equiav.train.schedule import learning_rate
 from streaming.order import share
 
@@ -37,7 +38,7 @@ class TrainState:
     """What an update changes. `step` updates are done."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | Muon
     step: int = 0
     skipped: int = 0  # steps whose loss or gradient was not finite
 
@@ -55,15 +56,8 @@ def initial_state(task: Task, ranks: Ranks) -> TrainState:
             block.compile()
     if ranks.size > 1:
         fully_sharded(model, blocks, ranks.mesh())
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=settings.lr_start,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        # On a CPU, the fused one rounds the last few numbers of a tensor otherwise: where ranks cut it would show.
-        fused=ranks.device.type == "cuda",
-    )
-    return TrainState(model, optimizer)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return TrainState(model, OPTIMIZERS[settings.optimizer](learned, settings, ranks.device))
 
 
 class Laps:

@@ -194,10 +194,16 @@ def test_a_part_that_is_lost_costs_itself_alone(model, tmp_path, capsys):
     packets = [content[k : k + 188] for k in range(0, len(content), 188)]
     path.write_bytes(b"".join(packets[: len(packets) * 9 // 20] + packets[len(packets) * 12 // 20 :]))
     Image.new("RGB", (80, 60), (200, 10, 10)).save(tmp_path / "b.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     assert cli.main(["embed", str(tmp_path), "--weights", str(model), "--out", str(tmp_path / "x.npz")]) == 1
     said = capsys.readouterr()
     assert re.search(r"a\.ts, [\d.]+ to [\d.]+ s: (hole|corrupt): ", said.out)
-    assert "part(s): could not be embedded; they are named above" in said.err
+    assert "dot.png" in said.out
+    assert "1 of 3 files could not be embedded; they are named above" in said.err
+    assert cli.main(["score", str(path), "--weights", str(model)]) == 0
+    scored = capsys.readouterr().out
+    assert len(re.findall(r"^ *-?0\.\d+  .*a\.ts  [\d.]+ to [\d.]+ s$", scored, re.MULTILINE)) >= 2
+    assert re.search(r"(hole|corrupt): ", scored)
     rows = read(tmp_path / "x.npz")
     of_video = np.flatnonzero([name.endswith("a.ts") for name in rows.name])
     assert len(of_video) >= 2

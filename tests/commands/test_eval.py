@@ -421,7 +421,7 @@ def test_predictors_that_were_not_trained_are_not_asked(tmp_path, place, capsys)
         ([], "weights is not set"),
         (["--weights", "RUN"], "stream.url is not set"),
         (["similar"], "what: found 'similar', expected one of retrieval, similarity, centroid"),
-        (["--weights", "nowhere", "--stream.url", "CLIPS"], "nowhere: no config.json there"),
+        (["--weights", "nowhere", "--stream.url", "CLIPS"], "weights is nowhere, expected a model folder"),
         (["--weights", "RUN", "--stream.url", "nowhere"], "nowhere holds no dataset"),
         (
             ["--weights", "RUN", "--stream.url", "CLIPS", "--clips", "no.json"],

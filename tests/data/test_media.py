@@ -173,6 +173,72 @@ def test_a_clock_that_jumps_is_no_hour_of_silence(tmp_path):
     assert len(cut([("a", str(path))], 1.5, 0.0)) == 1
 
 
+def test_pictures_that_were_damaged_on_the_way_are_refused(tmp_path):
+    """A tenth of the packets of the picture is lost, one by one; then all between two times, while the sound goes on."""
+    path = write(tmp_path / "a.ts", video="libx264", options={"g": "25"})
+    packets = packets_of(path)
+    with av.open(str(path)) as file:
+        picture = file.streams.video[0].id
+    draws = np.random.default_rng(3).random(len(packets))
+    for lost in (
+        draws < 0.1,
+        (np.arange(len(packets)) > len(packets) * 2 // 5) & (np.arange(len(packets)) < len(packets) * 3 // 5),
+    ):
+        path.write_bytes(
+            b"".join(one for one, gone in zip(packets, lost, strict=True) if number_of(one) != picture or not gone)
+        )
+        assert rejected(EncodeVideo(LONG), str(path))[0] == "corrupt"
+        found, right = cut_up(path, 1.0)
+        assert found.keys() == {"corrupt"}
+        assert right + found["corrupt"] >= 5
+
+
+def number_of(packet):
+    return (packet[1] & 31) << 8 | packet[2]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("sooner", ["sound", "picture"])
+def test_whole_the_pictures_are_from_where_the_sound_is(name, sooner, tmp_path):
+    """One ends a sixth before the other: the clip is what both have."""
+    if sooner == "sound":
+        path = write(tmp_path / name, video="libx264", audio=stairs(44100, seconds=5.0))
+    else:
+        path = write(tmp_path / name, video="libx264", times=[k / FPS for k in range(round(5 * FPS))])
+    members = EncodeVideo(LONG)(str(path))
+    seen = np.array([time_of(frame) for frame in frames_of(members, 4)]) * SECONDS
+    assert np.abs(seen - (np.arange(4) + 0.5) * 5 / 4).max() < 0.2
+    audio = decode_wav(members["wav"], "s", DATA)
+    assert abs(len(audio) / 16000 - 5.0) < 0.1
+    assert heard(audio, 0.0) < 25
+
+
+def test_a_screen_that_stands_while_nobody_speaks_is_no_hole(tmp_path):
+    """As conferences are recorded: a picture when something moves, sound when somebody speaks."""
+    times = [0.0, 0.1, 0.2, 2.3, 2.4, 2.5, 2.6, 4.4, 4.5, 4.6, 5.9]
+    path = write(tmp_path / "a.mkv", video="libx264", times=times, options={"bf": "0"})
+    without(path, 2.6, 4.3)
+    assert EncodeVideo(LONG)(str(path))
+    path = write(tmp_path / "b.mkv", video="libx264", options={"bf": "0"})
+    without(path, 2.6, 4.3, both=True)  # of a film, something is gone
+    assert rejected(EncodeVideo(LONG), str(path))[0] == "hole"
+
+
+def without(path, begin, end, both=False):
+    """Its packets of sound between two times are left out, and those of pictures."""
+    other = path.with_suffix(".x.mkv")
+    with av.open(str(path)) as file, av.open(str(other), "w") as out:
+        streams = {one.index: out.add_stream_from_template(one) for one in file.streams}
+        for packet in file.demux():
+            if not packet.size:
+                continue
+            inside = begin < float(packet.pts * packet.time_base) < end
+            if not (inside and (both or packet.stream.type == "audio")):
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    other.rename(path)
+
+
 def truncated(content):
     return content[: len(content) * 3 // 5]
 

@@ -316,7 +316,7 @@ def test_nothing_found_is_an_error_that_says_so(tmp_path):
     (tmp_path / "list.txt").write_text("# nothing\n")
     with pytest.raises(ConfigError, match=r"list\.txt lists no videos"):
         list_videos(tmp_path / "list.txt")
-    with pytest.raises(ConfigError, match=r"has no video files \(\.mp4, "):
+    with pytest.raises(ConfigError, match=r"has none of these files: \.mp4, "):
         list_videos(tmp_path)
 
 

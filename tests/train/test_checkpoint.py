@@ -64,8 +64,8 @@ def numbers(state):
     """Everything that an update reads."""
     moments = {
         f"{k}.{name}": value
-        for k, values in state.optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for k, p in state.model.named_parameters()
+        for name, value in state.optimizer.state.get(p, {}).items()
     }
     return {**state.model.state_dict(), **moments, "step": torch.tensor([state.step, state.skipped])}
 
@@ -304,7 +304,11 @@ FORGED = {
     "a tensor of more than all": lambda m: widest(m).__setitem__(1, [2**41, 2**41]),
     "an empty block": lambda m: widest(m)[2].append(["part-00000-00000", 0, 0, 0, 0, "0" * 16]),
     "a moment that is missing": lambda m: m["tensors"].pop(moment(m)),
-    "all moments of a weight": lambda m: [m["tensors"].pop(moment(m, kind)) for kind in checkpoint.MOMENTS],
+    "all moments of a weight": lambda m: [
+        m["tensors"].pop(moment(m, kind)) for kind in ("exp_avg", "exp_avg_sq", "step")
+    ],
+    "what another optimizer keeps": lambda m: m["tensors"].update({moment(m, "momentum"): m["tensors"].pop(moment(m))}),
+    "a tensor that nothing has": lambda m: m["tensors"].update({moment(m, "third"): m["tensors"][moment(m)]}),
 }
 
 

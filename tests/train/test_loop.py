@@ -13,7 +13,7 @@ from equiav.config import TrainConfig
 from equiav.data.synthetic import World
 from equiav.parallel import Ranks
 from equiav.tasks import Pretraining, pretraining
-from equiav.train import initial_state, loop, steps
+from equiav.train import initial_state, loop, optimizers, steps
 from equiav.train.schedule import learning_rate
 
 CLIPS = [World(seconds=2.56).clip(index) for index in range(8)]
@@ -125,13 +125,13 @@ def test_gradients_are_clipped(make_config, monkeypatch):
     """The norm is reported as it came, and is at most `train.clip` when the optimizer sees it."""
     seen = []
 
-    class Watched(torch.optim.AdamW):
+    class Watched(optimizers.AdamW):
         def step(self, *args, **kwargs):
             gradients = [p.grad for group in self.param_groups for p in group["params"]]
             seen.append(torch.stack([g.norm() for g in gradients]).norm().item())
             return super().step(*args, **kwargs)
 
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw", Watched)
     _, rows = run(settings(make_config, steps=2, train={"clip": 0.25}))
     assert all(row["gradient_norm"] > 1 for row in rows)
     assert seen == pytest.approx([0.25, 0.25], rel=1e-3)
@@ -185,7 +185,7 @@ def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
         train={"betas": [0.8, 0.9], "weight_decay": 0.3, "warmup_steps": 2},
     )
     weights, epochs, rates, options = [], [], [], []
-    real_loss, real_views, real_optimizer = pretraining.equiav_loss, pretraining.make_views, torch.optim.AdamW
+    real_loss, real_views, real_optimizer = pretraining.equiav_loss, pretraining.make_views, optimizers.AdamW
 
     def loss(e, w, *rest):
         weights.append(w)
@@ -197,8 +197,8 @@ def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
 
     class Watched(real_optimizer):
         def __init__(self, *args, **kwargs):
-            options.append(kwargs)
             super().__init__(*args, **kwargs)
+            options.append(self.param_groups[0])
 
         def step(self, *args, **kwargs):
             rates.append(self.param_groups[0]["lr"])
@@ -206,7 +206,7 @@ def test_every_step_has_its_views_weights_and_rate(make_config, monkeypatch):
 
     monkeypatch.setattr(pretraining, "equiav_loss", loss)
     monkeypatch.setattr(pretraining, "make_views", views)
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw", Watched)
     _, rows = run(config)
     assert weights == [(0, 1, 1), (1, 0, 0)] * 2
     assert epochs == [0, 1, 2, 3]

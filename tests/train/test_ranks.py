@@ -37,6 +37,7 @@ CASES = {
         [],
     ),
     "recomputed": (settings(recompute=True), []),
+    "Muon": (settings(4, optimizer="muon", batch_size=7), [5]),
     "labels": (tuned(), []),
     "one label, from sound, clips missing": (
         tuned({"loss": "one", "modality": "audio"}, batch_size=7, micro_batch=2),
