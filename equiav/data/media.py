@@ -150,8 +150,8 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
         for stream in streams:  # the head may say how long the last picture stands
             if stream.time_base and file.format.name in COUNTED:
                 says = float(max(stream.frames, stream.duration or 0) * stream.time_base)
-                few = stream.type == "audio" or len(shown) < stream.frames or not stream.frames
-                if few and until[stream.type] + GAP < says < 2 * until[stream.type]:  # else a writer's mistake
+                stands = float(np.diff(np.unique(shown)).max()) if stream.type == "video" and len(shown) > 1 else 0.0
+                if until[stream.type] + GAP + stands < says < 2 * until[stream.type]:  # else a writer's mistake
                     raise BadSample(
                         "corrupt",
                         f"{path}: its head says {says:.2f} s of {stream.type}, there are {until[stream.type]:.2f} s, and nothing "
