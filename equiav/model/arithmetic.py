@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from equiav.config import AUDIO_VECTOR, IMAGE_VECTOR, ModelConfig, ObjectiveConfig
-from equiav.model.predictor import matched_width
+from equiav.model.predictor import PREDICTORS
 
 TABLE_B = (1, 4, 8, 16)  # sizes of the centroid
 
@@ -61,7 +61,7 @@ def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], pat
     views = 2 if objective.needs_augmented else 1
     patches = views * N * patch * D
     encoder = _encoder(m, N, patch, views)
-    shared, query = _predictor(m, N, d_t)
+    shared, query = PREDICTORS[m.predictor].multiply_adds(m, N, d_t)
     predicted = objective.intra == "equivariant" or objective.inter_on in ("equivariant", "centroid")
     queries = 1 + objective.sampled if predicted else 0
     head = D * m.head_hidden + m.head_hidden**2 + m.head_hidden * m.head_width
@@ -81,16 +81,3 @@ def _side(m: ModelConfig, objective: ObjectiveConfig, grid: tuple[int, int], pat
         centroid={S: S * query for S in sizes},
         separate={S: shared + S * query for S in sizes},
     )
-
-
-def _predictor(m: ModelConfig, N: int, d_t: int) -> tuple[int, int]:
-    """-> once for a clip, for each vector"""
-    D, A = m.width, m.aug_width
-    encode_t = d_t * A + 2 * A * A
-    if m.predictor == "attention":
-        inner = m.predictor_width or 64 * m.predictor_heads
-        return 2 * N * D * inner, encode_t + A * inner + 2 * N * inner + inner * D + 8 * D * D
-    width = m.predictor_width or matched_width(m.predictor, m)
-    if m.predictor == "linear":
-        return 0, encode_t + (D + A) * width + width * D
-    return 0, encode_t + A * 2 * D * width + 2 * D * width

@@ -2,9 +2,13 @@
 
 Every predictor maps h (B, N, D) and t (B, Q, d_t) to one representation per query, (B, Q, D). The intra-modal query and
 the S queries of the centroid go in together, so whatever depends on h alone is computed once.
+
+To add a predictor, write a class with `forward` and `multiply_adds`, add it to PREDICTORS, and its name to `model.predictor`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +23,23 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class MultiplyAdds(NamedTuple):
+    """Of one sample's predictions, forward."""
+
+    once: int  # however many vectors there are
+    each: int  # for each vector
+
+
 def augmentation_encoder(d_t: int, width: int) -> nn.Sequential:
     """f_t: t (..., d_t) -> (..., width)."""
     return nn.Sequential(
         nn.Linear(d_t, width), QuickGELU(), nn.Linear(width, width), QuickGELU(), nn.Linear(width, width)
     )
+
+
+def _of_encoder(d_t: int, width: int) -> int:
+    """Its multiply-adds."""
+    return d_t * width + 2 * width * width
 
 
 class AttentionPredictor(nn.Module):
@@ -42,6 +58,11 @@ class AttentionPredictor(nn.Module):
         self.out = nn.Linear(inner, D, bias=False)
         self.norm = LayerNorm(D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    @staticmethod
+    def multiply_adds(config: ModelConfig, N: int, d_t: int) -> MultiplyAdds:
+        D, A, inner = config.width, config.aug_width, config.predictor_width or 64 * config.predictor_heads
+        return MultiplyAdds(2 * N * D * inner, _of_encoder(d_t, A) + A * inner + 2 * N * inner + inner * D + 8 * D * D)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or Q, d_H)
@@ -65,10 +86,21 @@ class LinearPredictor(nn.Module):
 
     def __init__(self, d_t: int, config: ModelConfig):
         super().__init__()
-        width = config.predictor_width or matched_width("linear", config)
+        width = self.width(config)
         self.encode_t = augmentation_encoder(d_t, config.aug_width)
         self.inner = nn.Linear(config.width + config.aug_width, width)
         self.out = nn.Linear(width, config.width)
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """By default, so many that it has about as many parameters as the attention predictor: (D + A + 1) and D for each."""
+        D, A = config.width, config.aug_width
+        return config.predictor_width or max(1, round((_parameters(config) - D) / (2 * D + A + 1)))
+
+    @classmethod
+    def multiply_adds(cls, config: ModelConfig, N: int, d_t: int) -> MultiplyAdds:
+        D, A, width = config.width, config.aug_width, cls.width(config)
+        return MultiplyAdds(0, _of_encoder(d_t, A) + (D + A) * width + width * D)
 
     def forward(self, h: Tensor, t: Tensor) -> Tensor:
         pooled = h.mean(dim=1, keepdim=True).expand(-1, t.shape[1], -1)  # (B, Q, D)
@@ -80,9 +112,21 @@ class HypernetPredictor(nn.Module):
 
     def __init__(self, d_t: int, config: ModelConfig):
         super().__init__()
-        self.rank = config.predictor_width or matched_width("hypernet", config)
+        self.rank = self.width(config)
         self.encode_t = augmentation_encoder(d_t, config.aug_width)
         self.weights = nn.Linear(config.aug_width, 2 * config.width * self.rank)
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """By default, so many that it has about as many parameters as the attention predictor."""
+        return config.predictor_width or max(
+            1, round(_parameters(config) / ((config.aug_width + 1) * 2 * config.width))
+        )
+
+    @classmethod
+    def multiply_adds(cls, config: ModelConfig, N: int, d_t: int) -> MultiplyAdds:
+        D, A, width = config.width, config.aug_width, cls.width(config)
+        return MultiplyAdds(0, _of_encoder(d_t, A) + A * 2 * D * width + 2 * D * width)
 
     def forward(self, h: Tensor, t: Tensor) -> Tensor:
         pooled = h.mean(dim=1)  # (B, D)
@@ -94,10 +138,7 @@ class HypernetPredictor(nn.Module):
 PREDICTORS = {"attention": AttentionPredictor, "linear": LinearPredictor, "hypernet": HypernetPredictor}
 
 
-def matched_width(kind: str, config: ModelConfig) -> int:
-    """The width at which the linear or hypernet predictor has about as many parameters as the attention predictor."""
+def _parameters(config: ModelConfig) -> int:
+    """Of the attention predictor, without f_t."""
     D, A, inner = config.width, config.aug_width, 64 * config.predictor_heads
-    attention = 2 * A + (A + 1) * inner + 2 * (D + 1) * inner + inner * D + 2 * D + 8 * D * D + 5 * D
-    if kind == "linear":  # (D + A + 1) width + (width + 1) D
-        return max(1, round((attention - D) / (2 * D + A + 1)))
-    return max(1, round(attention / ((A + 1) * 2 * D)))
+    return 2 * A + (A + 1) * inner + 2 * (D + 1) * inner + inner * D + 2 * D + 8 * D * D + 5 * D

@@ -1,12 +1,16 @@
 """The arithmetic is what torch counts, whatever the sizes and the ablation."""
 
+import typing
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from equiav.config import ModelConfig
 from equiav.model import EquiAV
 from equiav.model.arithmetic import count, forward_backward
+from equiav.model.predictor import PREDICTORS
 
 
 def counted(config):
@@ -24,8 +28,12 @@ def counted(config):
     return forward, flops.get_total_flops() // 2
 
 
+def test_the_settings_name_every_predictor_and_no_other():
+    assert set(typing.get_args(typing.get_type_hints(ModelConfig)["predictor"])) == PREDICTORS.keys()
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize("predictor", ["attention", "linear", "hypernet"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
 def test_sizes_and_predictors(make_config, depth, predictor):
     check(make_config(model={"depth": depth, "predictor": predictor, "aug_width": 48, "head_width": 40}))
 

@@ -272,7 +272,7 @@ def test_unknown_formats_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.pth: no such file"):
         import_checkpoint(ImportConfig(checkpoint=tmp_path / "nowhere.pth", out=tmp_path / "out"))
     with pytest.raises(ConfigError, match="no checkpoint named"):
-        import_checkpoint(ImportConfig(out=tmp_path / "out"))
+        ImportConfig(out=tmp_path / "out").ready()
 
 
 def test_settings_come_back_with_the_weights(tmp_path):
