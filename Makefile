@@ -19,9 +19,9 @@ smoke: .venv/installed ## generate clips, pretrain the tiny model, evaluate, wri
 test: .venv/installed ## the fast tests
 	@$(PYTEST) -n $$(($$(nproc) + 1)) --dist worksteal
 
-# The tests of a file share what took minutes to make.
+# The tests of a file share what took minutes to make. Many wait, as above.
 test-slow: .venv/installed ## tests of minutes: the whole smoke run, ViT-B size
-	@$(PYTEST) -n $$(nproc) --dist loadfile -m slow --timeout 1800
+	@$(PYTEST) -n $$(($$(nproc) + 1)) --dist loadfile -m slow --timeout 1800
 
 test-cluster: .venv/installed ## on a real Kubernetes: that of KUBECONFIG, or one made here (root, Debian; the first time builds it, 10 minutes)
 	@$(BIN)/python -m tests.cluster
