@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-def beside(path: Path) -> Path:
+def temporary_sibling(path: Path) -> Path:
     """A new file of the same ending, to be written first."""
     handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}.", dir=path.absolute().parent)
     os.close(handle)

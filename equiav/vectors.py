@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from equiav.config import ConfigError, NotHere
-from equiav.files import beside
+from equiav.files import temporary_sibling
 
 ENDINGS = (".npz", ".parquet", ".safetensors", ".npy", ".faiss")
 SIDES = ("audio", "image")
@@ -29,7 +29,7 @@ class Vectors(NamedTuple):
 
     def write(self, out: Path) -> None:
         """All of it, or nothing."""
-        part = beside(out)
+        part = temporary_sibling(out)
         try:
             WRITE[out.suffix](self, part, out)
             part.replace(out)
@@ -101,7 +101,7 @@ def _beside(out: Path) -> Path:
 
 
 def _table(of: Vectors, path: Path) -> None:
-    part = beside(path)
+    part = temporary_sibling(path)
     with part.open("w", newline="") as file:
         written = csv.writer(file)
         written.writerow(("name", "begin", "end", "model"))

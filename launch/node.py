@@ -63,7 +63,7 @@ class Node:
 def main(argv: list[str] | None = None) -> int:
     """-> the status with which to end."""
     node = parse(argv)
-    asked = Asked(node)
+    asked = NodeStop(node)
     os.environ |= {
         # An agent that shares its store with the workers keeps the addresses of a round that is over.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -113,7 +113,7 @@ def told(node: Node) -> Iterator[Board]:
             server.linger()
 
 
-class Asked:
+class NodeStop:
     """The signals that this node has got. They are for its workers."""
 
     def __init__(self, node: Node):
@@ -187,7 +187,7 @@ def port_of(host: str, folder: str) -> int:
     return 20000 + crc32(folder.encode()) % 9000 if host == "localhost" else PORT
 
 
-def run(node: Node, asked: Asked, board: Board) -> int:
+def run(node: Node, asked: NodeStop, board: Board) -> int:
     """Round after round, until the run has ended or this node is asked to."""
     node.record.look()
     from launch.agent import LOST, Closed, make_agent  # torch, of which this program needs the agent alone

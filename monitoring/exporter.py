@@ -325,7 +325,7 @@ def serve(folder: Path, run: str, port: int) -> Server | str:
         return f"port {port} {how}: no metrics are served. Choose another (metrics.port; 0: none)"
 
 
-def beside(folder: Path, run: str, port: int, tell: Callable[[str], None]) -> None:
+def start_companion(folder: Path, run: str, port: int, tell: Callable[[str], None]) -> None:
     """In a process of its own, which outlives this one for as long as others of the run come; it waits for its turn where there
     is one already."""
     with suppress(OSError, ValueError):

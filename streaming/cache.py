@@ -260,7 +260,7 @@ class Cache:
         with self._threads:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             try:
-                # Another folder of the same name has another lock, and would not hold back who waits for this one.
+                # If the folder was recreated, our lock protects nothing.
                 if not os.path.samestat(os.fstat(self._lock_file), os.stat(self.root / ".lock")):
                     raise gone(self.root)
                 yield

@@ -124,8 +124,8 @@ class Fetcher:
                 self.send("stats", stats)
 
     def close(self) -> None:
-        """Its threads may go on for a while, and say nothing more: the connection is closed next, and whatever is opened then
-        may get its number. A message on its way would be written into that."""
+        """Silences the threads, which may run on for a while: the connection is closed next, and a file that is opened then may
+        reuse its descriptor. A late message would be written into that file."""
         with self._sending:
             self._stopped.set()
         for pool in (self._windows, self._finishing, self._offset_requests, self._requests, self._again):
@@ -259,7 +259,7 @@ class Fetcher:
         return _Asked(partial(call, *args), pool.submit(call, *args))
 
     def _settled(self, asked: list[_Asked]) -> list[Any]:
-        """The answers; what is wrong is confirmed, or right by now."""
+        """Waits for the answers and retries the faulty ones."""
         answers = [one.answer.result() for one in asked]
         wrong = [k for k, answer in enumerate(answers) if isinstance(answer, Unusable)]
         for k, answer in zip(wrong, self._again.map(self._confirmed, [asked[k].call for k in wrong]), strict=True):
@@ -305,7 +305,7 @@ class Fetcher:
         return Unusable("shard truncated", f"{self.store.url}/{name} ends at byte {end}, expected {stop} or more", end)
 
     def _repair(self, key: Any, name: str, member: Member, path: str) -> None:
-        """Whether a member that is wrong on the local disk is right in the store; then it is right on the disk, too."""
+        """Reads a corrupt member again and repairs the local copy -> whether it is right now."""
         stop = member.offset + member.length
         if (name, member) not in self._wrong:
             if self._ends.get(name, stop) < stop:

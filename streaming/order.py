@@ -30,7 +30,7 @@ class Slots(NamedTuple):
 
 
 def sample_of(ids: np.ndarray) -> np.ndarray:
-    """Numbers of samples, whatever the copy; -1 stays."""
+    """Strips the copy number from ids; -1 stays -1."""
     return np.where(ids < 0, ids, ids & (COPY - 1))
 
 

@@ -56,7 +56,7 @@ class StoreError(OSError):
 
 
 class NoStore(StoreError):  # noqa: N818
-    """The address is none."""
+    """Not a valid store URL."""
 
 
 # Of libraries by which file systems reach their stores: their other errors are trouble on the way.
@@ -83,7 +83,7 @@ class Missing(StoreError):  # noqa: N818
 
 
 class Denied(StoreError):  # noqa: N818
-    """The store knows who asks, or does not, and refuses."""
+    """Credentials are missing or refused."""
 
 
 class Short(StoreError):  # noqa: N818
@@ -452,7 +452,7 @@ class Store:
             delay, limit = min(2 * delay, LONGEST_DELAY), 2 * limit
 
     def _tell(self, url: str, seconds: float, error: Exception) -> None:
-        """Of many requests that wait, one says so now and then."""
+        """Warns that the store does not answer, at most so often."""
         with self._lock:
             if seconds < SAY or time.monotonic() < self._said + SAY_AGAIN:
                 return

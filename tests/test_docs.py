@@ -113,3 +113,14 @@ def test_the_multiply_adds_of_the_method_are_what_plan_prints():
     config = from_dict(Config, {}, "test")
     assert said
     assert [f"{side.baseline / 1e9:.2f}" for side in count(config.model, config.objective)] == list(said.groups())
+
+
+def test_the_glossary_names_what_is_there():
+    rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        paths = re.findall(r"`([\w/]+\.py)`(?: `(\w+)`)?", row.split(" | ")[2])
+        assert paths, row
+        for path, name in paths:
+            text = (ROOT / path).read_text()
+            assert not name or re.search(rf"^(class|def) {name}\b|^{name} =", text, re.MULTILINE), row

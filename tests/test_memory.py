@@ -42,7 +42,7 @@ from tests.memory import peak
 from equiav.parallel import Ranks
 from equiav.tasks import Pretraining
 from equiav.train import initial_state
-from equiav.train.loop import Laps, forward_backward
+from equiav.train.loop import PhaseTimer, forward_backward
 from equiav.config import Config, from_dict
 from tests.train.ranks import TINY, batches
 
@@ -53,10 +53,10 @@ small, config = (from_dict(Config, {**TINY, "train": {"batch_size": rows, "micro
 model = initial_state(Pretraining(config), ranks).model
 source = batches(8, 8, 0, 1, of=8)
 one = next(source)
-forward_backward(Pretraining(small), ranks, model, one, 0, Laps(ranks.device))  # what the libraries take for themselves
+forward_backward(Pretraining(small), ranks, model, one, 0, PhaseTimer(ranks.device))  # what the libraries take for themselves
 before = peak()
 whole = type(one)(0, *(x.repeat(G // 8, *[1] * (x.dim() - 1)) for x in one[1:6]))
-forward_backward(Pretraining(config), ranks, model, whole, 0, Laps(ranks.device))
+forward_backward(Pretraining(config), ranks, model, whole, 0, PhaseTimer(ranks.device))
 print(peak() - before)
 """
 

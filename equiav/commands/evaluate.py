@@ -17,7 +17,7 @@ from equiav.config import ConfigError, NotHere, require, to_dict
 from equiav.data.labels import keys_of
 from equiav.data.sources import key_of, list_frames
 from equiav.data.stream import require_modalities
-from equiav.evaluate.evaluations import EVALUATIONS, Looker
+from equiav.evaluate.evaluations import EVALUATIONS, FeatureReader
 from equiav.evaluate.settings import EvalConfig
 from equiav.known import model_folder
 from equiav.parallel import Ranks
@@ -55,7 +55,7 @@ def run_eval(config: EvalConfig) -> None:
         model.to(ranks.device).requires_grad_(False)
         dataset = Dataset(Store(config.stream.url, config.stream.patience))
         require_modalities("stream.url", dataset, True, True)
-        looker = Looker(config, model, settings, dataset, ranks, listed(config, dataset))
+        looker = FeatureReader(config, model, settings, dataset, ranks, listed(config, dataset))
         if ranks.rank == 0:
             of = int(looker.chosen.sum())
             tell(f"{config.what} of {of:,} clips of {dataset.store.url}, {ranks.size} process(es)")

@@ -16,7 +16,7 @@ from equiav.commands.settings import LocalizeConfig
 from equiav.config import ConfigError, NotHere
 from equiav.data.clips import BadClipError, central_square
 from equiav.evaluate.pictures import Titled, overlaid, sheet
-from equiav.files import beside
+from equiav.files import temporary_sibling
 from equiav.terminal import say
 
 SMALLEST = 256  # pixels: side of what is drawn, so that it can be looked at
@@ -33,7 +33,7 @@ def run_localize(config: LocalizeConfig) -> None:
         raise ConfigError(f"weights: {config.weights} was fine-tuned and compares no sounds with pictures")
     others = sounds_of(config.others, model) if config.others else None
     film = config.out.suffix.lower() == ".mp4"
-    part = beside(config.out)
+    part = temporary_sibling(config.out)
     side = max(SMALLEST, model.data.frame_size // 2 * 2)  # pixels, even
     rows: list[list[Titled]] = []
     parts = 0

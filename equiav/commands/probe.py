@@ -20,7 +20,7 @@ from equiav.augment import Clips
 from equiav.config import ConfigError, NotHere, ProbeConfig, TuneConfig, require
 from equiav.data.labelled import Labelled, labelled
 from equiav.evaluate.classification import results
-from equiav.evaluate.look import Looked, look
+from equiav.evaluate.look import Features, look
 from equiav.evaluate.probe import choose_strength, fit_linear, nearest
 from equiav.model.classifier import Classifier
 from equiav.parallel import Ranks
@@ -104,7 +104,7 @@ def encoders(config: ProbeConfig, task: Classification) -> Classifier:
     return model.to(torch.device(config.device)).eval()
 
 
-def features(config: ProbeConfig, task: Classification, model: Classifier, of: Labelled) -> Looked:
+def features(config: ProbeConfig, task: Classification, model: Classifier, of: Labelled) -> Features:
     """Of the chosen clips; from the disk, where the same were asked for before."""
     path = config.features.expanduser() / f"{digest(config, model, of)}.safetensors"
     if kept := read_features(path):
@@ -131,10 +131,10 @@ def features(config: ProbeConfig, task: Classification, model: Classifier, of: L
     return found
 
 
-def read_features(path: Path) -> Looked | None:
+def read_features(path: Path) -> Features | None:
     try:
         kept = load_file(path)
-        return Looked(kept["samples"], kept["values"], Counter())
+        return Features(kept["samples"], kept["values"], Counter())
     except (OSError, KeyError, SafetensorError):  # absent, or of a disk that was full
         return None
 
@@ -152,7 +152,7 @@ def digest(config: ProbeConfig, model: Classifier, of: Labelled) -> str:
     return found.hexdigest()[:32]
 
 
-def of_clips(of: Labelled, found: Looked) -> tuple[np.ndarray, np.ndarray]:
+def of_clips(of: Labelled, found: Features) -> tuple[np.ndarray, np.ndarray]:
     """-> features (n, D), classes (n, classes) bool, of those chosen clips that could be used."""
     kept = of.chosen[found.samples]
     return found.values[kept], of.labels.classes.many_hot(found.samples[kept]).astype(bool)

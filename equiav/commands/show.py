@@ -21,7 +21,7 @@ from equiav.data.clips import DECODE_AUDIO, BadClipError, decode_frame
 from equiav.data.decoder import ClipDecoder
 from equiav.data.sources import PASSED_OVER
 from equiav.data.stream import frame_draw
-from equiav.data.survey import THREADS, Looked, labels_of, member, pictures_of, shares, spread, survey
+from equiav.data.survey import THREADS, SampleAt, labels_of, member, pictures_of, shares, spread, survey
 from equiav.evaluate.pictures import Titled, blocks, coloured, scaled, seen, sheet
 from equiav.terminal import say
 from streaming import BadSample, Dataset, Store
@@ -101,7 +101,7 @@ def _listed(store: Store, name: str, field: str) -> Counter[str]:
         raise ConfigError(f"{store.url}/{name}: not the list that packing writes ({error}); remove it") from None
 
 
-def _middle(store: Store, looked: Looked) -> Titled | None:
+def _middle(store: Store, looked: SampleAt) -> Titled | None:
     names = pictures_of(looked.sample)
     if not names:
         return None
@@ -147,7 +147,7 @@ def one_clip(config: ShowConfig, dataset: Dataset) -> list[list[Titled]]:
     return rows
 
 
-def _views(config: ShowConfig, looked: Looked, contents: dict[str, bytes]) -> Iterator[list[Titled]]:
+def _views(config: ShowConfig, looked: SampleAt, contents: dict[str, bytes]) -> Iterator[list[Titled]]:
     """What the model is given of it, in the first epochs of a run with these settings and this seed."""
     hears, sees = any(name in DECODE_AUDIO for name in contents), bool(pictures_of(looked.sample))
     if hears != sees:  # for fine-tuning, which draws no views
@@ -175,7 +175,7 @@ def _views(config: ShowConfig, looked: Looked, contents: dict[str, bytes]) -> It
     yield sounds
 
 
-def _decoded(config: ShowConfig, looked: Looked, contents: dict[str, bytes], epoch: int, sees: bool = True) -> Clips:
+def _decoded(config: ShowConfig, looked: SampleAt, contents: dict[str, bytes], epoch: int, sees: bool = True) -> Clips:
     """As the stream would: its decoder, its draw of a frame."""
     decoder, number = ClipDecoder(config.model, config.data, True, sees), np.array([looked.number])
     names = decoder.members(list(contents), float(frame_draw(config.seed, epoch, number)[0]))
@@ -186,16 +186,16 @@ def _decoded(config: ShowConfig, looked: Looked, contents: dict[str, bytes], epo
     return Clips(epoch, torch.from_numpy(number), frames, waveform, lengths, torch.ones(1, dtype=torch.bool))
 
 
-def find(dataset: Dataset, key: str) -> Looked:
+def find(dataset: Dataset, key: str) -> SampleAt:
     """Shards are asked side by side, in their order: a key may be in any."""
 
-    def within(number: int) -> tuple[list[str], Looked | None]:
+    def within(number: int) -> tuple[list[str], SampleAt | None]:
         shard, keys = dataset[number], []
         offsets = read_offsets(dataset.store, shard)
         for place in range(len(offsets)):
             sample: Sample = offsets[place]
             if sample.key == key:
-                return [], Looked(int(dataset.starts[number]) + place, shard, place, sample)
+                return [], SampleAt(int(dataset.starts[number]) + place, shard, place, sample)
             keys.append(sample.key)
         return difflib.get_close_matches(key, keys, n=1), None
 

@@ -21,7 +21,7 @@ from equiav.config import ConfigError, NotHere
 from equiav.data.local_s3 import LocalS3
 from equiav.data.sources import EncodeSynthetic, Shape
 from equiav.data.synthetic import World
-from equiav.evaluate.evaluations import EVALUATIONS, Looker, applicable
+from equiav.evaluate.evaluations import EVALUATIONS, FeatureReader, applicable
 from equiav.evaluate.examples import evenly
 from equiav.evaluate.page import page
 from equiav.evaluate.report import gather
@@ -155,7 +155,7 @@ def evaluate(config: SmokeConfig, model: EquiAV, s3: LocalS3) -> dict[str, dict[
         clips = EVALUATED[what]
         of = EvalConfig(what=what, stream=stream, device=config.device, batch=8, views=8, strengths=(1.0,))  # type: ignore[arg-type]
         chosen = evenly(np.ones(dataset.samples, bool), clips or dataset.samples)
-        looker = Looker(of, model, config, dataset, Ranks(config.device), chosen)
+        looker = FeatureReader(of, model, config, dataset, Ranks(config.device), chosen)
         result = EVALUATIONS[what](looker)
         about = {"model": str(config.out), "dataset": "the held-out clips", "of": int(chosen.sum())}
         found[what] = {**result.said, **about}

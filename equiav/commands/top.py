@@ -17,7 +17,7 @@ from rich.text import Text
 from equiav.commands.settings import TopConfig
 from equiav.config import ConfigError
 from equiav.train.log import METRICS
-from equiav.train.seen import CURVES, HISTORY, Folder, Seen, over, verdicts
+from equiav.train.status import CURVES, HISTORY, Folder, RunStatus, over, verdicts
 from monitoring import metrics as m
 from monitoring.metrics import COUNTER, Metric
 
@@ -32,8 +32,8 @@ class Served:
         self.curves: dict[tuple[str, tuple[str, ...]], deque[float]] = {}
         self.known = {metric.full_name: metric for metric in m.METRICS}
 
-    def look(self) -> Seen:
-        seen, answered, problems = Seen(), 0, []
+    def look(self) -> RunStatus:
+        seen, answered, problems = RunStatus(), 0, []
         for address in self.addresses:
             url = address if "://" in address else f"http://{address}"
             try:
@@ -63,7 +63,7 @@ class Served:
         return seen
 
 
-def shown(seen: Seen) -> Text:
+def shown(seen: RunStatus) -> Text:
     """Rows of at most 80 columns."""
     text, wrong = Text(), verdicts(seen)
     step, planned = seen.get(m.STEP), seen.get(m.STEPS_PLANNED)
@@ -107,7 +107,7 @@ def row(text: Text, name: str, said: str) -> None:
     text.append(f"{name:22s} {said}"[:80].replace("nan", "?") + "\n")
 
 
-def curve(text: Text, seen: Seen, name: str, metric: Metric, *labels: str, form: str) -> None:
+def curve(text: Text, seen: RunStatus, name: str, metric: Metric, *labels: str, form: str) -> None:
     values = seen.curves.get((metric.name, labels), [])
     if math.isnan(seen.get(metric, *labels)):
         return

@@ -344,8 +344,8 @@ def to_yaml(config: Any) -> str:
 
 
 def differences(config: Any, began_with: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Of a run that began with other settings: what makes it another run, and what it is rounded otherwise for. Settings that
-    a later release has added had their default."""
+    """Compares a run's settings with those it began with -> what makes it another run, and what may change its last bits.
+    Settings that a later release has added had their default."""
     defaults = from_dict(type(config), {"model": {"size": config.model.size}}, "defaults")
     current = to_dict(config)
     began_with = {name if name in current else FORMERLY.get(name, name): value for name, value in began_with.items()}

@@ -505,7 +505,7 @@ class TuneConfig(LabelsConfig):
     balance: bool = False
     """Clips of rare classes come more often: in proportion to the sum of 1 / (clips of a class) over the classes of a clip."""
     epochs: float = 0.0
-    """Times that as many clips are gone through as are learned from: `train.steps` follows. 0: train.steps as it is."""
+    """Training epochs; sets `train.steps`. 0: `train.steps` as it is."""
     warmup_epochs: float = 0.0
     """As `epochs`, for train.warmup_steps."""
     mixup: float = 0.0
@@ -579,7 +579,7 @@ class ProbeConfig(Config):
 
 
 ROUNDING = ("device", "train.micro_batch", "train.compile")
-"""Settings that a run may change on its way: its numbers are rounded otherwise from there on."""
+"""Settings that a run may change when it resumes: its numbers may differ in the last bits from there on."""
 
 WITHOUT_EFFECT = {
     "out",

@@ -63,7 +63,7 @@ def survey(dataset: Dataset, model: ModelConfig, data: DataConfig, samples: int,
         return sum(pool.map(of_a_shard, shares(dataset, samples, seed)), Survey())
 
 
-class Looked(NamedTuple):
+class SampleAt(NamedTuple):
     """A sample, and where it is."""
 
     number: int  # of the sample in the dataset: what draws depend on
@@ -86,15 +86,15 @@ def shares(dataset: Dataset, samples: int, seed: int) -> list[tuple[int, int]]:
     return found
 
 
-def spread(dataset: Dataset, number: int, most: int) -> Iterator[Looked]:
+def spread(dataset: Dataset, number: int, most: int) -> Iterator[SampleAt]:
     """So many samples of a shard, from its beginning to its end."""
     shard, first = dataset[number], int(dataset.starts[number])
     offsets = read_offsets(dataset.store, shard)
     for place in np.linspace(0, len(offsets) - 1, most).round().astype(int).tolist():
-        yield Looked(first + place, shard, place, offsets[place])
+        yield SampleAt(first + place, shard, place, offsets[place])
 
 
-def member(store: Store, looked: Looked, name: str) -> bytes:
+def member(store: Store, looked: SampleAt, name: str) -> bytes:
     place = looked.sample.members[name]
     return store.read(looked.shard.name, place.offset, place.offset + place.length)
 
@@ -119,7 +119,7 @@ def labels_of(about: bytes) -> list[str]:
     return [text for one in listed if (text := str(one).strip())]
 
 
-def _hear(of_it: Survey, store: Store, looked: Looked, model: ModelConfig, data: DataConfig) -> None:
+def _hear(of_it: Survey, store: Store, looked: SampleAt, model: ModelConfig, data: DataConfig) -> None:
     members = looked.sample.members
     of_it.clips += 1
     of_it.pictures[len(pictures_of(looked.sample))] += 1

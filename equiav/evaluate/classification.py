@@ -13,7 +13,7 @@ from torch import Tensor
 
 from equiav.augment import Clips
 from equiav.config import Config
-from equiav.evaluate.look import Looked, look
+from equiav.evaluate.look import Features, look
 from equiav.parallel import Ranks
 from equiav.tasks import Classification
 from streaming import Dataset
@@ -23,7 +23,7 @@ DRAWS, SURE = 200, 0.95  # of the bootstrap
 
 def score(
     config: Config, task: Classification, model: Any, dataset: Dataset, ranks: Ranks, chosen: np.ndarray
-) -> Looked:
+) -> Features:
     """Collective. Of the `chosen` (samples,) bool: probabilities, their mean over `tune.test_frames` frames."""
 
     def probabilities(clips: Clips, computes: torch.autocast) -> Tensor:

@@ -22,7 +22,7 @@ from equiav.data.labels import keys_of
 from equiav.data.synthetic import World
 from equiav.evaluate import attention, centroid, examples, localize
 from equiav.evaluate.examples import evenly
-from equiav.evaluate.look import Looked, look
+from equiav.evaluate.look import Features, look
 from equiav.evaluate.paper import retrieval_table, similarity_table
 from equiav.evaluate.pictures import Titled, coloured, overlaid, seen, sheet
 from equiav.evaluate.retrieval import both_directions
@@ -50,7 +50,7 @@ class Evaluated(NamedTuple):
     picture: Image.Image | None = None
 
 
-class Looker(NamedTuple):
+class FeatureReader(NamedTuple):
     """A model, and the clips that it looks at."""
 
     config: EvalConfig
@@ -62,7 +62,7 @@ class Looker(NamedTuple):
 
     def look(
         self, compute: Callable[[Clips, torch.autocast], Tensor], frames: int = 1, chosen: np.ndarray | None = None
-    ) -> Looked:
+    ) -> Features:
         return look(
             as_run(self.config, self.settings, self.ranks),
             Pictures(test_frames=frames),
@@ -91,7 +91,7 @@ class Looker(NamedTuple):
         return torch.cat(both, dim=1).double()
 
 
-def retrieve(looker: Looker) -> Evaluated:
+def retrieve(looker: FeatureReader) -> Evaluated:
     config, settings, model = looker.config, looker.settings, looker.model
     trained = config.embedding == "trained"
     seeds = range(config.seeds if trained and settings.objective.sampled_in_evaluation else 1)
@@ -121,7 +121,7 @@ def retrieve(looker: Looker) -> Evaluated:
     )
 
 
-def compare(looker: Looker) -> Evaluated:
+def compare(looker: FeatureReader) -> Evaluated:
     needs_predictions(looker.settings)
     strengths = looker.config.strengths
     found = looker.look(
@@ -138,7 +138,7 @@ def compare(looker: Looker) -> Evaluated:
     return Evaluated({"clips": len(found.samples), **rows, "bad": dict(found.bad)}, table)
 
 
-def centre(looker: Looker) -> Evaluated:
+def centre(looker: FeatureReader) -> Evaluated:
     needs_predictions(looker.settings)
     views = looker.config.views
     found = looker.look(
@@ -150,7 +150,7 @@ def centre(looker: Looker) -> Evaluated:
     return Evaluated({"clips": len(found.samples), **said, "bad": dict(found.bad)}, table)
 
 
-def attend(looker: Looker) -> Evaluated:
+def attend(looker: FeatureReader) -> Evaluated:
     needs_predictions(looker.settings)
     attention.needs_attention(looker.settings)
     model, settings = looker.model, looker.settings
@@ -162,7 +162,7 @@ def attend(looker: Looker) -> Evaluated:
     )
 
 
-def attended(looker: Looker, usable: np.ndarray) -> Image.Image | None:
+def attended(looker: FeatureReader, usable: np.ndarray) -> Image.Image | None:
     """A row a clip: picture and spectrogram, then what is looked at for each kind of augmentation."""
     settings, side = looker.settings, looker.settings.model.image_size
 
@@ -189,7 +189,7 @@ def attended(looker: Looker, usable: np.ndarray) -> Image.Image | None:
     return sheet(rows, 112)
 
 
-def localized(looker: Looker) -> Evaluated:
+def localized(looker: FeatureReader) -> Evaluated:
     model, settings = looker.model, looker.settings
     d, (rows, cells) = settings.model.head_width, settings.model.image_grid
     sounds = looker.look(looker.embeddings).values[:, :d].mean(axis=0)
@@ -232,7 +232,7 @@ def localized(looker: Looker) -> Evaluated:
 
 
 def heat_maps(
-    looker: Looker, clips: Clips, sounds: np.ndarray, computes: torch.autocast, image: Tensor | None = None
+    looker: FeatureReader, clips: Clips, sounds: np.ndarray, computes: torch.autocast, image: Tensor | None = None
 ) -> Tensor:
     """Of what each sound has of its own, beside `sounds` (d,), the mean of all -> (b, rows, columns)"""
     t_a, t_v = looker.vectors(0, torch.zeros_like(clips.samples[:1]))
@@ -249,7 +249,7 @@ class Masks(NamedTuple):
     keys: list[str]
 
     @classmethod
-    def of(cls, looker: Looker) -> Masks | None:
+    def of(cls, looker: FeatureReader) -> Masks | None:
         """None: what sounds is not known."""
         keys = list(keys_of(looker.dataset))
         if not all(SYNTHETIC.fullmatch(key) for key in keys):
@@ -257,7 +257,7 @@ class Masks(NamedTuple):
         found = cls(World(rules=looker.config.world), keys)
         return found._replace(world=found.checked(looker))
 
-    def checked(self, looker: Looker) -> World:
+    def checked(self, looker: FeatureReader) -> World:
         """-> the world as it was packed, found from some clips; its rules may be other ones than are told."""
         data, world = looker.settings.data, None
         for one in survey.spread(looker.dataset, 0, CHECKED):
@@ -299,21 +299,21 @@ class Masks(NamedTuple):
 
 
 def shown(
-    looker: Looker, usable: np.ndarray, compute: Callable[[Clips, torch.autocast], Tensor] | None
-) -> Looked | None:
+    looker: FeatureReader, usable: np.ndarray, compute: Callable[[Clips, torch.autocast], Tensor] | None
+) -> Features | None:
     """usable: numbers of clips -> of some of them only."""
     few = few_of(looker, usable)
     return looker.look(compute, chosen=few) if compute and few.any() else None
 
 
-def few_of(looker: Looker, usable: np.ndarray) -> np.ndarray:
+def few_of(looker: FeatureReader, usable: np.ndarray) -> np.ndarray:
     """-> (samples,) bool: those that are shown"""
     there = np.zeros_like(looker.chosen)
     there[usable] = True
     return evenly(there, looker.config.examples)
 
 
-def collect(looker: Looker) -> Evaluated:
+def collect(looker: FeatureReader) -> Evaluated:
     found = looker.look(looker.embeddings)
     several(found)
     keys = np.array(list(keys_of(looker.dataset)), object)[found.samples]
@@ -356,7 +356,7 @@ def collect(looker: Looker) -> Evaluated:
     return Evaluated({**said, "bad": dict(found.bad)}, table)
 
 
-def thumbs_of(looker: Looker, samples: np.ndarray, rows: np.ndarray) -> dict[int, str]:
+def thumbs_of(looker: FeatureReader, samples: np.ndarray, rows: np.ndarray) -> dict[int, str]:
     """Of some rows of what was looked at -> row: small picture."""
     if not len(rows):
         return {}
@@ -372,7 +372,7 @@ def thumbs_of(looker: Looker, samples: np.ndarray, rows: np.ndarray) -> dict[int
     return {int(row): examples.picture(pixels) for row, pixels in zip(rows, values, strict=True)}
 
 
-def pictures_of(looker: Looker, samples: np.ndarray, sounds: np.ndarray) -> list[dict[str, Any]]:
+def pictures_of(looker: FeatureReader, samples: np.ndarray, sounds: np.ndarray) -> list[dict[str, Any]]:
     """What is seen and heard of each."""
     model, settings = looker.model, looker.settings
     m, side, views = settings.model, settings.model.image_size, bool(settings.objective.sampled_in_evaluation)
@@ -425,11 +425,9 @@ EVALUATIONS = {
 }
 
 
-def several(found: Looked) -> None:
+def several(found: Features) -> None:
     if len(found.samples) < 2:
-        raise DatasetError(
-            "stream.url: one clip says nothing of how far numbers are from clip to clip, expected two or more"
-        )
+        raise DatasetError("stream.url: one clip can be used; measuring the spread needs two or more")
 
 
 def as_run(config: EvalConfig, settings: ModelSettings, ranks: Ranks) -> Config:

@@ -21,7 +21,7 @@ Compute = Callable[[Clips, torch.autocast], Tensor]
 """A micro-batch, and the context of the model -> (b, k) float64."""
 
 
-class Looked(NamedTuple):
+class Features(NamedTuple):
     samples: np.ndarray  # (n,) ascending; a clip of which nothing can be used is not there
     values: np.ndarray  # (n, k) float64, the mean over a clip's frames
     bad: Counter[str]  # why clips, or frames of clips, could not be used -> how many
@@ -30,7 +30,7 @@ class Looked(NamedTuple):
 @torch.no_grad()
 def look(
     config: Config, of: LabelsConfig, dataset: Dataset, ranks: Ranks, chosen: np.ndarray, compute: Compute
-) -> Looked:
+) -> Features:
     """Collective. Of the `chosen` (samples,) bool: its mean over `test_frames` frames
     from the middles of equal parts."""
     sums: dict[int, np.ndarray] = {}
@@ -50,7 +50,7 @@ def look(
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
         raise DatasetError(f"no clip of {dataset.store.url} can be used ({reasons})")
     samples = sorted(sums)
-    return Looked(np.array(samples, np.int64), np.stack([sums[k] / terms[k] for k in samples]), bad)
+    return Features(np.array(samples, np.int64), np.stack([sums[k] / terms[k] for k in samples]), bad)
 
 
 def reader(

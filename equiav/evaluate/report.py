@@ -15,7 +15,7 @@ from equiav.evaluate import paper
 from equiav.terminal import masked
 from equiav.train.log import METRICS, TIMING, step_of
 from equiav.train.numbers import SUMMARY
-from equiav.train.seen import Folder, over, verdicts
+from equiav.train.status import Folder, over, verdicts
 from monitoring import metrics as m
 from streaming import Store
 from streaming.store import Missing

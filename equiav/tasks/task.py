@@ -67,7 +67,7 @@ class Task(Protocol):
         ...
 
     def untrained(self, step: int) -> set[str]:
-        """Of what is reported, what says nothing at this step."""
+        """Metrics that are undefined at this step."""
         ...
 
     def flops(self) -> int:

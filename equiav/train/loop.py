@@ -60,7 +60,7 @@ def initial_state(task: Task, ranks: Ranks) -> TrainState:
     return TrainState(model, OPTIMIZERS[settings.optimizer](learned, settings, ranks.device))
 
 
-class Laps:
+class PhaseTimer:
     """Seconds of a step by what is computed. On a GPU they are its own: marks among what is queued there, which nobody waits
     for; they are read when the step's numbers have come."""
 
@@ -68,7 +68,7 @@ class Laps:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
-    def begin(self, phase: str) -> None:
+    def start(self, phase: str) -> None:
         """Of views, model, update; none: the step has ended."""
         mark: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
         if self._cuda:
@@ -93,7 +93,7 @@ class Step(NamedTuple):
     names: tuple[str, ...]  # of the terms
     values: Tensor  # (terms, norm, finite, N, signals), on the host when the event has come
     event: Any
-    laps: Laps
+    timer: PhaseTimer
 
     def read(self) -> tuple[Metrics, bool, Signals]:
         """Waits for the device. -> what the run reports, the same on every rank; whether all of it was finite; signals."""
@@ -120,9 +120,9 @@ def steps(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        laps = Laps(ranks.device)
-        names, terms, N = forward_backward(task, ranks, model, batch, number, laps)
-        laps.begin("update")
+        timer = PhaseTimer(ranks.device)
+        names, terms, N = forward_backward(task, ranks, model, batch, number, timer)
+        timer.start("update")
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradient_norm, told = norm(ranks, gradients, signals())
         clip_grads_with_norm_(model.parameters(), settings.clip, gradient_norm.float())
@@ -136,15 +136,15 @@ def steps(
             optimizer.step()
         task.updated(model)
         state.step = number + 1
-        laps.begin("")
+        timer.start("")
         values = torch.cat([terms, torch.stack([gradient_norm, finite.double(), N.double()]), told])
-        yield Step(number, batch, rate, task, names, *_to_host(values), laps)
+        yield Step(number, batch, rate, task, names, *_to_host(values), timer)
     if state.step != settings.steps:
         raise RuntimeError(f"the data ended after {state.step} batches, expected train.steps={settings.steps}")
 
 
 def forward_backward(
-    task: Task, ranks: Ranks, model: nn.Module, batch: Clips, step: int, laps: Laps
+    task: Task, ranks: Ranks, model: nn.Module, batch: Clips, step: int, timer: PhaseTimer
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Gradients of the global loss into the model -> names and values (float64) of its terms, and the number of clips."""
     settings, device = task.config.train, ranks.device
@@ -162,11 +162,11 @@ def forward_backward(
         return torch.cat([own[: p * (stop - first)] for own, (first, stop) in zip(everyone, shares, strict=True)])
 
     def computes() -> torch.autocast:
-        laps.begin("model")
+        timer.start("model")
         return torch.autocast(device.type, torch.bfloat16, enabled=low_precision)
 
     def forward(part: slice) -> Outputs:
-        laps.begin("views")
+        timer.start("views")
         return task.forward(model, batch.rows(part), computes)
 
     valid = batch.valid.to(device, non_blocking=True)

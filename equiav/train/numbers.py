@@ -20,7 +20,7 @@ from equiav.tasks.task import Metrics, Task
 from equiav.train.checkpoint import Checkpoints
 from monitoring import metrics as m
 from monitoring.board import Board, started, write
-from monitoring.exporter import FOLDER, beside
+from monitoring.exporter import FOLDER, start_companion
 from streaming import Loader, Quarantine
 
 # Operations a second, dense, in bfloat16, by NVIDIA's data sheets; the name of a GPU begins so.
@@ -173,7 +173,7 @@ def folder_of(config: RunConfig, ranks: Ranks, tell: Callable[[str], None]) -> P
             raise PermissionError(f"{ours} is not a folder of yours alone; remove it, or set TMPDIR")
         folder.mkdir(mode=0o700, exist_ok=True)
         if ranks.local_rank == 0:
-            beside(folder, config.out.name, config.metrics.port, tell)
+            start_companion(folder, config.out.name, config.metrics.port, tell)
     except OSError as error:
         tell(f"no metrics are served: {error}")
         return None

@@ -160,7 +160,7 @@ def run_watched(
                 f"the lines of metrics.jsonl before step {state.step} are not those that were saved, neither in {config.out} nor "
                 f"at {url}: somebody changed them"
             )
-        with Asked(tell if first else None) as asked:
+        with StopRequest(tell if first else None) as asked:
             watch.asked = asked
             numbers = Numbers(config, task, ranks, loader, checkpoints, quarantine, tell)
             if first:
@@ -232,9 +232,7 @@ def find(
             raise NotWhole(f"sample {beyond[0]} is quarantined, of {loader.dataset.samples}")
         refused, otherwise = differences(config, manifest["config"])
         before = manifest.get("init", {}).get("from", "")
-        if (
-            config.weights and named(config.weights) != before
-        ):  # what it began with is not needed again, nor has it to be said
+        if config.weights and named(config.weights) != before:  # `--weights` may be omitted on resume
             refused.append(f"weights is {named(config.weights)}, was {before or 'empty'}")
         before_it = manifest.get("learns_from", {})
         refused += [
@@ -247,7 +245,9 @@ def find(
             )
         loader.restore(manifest["stream"])
         if otherwise and checkpoints.ranks.rank == 0:
-            checkpoints.warn(f"rounded otherwise from step {manifest['step']} on: {'; '.join(otherwise)}")
+            checkpoints.warn(
+                f"numerics may differ in the last bits from step {manifest['step']} on: {'; '.join(otherwise)}"
+            )
 
     def load() -> dict[str, Any] | None:
         found = checkpoints.load(state, accept)
@@ -396,7 +396,7 @@ def train(
     quarantine: Quarantine,
     checkpoints: Checkpoints,
     watch: Watch,
-    asked: Asked,
+    asked: StopRequest,
     log: Log | None,
     numbers: Numbers,
     show: Show,
@@ -442,7 +442,7 @@ def train(
             log.write(step.number, metrics, timing)
             show(step.number, metrics, timing)
         numbers.step(step.number, metrics, finite, timing, seconds)
-        numbers.spent(step.laps.seconds())
+        numbers.spent(step.timer.seconds())
         numbers.spent({TELLS[phase]: seconds for phase, seconds in watch.spent().items() if phase in TELLS})
         found = bad.pop(step.number)
         if metrics["bad"]:
@@ -479,9 +479,7 @@ def train(
         checkpoints.save(state, about, log.since(checkpoints.saved_step) if log else (0, b""))
         saves.begun(state.step)
 
-    running = steps(
-        task, ranks, state, data(), signals
-    )  # kept: were it closed, what is being decoded would be waited for
+    running = steps(task, ranks, state, data(), signals)  # keep a reference: closing it waits for decoding
     for step in running:
         under_way.append(step)
         watch.begun()
@@ -582,7 +580,7 @@ class Saves:
         }
 
 
-class Asked:
+class StopRequest:
     """Whether this process shall end: the status for it, by SIGTERM or Ctrl-C. Python's own handlers wait for the main thread,
     which may be in a collective that never ends. A second Ctrl-C ends at once."""
 
@@ -609,7 +607,7 @@ class Asked:
             self.tell(f"{signal.Signals(number).name}: finishes the step, saves, and ends{again}")
         self()
 
-    def __enter__(self) -> Asked:
+    def __enter__(self) -> StopRequest:
         for end in (self._read, self._write):
             os.set_blocking(end, False)
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from equiav.commands.top import Folder, Seen, Served, shown, sparkline, verdicts
+from equiav.commands.top import Folder, RunStatus, Served, shown, sparkline, verdicts
 from equiav.config import ConfigError
 from monitoring import metrics as m
 from monitoring.board import SECONDS, Board
@@ -97,7 +97,7 @@ def test_curves():
     assert sparkline([3, float("nan"), 3]) == "▁!▁"
     assert sparkline([]) == ""
     assert sparkline([-1e308, 1e308]) == "▁▁"
-    assert shown(Seen()).plain.startswith("no step yet\n")
+    assert shown(RunStatus()).plain.startswith("no step yet\n")
 
 
 @pytest.mark.parametrize(

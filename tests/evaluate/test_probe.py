@@ -111,7 +111,7 @@ def test_the_same_dataset_by_another_name_is_the_same(clips, tmp_path):
 
 def test_a_test_of_what_was_learned_from_is_said(clips, tmp_path, capsys):
     assert probe(clips, tmp_path / "one", "--probe.test_url", clips)[0] == 0
-    assert "all 30 clips that are tested on are learned from, too" in capsys.readouterr().out
+    assert "all 30 test clips are also training clips" in capsys.readouterr().out
 
 
 def test_features_that_lack_some_clips_are_not_kept(clips, tmp_path, capsys):

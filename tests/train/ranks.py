@@ -17,7 +17,7 @@ from equiav.data.synthetic import World
 from equiav.parallel import Ranks
 from equiav.tasks import Classification, Pretraining
 from equiav.train import initial_state, steps
-from equiav.train.loop import Laps, forward_backward
+from equiav.train.loop import PhaseTimer, forward_backward
 from streaming.order import share
 
 TINY = {"model": {"size": "tiny", "depth": 2}, "data": {"audio_mean": -10.3, "audio_std": 3.9}}
@@ -76,7 +76,7 @@ def run(ranks, settings, missing=()):
     config = task.config
     state = initial_state(task, ranks)
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)
-    forward_backward(task, ranks, state.model, next(source), 0, Laps(ranks.device))
+    forward_backward(task, ranks, state.model, next(source), 0, PhaseTimer(ranks.device))
     gradient = {name: whole(p.grad).clone() for name, p in state.model.named_parameters() if p.grad is not None}
     state.optimizer.zero_grad()
     source = batches(config.train.batch_size, config.train.micro_batch, ranks.rank, ranks.size, missing)

@@ -24,7 +24,7 @@ LONG = 4000  # bytes of a log that are read for each of them
 
 
 @dataclass
-class Seen:
+class RunStatus:
     """What is known of a run now."""
 
     values: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)  # metric, labels beside `run`
@@ -49,8 +49,8 @@ class Folder:
     def __init__(self, folder: Path):
         self.folder, self.keys = folder, m.by_key()
 
-    def look(self) -> Seen:
-        seen, summary, ended = Seen(), self.folder / SUMMARY, {}
+    def look(self) -> RunStatus:
+        seen, summary, ended = RunStatus(), self.folder / SUMMARY, {}
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
             planned = yaml.safe_load((self.folder / "config.yaml").read_text())["train"]["steps"]
             seen.values[m.STEPS_PLANNED.name, ()] = float(planned)
@@ -86,7 +86,7 @@ def tail(path: Path) -> Iterator[dict[str, float]]:
                 yield json.loads(line)
 
 
-def verdicts(seen: Seen) -> list[str]:
+def verdicts(seen: RunStatus) -> list[str]:
     """What is wrong, by the limits of the alerts. Comparisons with what is not known are false."""
     ended = over(seen)
     done = seen.get(m.STEP) / seen.get(m.STEPS_PLANNED)
@@ -109,7 +109,7 @@ def verdicts(seen: Seen) -> list[str]:
     return wrong
 
 
-def over(seen: Seen) -> str:
+def over(seen: RunStatus) -> str:
     """How it has ended, unless it has gone on since."""
     ends = {
         labels[0]: when for labels, when in seen.all(m.ENDED).items() if labels and not when < seen.get(m.LAST_STEP)
