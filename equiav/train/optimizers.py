@@ -83,7 +83,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        if self.found_inf is not None:
+        if self.rest.fused:
             self.rest.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.rest.step()
         rate = self.param_groups[0]["lr"]
