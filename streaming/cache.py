@@ -51,6 +51,9 @@ class Claim(NamedTuple):
     bytes: int
 
 
+RELEASING = threading.Lock()
+
+
 class Entry:
     """A file of the cache, locked: nobody evicts it until it is released."""
 
@@ -65,9 +68,10 @@ class Entry:
         return os.pread(self.file, max(0, os.fstat(self.file).st_size - start), start)
 
     def release(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        with RELEASING:  # closed twice, it would be the file of somebody else who was given its number
+            file, self.file = self.file, -1
+        if file >= 0:
+            os.close(file)
 
     def __del__(self) -> None:  # of a fetcher that was closed on its way, in a process that lives on
         self.release()

@@ -459,6 +459,10 @@ class _Buffers:
         os.ftruncate(self._fd, max(1, count * self._size))
         self._map = mmap.mmap(self._fd, 0)
 
+    def __del__(self) -> None:  # the memory goes with its last descriptor
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
     @property
     def _size(self) -> int:
         return sum(self._bytes(shape, dtype) for shape, dtype in self.fields.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from equiav import cli
+from tests.forks import APART
 
 FILES = {
     "file": "x",
@@ -171,7 +172,8 @@ def test_what_is_mistyped_and_help_are_answered_before_torch_is_imported(here):
     typed = [line for line in MISTAKES if not any(what in line for what in LOOKS)]
     assert len(typed) > 40
     lines = "\n".join([*typed, *(f"{command} --help" for command in cli.COMMANDS)])
-    done = subprocess.run([sys.executable, "-c", FORKS], input=lines, capture_output=True, text=True, check=True)
+    command, apart = [sys.executable, "-c", FORKS], {**os.environ, **APART}
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True, env=apart)
     assert done.stdout == ""
 
 

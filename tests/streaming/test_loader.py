@@ -1,5 +1,6 @@
 """The stream as its users see it: the same batches whatever happens, every sample once, nothing wrong delivered."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -1019,3 +1020,18 @@ def test_offsets_that_an_index_vouches_for_cost_their_samples_alone(s3, local, t
                     (ranks, bad.sample, bad.reason) for batch in islice(loader.batches(), EPOCH) for bad in batch.bad
                 ]
     assert found == [(1, place, "offsets"), (3, place, "offsets")]
+
+
+def test_a_loader_that_is_closed_leaves_no_descriptor_and_no_memory(local):
+    def batches():
+        gc.collect()
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum("memfd:batches" in os.readlink(link) for link in links if os.path.lexists(link))
+
+    before = batches()
+    for _ in range(3):
+        with open_loader(local) as loader:
+            take(loader, 2, 0)
+            assert batches() > before
+        del loader
+    assert batches() == before
