@@ -145,18 +145,11 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
             av.error.FFmpegError,
             OSError,
             IndexError,
-        ) as error:  # IndexError: of PyAV, where a stream appears amid a file
+        ) as error:  # IndexError: PyAV's, when a stream appears amid a file
             damage = "a stream begins amid it" if isinstance(error, IndexError) else str(error) or type(error).__name__
         for stream in streams:  # the head may say how long the last picture stands
-            if stream.time_base and file.format.name in COUNTED:
-                says = float(max(stream.frames, stream.duration or 0) * stream.time_base)
-                stands = float(np.diff(np.unique(shown)).max()) if stream.type == "video" and len(shown) > 1 else 0.0
-                if until[stream.type] + GAP + stands < says < 2 * until[stream.type]:  # else a writer's mistake
-                    raise BadSample(
-                        "corrupt",
-                        f"{path}: its head says {says:.2f} s of {stream.type}, there are {until[stream.type]:.2f} s, and nothing "
-                        "says which are lost",
-                    )
+            if file.format.name in COUNTED:
+                _require_all(path, stream, until[stream.type], np.diff(np.unique(shown)))
             if stream.type == "video" and stream.duration and stream.time_base and shown:
                 until["video"] = max(until["video"], min(shown) + float(stream.duration * stream.time_base))
     times = np.unique(shown)
@@ -173,6 +166,19 @@ def _timeline(path: str, track: str, size: int, changed: int) -> Timeline:
             f"{path}: its clock jumps from {long[0, 0]:.1f} s to {long[0, 1]:.1f} s; of files that were joined, pack the parts",
         )
     return Timeline(begin, times, until["video"], until["audio"], damage, holes, np.array(broken).reshape(-1, 2))
+
+
+def _require_all(path: str, stream: Any, until: float, stands: np.ndarray) -> None:
+    """What a head says is there: times that are counted are wrong behind anything that is lost. stands: of each picture."""
+    if not stream.time_base:
+        return
+    says = float(max(stream.frames, stream.duration or 0) * stream.time_base)
+    last = float(stands.max()) if stream.type == "video" and len(stands) else 0.0
+    if until + GAP + last < says < 2 * until:  # else a writer's mistake
+        raise BadSample(
+            "corrupt",
+            f"{path}: its head says {says:.2f} s of {stream.type}, there are {until:.2f} s, and nothing says which are lost",
+        )
 
 
 def _holes(spans: list[tuple[float, float]], shown: np.ndarray) -> np.ndarray:
