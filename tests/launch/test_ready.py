@@ -116,8 +116,8 @@ def test_after_long_it_ends():
 
 
 def test_stores_that_do_not_answer_are_trouble_and_those_that_refuse_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(ready, "QUESTION", 1.0)
-    monkeypatch.setattr("launch.ended.QUESTION", 1.0)
+    monkeypatch.setattr(ready, "QUESTION", 30.0)
+    monkeypatch.setattr("launch.ended.QUESTION", 30.0)
     closed = f"http://127.0.0.1:{free_port()}"
     with LocalS3(tmp_path) as s3:
         (tmp_path / "bucket").mkdir()
@@ -130,6 +130,8 @@ def test_stores_that_do_not_answer_are_trouble_and_those_that_refuse_are_not(tmp
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert whole.trouble() == ""
         monkeypatch.setenv("AWS_ENDPOINT_URL", closed)
+        monkeypatch.setattr(ready, "QUESTION", 1.0)
+        monkeypatch.setattr("launch.ended.QUESTION", 1.0)
         assert "s3://bucket/run" in whole.trouble()
         assert (
             "s3://bucket/data" in ready.Stores(Record(str(tmp_path / "here"), "one", 0), "s3://bucket/data").trouble()
