@@ -72,18 +72,18 @@ class PackConfig:
     frames: int = 10
     """Frames of a clip, from the middles of as many equal parts."""
     short_side: int = 256
-    """Of a frame, pixels. Frames of a list are packed as they are."""
+    """Short side of a frame in pixels. Frames of a list are packed as they are."""
     quality: int = 90
-    """Of the JPEGs, 1 to 100."""
+    """Quality of the JPEGs, 1 to 100."""
     modality: Literal["both", "audio", "image"] = "both"
-    """What is packed of each clip. audio: sound files are taken, too; image: pictures are, and videos need no sound. Pretraining
-    needs both."""
+    """The part of each clip to pack. audio: sound files are taken, too; image: pictures are, and videos need no sound.
+    Pretraining needs both."""
     stills: bool = False
     """The source has sounds, each with a picture of its name beside it (a.jpg beside a.wav), which stands."""
     audio: Literal["wav", "flac"] = "wav"
     """flac takes about half the space, and ten times as long to decode."""
     track: str = "default"
-    """Of a file's sound: the one that a player plays, a language as the file names it (eng), or a number from 1 on."""
+    """Audio track: the one that a player plays, a language as the file names it (eng), or a number from 1 on."""
     clip_seconds: float = 0.0
     """Cut longer videos into clips of this length. 0: a video is a clip."""
     clip_overlap: float = 0.0
@@ -97,14 +97,14 @@ class PackConfig:
     shard_samples: int = 512
     """Clips of a shard, at most. What is finished survives a kill shard by shard."""
     processes: int = CORES
-    """That decode and encode."""
+    """Processes that decode and encode."""
     timeout: float = 600.0
     """Seconds after which a clip is given up."""
     in_order: bool = False
     """Keep the order of the source. By default clips are shuffled over the shards: neighbours in a list are often alike, and
     a batch is drawn from some shards at a time."""
     seed: int = 0
-    """Of the shuffle, and of the synthetic world."""
+    """Seed of the shuffle and of the synthetic world."""
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -197,14 +197,14 @@ class LabelConfig:
     """Of a table of yours: name=COLUMN,label=COLUMN[,split=COLUMN]. label=*: each other column is a class, with 1 where a clip
     has it. Without it: what the file looks like."""
     separator: str = ""
-    """Of the table's columns. Empty: a tab, a semicolon or a comma, by what its head has."""
+    """Separator of the table's columns. Empty: the first of tab, semicolon, comma that its head has."""
     between: str = ";"
-    """Of the labels in one cell of the table."""
+    """Separator of the labels in one cell of the table."""
     classes: Path | None = None
     """File of all classes in their order: a name a line, or as AudioSet, CAV-MAE, FSD50K or UCF101 have it. Without it: those
     that occur."""
     other: str = ""
-    """Of these classes, the one of clips whose label is none of them."""
+    """The class of clips whose label is none of `classes`."""
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
 
@@ -225,7 +225,7 @@ class ShowConfig(Config):
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = ""
     """Folder of the dataset."""
     key: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KEY")] = ""
-    """Of a clip."""
+    """Key of a clip."""
     png: Path | None = None
     """File for the picture. Without it, a terminal shows it."""
 
@@ -250,7 +250,7 @@ class StatsConfig:
     write: Path | None = None
     """File to write the settings into that the dataset wants (data.audio_mean, data.audio_std), for --config."""
     seed: int = 0
-    """Of the choice."""
+    """Seed of the choice."""
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -280,7 +280,7 @@ class PlanConfig(Config):
     keep: bool = False
     """Keep the settings as they are, and say how long a run with them would take (with --stream.url)."""
     price: float = 0.0
-    """Of an hour of this machine, in whatever money."""
+    """Price of an hour of this machine, in any currency."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,7 +317,7 @@ class ImportConfig(ModelSettings):
     format: Literal["auto", "equiav", "cavmae", "mae"] = "auto"
     """Which program wrote the checkpoint; auto looks at its keys."""
     seed: int = 0
-    """Of the initial values of whatever the checkpoint does not have (CAV-MAE and MAE: predictors and heads)."""
+    """Seed of the weights that the checkpoint does not have (CAV-MAE and MAE: predictors and heads)."""
 
     def ready(self) -> None:
         if self.checkpoint is None:
@@ -335,7 +335,7 @@ class UseConfig:
     frames: int = 1
     """Pictures of each part of a video, over which is averaged."""
     device: str = "cpu"
-    """Where it computes: cpu, cuda, cuda:1."""
+    """Device: cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         require(1 <= self.frames <= 1000, "frames", self.frames, "1 to 1000")
@@ -397,15 +397,15 @@ class SearchConfig:
     weights: str = ""
     """The model by which the index was made: its folder, or a run's."""
     index: Path = Path("embeddings.npz")
-    """What `equiav embed` wrote."""
+    """A file that `equiav embed` wrote."""
     by: Literal["auto", "audio", "image"] = "auto"
-    """What of the file is compared: its sound or its picture. auto: of a video its sound."""
+    """The part of the file to compare: its sound or its picture. auto: a video's sound."""
     among: Literal["auto", "audio", "image"] = "auto"
-    """What of the index it is compared with. auto: the other."""
+    """The part of the index to compare with. auto: the other one."""
     top: int = 10
     """Rows that are printed."""
     device: str = "cpu"
-    """Where the model computes."""
+    """Device of the model."""
 
     def __post_init__(self) -> None:
         require(self.top >= 1, "top", self.top, "1 or more")
@@ -431,7 +431,7 @@ class LocalizeConfig:
     fps: float = 5.0
     """Pictures a second of the video that is written."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    """Device."""
 
     def __post_init__(self) -> None:
         require(0.1 <= self.fps <= 60, "fps", self.fps, "0.1 to 60")
@@ -456,13 +456,13 @@ class ExportConfig:
     out: Path = Path("exported")
     """Folder to write: a new one, or an empty one."""
     formats: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")
-    """Of the programs: torch.export's, which PyTorch runs; ONNX, for everything else (`pip install 'equiav[export]'`)."""
+    """Formats of the programs: torch (torch.export, for PyTorch), onnx (for everything else; `pip install 'equiav[export]'`)."""
     name: str = ""
-    """Of the model, on its card. Without it: the folder's."""
+    """Name of the model on its card. Default: the folder's name."""
     license: str = ""
-    """Of the weights, as model hubs spell it (apache-2.0, cc-by-nc-4.0). It is yours to choose, as far as the data's allows."""
+    """License of the weights, as model hubs spell it (apache-2.0, cc-by-nc-4.0). Choose one that the data's license allows."""
     data: str = ""
-    """What it was trained on, for the card: names, hours, where it is from."""
+    """The training data, for the card: names, hours, origin."""
 
     def ready(self) -> None:
         require_weights(self.weights)
@@ -494,7 +494,7 @@ class ReportConfig:
     out: Path = Path()
     """File to write, .html; its data are beside it, .data.json. By default report.html in the first run's folder, or here."""
     title: str = ""
-    """Of the page."""
+    """Title of the page."""
     patience: float = 600.0
     """Seconds for which a store that does not answer, or refuses for a while, is asked again."""
 

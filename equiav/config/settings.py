@@ -182,11 +182,11 @@ class ObjectiveConfig:
     """Eq. 8-16 and the ablations of Tables 5, 6, 8, 9 and A."""
 
     intra: Literal["equivariant", "invariant", "none"] = "equivariant"
-    """What the augmented embedding is matched with: the prediction, the original, or nothing (Table 5)."""
+    """The target of the augmented embedding: the prediction, the original, or none (Table 5)."""
     intra_positive_in_denominator: bool = True
     """Eq. 9; false gives EquiMod's form, Eq. A (Table 9)."""
     inter_on: Literal["original", "augmented", "equivariant", "centroid"] = "centroid"
-    """What represents a clip in inter-modal learning (Table 5)."""
+    """The embedding of a clip that the inter-modal loss compares (Table 5)."""
     centroid_size: int = 16
     """S, the number of equivariant representations in a centroid (Table 6)."""
     schedule: Literal["joint", "two_stage", "alternating"] = "joint"
@@ -224,7 +224,7 @@ class ObjectiveConfig:
 
     @property
     def sampled_in_evaluation(self) -> int:
-        """As `sampled`, where a clip has no augmented view: a single prediction needs a vector of its own too."""
+        """`sampled`, for clips without an augmented view: a single prediction needs a vector of its own, too."""
         return 1 if self.inter_on == "equivariant" else self.sampled
 
     @property
@@ -258,7 +258,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Where clips come from and how they get here. Only `url`, `lanes` and `window` have a part in the order of samples."""
+    """The dataset and how it is streamed. Only `url`, `lanes` and `window` affect the order of samples."""
 
     url: str = ""
     """Folder that `equiav pack` or `equiav index` filled: s3://..., or any other that fsspec reads. Credentials and endpoint
@@ -274,7 +274,7 @@ class StreamConfig:
     cache: Path = Path("~/.cache/equiav")
     """Local folder for shards of a remote dataset; all processes of a node share it."""
     cache_bytes: int = 64 << 30
-    """What the cache may take on disk, never exceeded."""
+    """Upper limit of the cache on disk, in bytes."""
     patience: float = 600.0
     """Seconds for which a store that does not answer is asked again before the run gives up."""
     max_bad: float = 0.01
@@ -314,7 +314,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient over all parameters."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
+    """Precision of the forward and backward pass; weights, loss and optimizer stay float32. auto: bfloat16 on cuda."""
 
     micro_batch: int = 32
     """Rows that are computed together. Processes share the batch in whole micro-batches, so that what is computed, to the last
@@ -372,7 +372,7 @@ class CheckpointConfig:
     keep: int = 3
     """The newest that stay."""
     keep_every: int = 0
-    """Those whose step is a multiple of this stay, too; 0: none."""
+    """Checkpoints whose step is a multiple of this are kept, too; 0: none."""
     patience: float = 600.0
     """Seconds for which a store that does not answer is asked again before a save has failed."""
     overdue_seconds: float = 1800.0
@@ -391,10 +391,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What Prometheus can ask a run for. Under `python -m launch.node` that program serves it, at a port of its own."""
+    """Metrics for Prometheus. Under `python -m launch.node` that program serves them, at a port of its own."""
 
     port: int = 0
-    """Of this machine, where /metrics is served while the run lives, 9108 by custom; 0: nowhere."""
+    """Port at which /metrics is served while the run lives, 9108 by custom; 0: none."""
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "metrics.port", self.port, "0 to 65535")
@@ -402,7 +402,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What it takes to use a model: the network, and how its inputs and vectors are made. Saved beside the weights."""
+    """Everything needed to use a model: the network, and how its inputs and vectors are made. Saved beside the weights."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -429,9 +429,9 @@ class Config(ModelSettings):
     """A pretraining run."""
 
     seed: int = 0
-    """Of every draw: initial weights, order, augmentations."""
+    """Seed of every random draw: initial weights, order, augmentations."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the run computes."""
+    """Device of the run."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -471,7 +471,7 @@ class LabelsConfig:
 
     section = ""  # what it is called among the settings
     modality: Literal["audio", "image", "both"] = "both"
-    """What the labels are told from."""
+    """The input of the classifier."""
     train_on: str = ""
     """Parts of the dataset that are learned from, with commas between (`equiav label` says which there are). Empty: all of it
     that is not tested on."""
@@ -497,7 +497,7 @@ class LabelsConfig:
 
 @dataclass(frozen=True)
 class TuneConfig(LabelsConfig):
-    """What fine-tuning learns, and how its inputs are made (docs/downstream.md)."""
+    """The labels, the loss and the inputs of fine-tuning (docs/downstream.md)."""
 
     section = "tune"
     loss: Literal["one", "many"] = "many"
@@ -507,7 +507,7 @@ class TuneConfig(LabelsConfig):
     epochs: float = 0.0
     """Training epochs; sets `train.steps`. 0: `train.steps` as it is."""
     warmup_epochs: float = 0.0
-    """As `epochs`, for train.warmup_steps."""
+    """Epochs of warm-up; sets `train.warmup_steps`."""
     mixup: float = 0.0
     """Probability with which a clip is mixed with another of its micro-batch; the share is drawn from Beta(10, 10)."""
     drop_path: float = 0.0
@@ -516,7 +516,7 @@ class TuneConfig(LabelsConfig):
     """Turn the spectrogram by a random number of frames."""
     benchmark: Literal["", "AudioSet-20K", "AudioSet-2M", "VGGSound", "ESC-50", "SPC-v1", "FSD-50K", "UCF101", "HMDB51",
                        "Kinetics400"] = ""  # fmt: skip
-    """What the dataset is, of those in the paper's tables: its number is shown beside the result."""
+    """Name of the dataset in the paper's tables: its number is shown beside the result."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -547,7 +547,7 @@ class FinetuneConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ProbeOn(LabelsConfig):
-    """What is told from frozen features, and how."""
+    """The labels, and how they are predicted from frozen features."""
 
     section = "probe"
     neighbours: int = 20

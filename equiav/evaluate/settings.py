@@ -22,7 +22,7 @@ class EvalConfig:
     what: tyro.conf.Positional[Literal["retrieval", "similarity", "centroid", "localize", "attention", "examples"]] = (
         "retrieval"
     )
-    """What is evaluated."""
+    """The evaluation to run."""
     weights: str = ""
     """Model folder, or a run's: a path, s3://..., or any other that fsspec reads."""
     out: str = ""
@@ -33,7 +33,7 @@ class EvalConfig:
     embedding: Literal["trained", "original"] = "trained"
     """For retrieval: what training compared (by default the centroid of predictions), or the untransformed clip's embedding."""
     vectors: Literal["shared", "own"] = "shared"
-    """Of the centroid: the same for every clip, or drawn for each, as the released program does."""
+    """Vectors of the centroid: the same for every clip, or drawn for each, as the released program does."""
     seeds: int = 3
     """Draws of the vectors; the mean and half the spread are told."""
     frames: int = 1
@@ -45,13 +45,13 @@ class EvalConfig:
     examples: int = 12
     """Clips that are shown, from everywhere in the dataset."""
     benchmark: Literal["", "MSR-VTT", "AudioSet", "VGGSound"] = ""
-    """What the dataset is, of those in the paper's Table 4: its numbers are shown beside the result."""
+    """Name of the dataset in the paper's Table 4: its numbers are shown beside the result."""
     batch: int = 32
     """Clips that are computed together; a process has two of these."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where it computes."""
+    """Device."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of the encoders."""
+    """Precision of the encoders."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     world: Rules = field(default_factory=Rules)
 
@@ -72,7 +72,7 @@ class EvalConfig:
 
 
 def require_weights(weights: str) -> None:
-    """As far as it can be said without reading them."""
+    """Raises where nothing is there, without reading the weights."""
     require(bool(weights), "weights", "not set", "a model folder, or the folder of a run")
     there = "://" in weights or Path(weights).expanduser().exists()
     require(there, "weights", weights, "a model folder, or the folder of a run; there is nothing of that name")
