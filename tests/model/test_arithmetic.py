@@ -1,6 +1,7 @@
 """The arithmetic is what torch counts, whatever the sizes and the ablation."""
 
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from equiav.config import ModelConfig
 from equiav.model import EquiAV
 from equiav.model.arithmetic import count, forward_backward
-from equiav.model.predictor import PREDICTORS
+from equiav.model.predictor import PREDICTORS, MultiplyAdds
 
 
 def counted(config):
@@ -36,6 +37,27 @@ def test_the_settings_name_every_predictor_and_no_other():
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_sizes_and_predictors(make_config, depth, predictor):
     check(make_config(model={"depth": depth, "predictor": predictor, "aug_width": 48, "head_width": 40}))
+
+
+class Shift(torch.nn.Module):
+    """As CONTRIBUTING.md has a predictor added: MeanPool(h) + W t."""
+
+    def __init__(self, d_t, config):
+        super().__init__()
+        self.shift = torch.nn.Linear(d_t, config.width)
+
+    @staticmethod
+    def multiply_adds(config, N, d_t):
+        return MultiplyAdds(0, d_t * config.width)
+
+    def forward(self, h, t):
+        return h.mean(dim=1, keepdim=True) + self.shift(t)
+
+
+def test_a_predictor_that_is_added(make_config, monkeypatch):
+    monkeypatch.setitem(PREDICTORS, "shift", Shift)
+    config = make_config(model={"depth": 1})
+    check(replace(config, model=replace(config.model, predictor="shift")))
 
 
 @pytest.mark.parametrize("inter_on", ["original", "augmented", "equivariant", "centroid"])

@@ -11,7 +11,7 @@ from equiav.config import Config, TrainConfig, from_dict
 from equiav.tasks import Pretraining
 from equiav.train import initial_state, steps
 from equiav.train.checkpoint import Checkpoints
-from equiav.train.optimizers import COEFFICIENTS, MOMENTUM, OPTIMIZERS, RMS, ROUNDS, AdamW, Muon, orthogonal
+from equiav.train.optimizers import COEFFICIENTS, MOMENTUM, OPTIMIZERS, RMS, ROUNDS, AdamW, Keeps, Muon, orthogonal
 from tests.train.ranks import TINY, batches
 from tests.train.test_checkpoint import ALONE, about, anything, numbers, own
 
@@ -85,10 +85,21 @@ def settings(optimizer, count):
     return from_dict(Config, {**TINY, "train": train}, "test")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_interrupted_it_goes_on_to_the_bit(optimizer, tmp_path):
-    config = settings(optimizer, 4)
-    task = Pretraining(config)
+class Momentum(torch.optim.SGD):
+    """As CONTRIBUTING.md has an optimizer added."""
+
+    def __init__(self, weights, settings, device):
+        super().__init__(list(weights), lr=settings.lr_start, momentum=0.9)
+
+    def keeps(self, p):
+        return {"momentum_buffer": Keeps()}
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "momentum"])
+def test_interrupted_it_goes_on_to_the_bit(optimizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "momentum", Momentum)
+    config = settings("adamw", 4)
+    task = Pretraining(replace(config, train=replace(config.train, optimizer=optimizer)))
     whole, begun = initial_state(task, ALONE), initial_state(task, ALONE)
     for _ in steps(task, ALONE, whole, batches(4, 2, 0, 1)):
         pass
