@@ -128,9 +128,14 @@ def test_the_manifests_are_as_the_cluster_has_them(kubectl, applied):
         kubectl("apply", "-f", "-", input=json.dumps(pod))
 
 
-def test_the_demonstration_trains(kubectl, applied):
+@pytest.fixture(scope="module")
+def demonstrated(kubectl, applied):
     until(lambda: ended(kubectl, DEMO), 300, trouble(kubectl, DEMO))
     assert ended(kubectl, DEMO) == "Complete"
+    return "s3://equiav/demo"
+
+
+def test_the_demonstration_trains(kubectl, demonstrated):
     folder = store_folder(kubectl) / "demo" / "checkpoints"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 120
     assert (folder / "model" / "config.json").exists()
@@ -397,10 +402,10 @@ def test_whatever_happens_to_the_machines_the_run_is_the_same(kubectl, cluster, 
     run.happens("the store is away for 30 s", scale(0), lambda: time.sleep(30), scale(1))
 
 
-def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
-    """Two nodes, from what the run before left in the store; its clips have labels since they were packed."""
+def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher, demonstrated):
+    """Two nodes, from what the demonstration left in the store; its clips have labels since they were packed."""
     torchx(*launcher, "launch/finetune.py", "--nodes", "2", "--cpu", "1", "--memory", "3Gi", "--scratch", "4Gi",
-           "--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--weights", "s3://equiav/attacked",
+           "--data", "s3://equiav/clips", "--test", "s3://equiav/clips", "--weights", demonstrated,
            "--config", "smoke", "--out", "s3://equiav/tuned", "--secret", "equiav-store", "--",
            "--tune.loss", "one", "--tune.epochs", "1", "--tune.mixup", "0.5", "--tune.balance",
            "--train.micro_batch", "8")  # fmt: skip
@@ -413,10 +418,10 @@ def test_a_model_of_the_cluster_is_fine_tuned_there(kubectl, launcher):
     assert (model / "results.md").read_text().startswith("| dataset, sound and pictures | accuracy, % |")
 
 
-def test_a_model_of_the_cluster_is_evaluated_there(kubectl, launcher):
-    """Two processes, on what the run before left in the store."""
+def test_a_model_of_the_cluster_is_evaluated_there(kubectl, launcher, demonstrated):
+    """Two processes, on what the demonstration left in the store."""
     torchx(*launcher, "launch/eval.py", "--cpu", "2", "--memory", "4Gi", "--scratch", "4Gi", "--workers", "2",
-           "--data", "s3://equiav/clips", "--weights", "s3://equiav/attacked", "--out", "s3://equiav/evaluated",
+           "--data", "s3://equiav/clips", "--weights", demonstrated, "--out", "s3://equiav/evaluated",
            "--secret", "equiav-store", "--", "--batch", "8", "--seeds", "2")  # fmt: skip
     until(lambda: ended(kubectl, "eval-retrieval"), 300, trouble(kubectl, "eval-retrieval"))
     assert ended(kubectl, "eval-retrieval") == "Complete", trouble(kubectl, "eval-retrieval")()
